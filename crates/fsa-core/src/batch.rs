@@ -101,6 +101,20 @@ impl Batch {
         Self { sequences: vec![whole], total_q: length, total_kv: length }
     }
 
+    /// The same batch for the rows `rows` of `query` only. Every sequence keeps its keys, and its query rows
+    /// keep their positions; a sequence none of whose rows are taken has no query rows.
+    pub fn slice_queries(&self, rows: Range<usize>) -> Self {
+        let clip = |row: usize| row.clamp(rows.start, rows.end) - rows.start;
+        let sequences = self.sequences.iter().map(|sequence| {
+            let query_rows = clip(sequence.query_rows.start)..clip(sequence.query_rows.end);
+            let skipped =
+                (rows.start.max(sequence.query_rows.start) - sequence.query_rows.start).min(sequence.query_len());
+            let first_position = sequence.first_position + skipped;
+            Sequence { query_rows, kv_rows: sequence.kv_rows.clone(), first_position }
+        });
+        Self { sequences: sequences.collect(), total_q: rows.len(), total_kv: self.total_kv }
+    }
+
     /// The sequences in order.
     pub fn sequences(&self) -> &[Sequence] {
         &self.sequences
@@ -172,6 +186,18 @@ mod tests {
             assert_eq!(error.argument(), Some(argument), "{error}");
             assert!(error.to_string().contains(text), "{error}");
         }
+    }
+
+    #[test]
+    fn a_slice_of_the_queries_keeps_positions_and_keys() {
+        let batch = Batch::from_cu_seqlens(&[0, 3, 3, 8], &[0, 10, 10, 15]).expect("valid");
+        let slice = batch.slice_queries(2..5);
+        assert_eq!((slice.total_q(), slice.total_kv()), (3, 15));
+        assert_eq!(slice.sequences()[0], Sequence { query_rows: 0..1, kv_rows: 0..10, first_position: 9 });
+        assert_eq!(slice.sequences()[2], Sequence { query_rows: 1..3, kv_rows: 10..15, first_position: 0 });
+        let last = batch.slice_queries(5..8);
+        assert_eq!(last.sequences()[0].query_len(), 0);
+        assert_eq!(last.sequences()[2], Sequence { query_rows: 0..3, kv_rows: 10..15, first_position: 2 });
     }
 
     #[test]

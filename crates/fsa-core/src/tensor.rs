@@ -7,6 +7,7 @@ use crate::dtype::{DType, Element};
 use crate::error::{Error, Result, ensure};
 use half::{bf16, f16};
 use std::fmt;
+use std::ops::Range;
 
 /// Largest rank of a tensor of the project.
 pub const MAX_RANK: usize = 4;
@@ -102,6 +103,20 @@ impl Layout {
             reach += (size - 1) * stride;
         }
         false
+    }
+
+    /// The layout of the indices `range` of `axis`, and the offset of its first element.
+    fn slice(&self, argument: &str, axis: usize, range: &Range<usize>) -> Result<(Self, usize)> {
+        ensure(
+            axis < self.rank && range.start <= range.end && range.end <= self.shape[axis],
+            argument,
+            || format!("a range within axis {axis} of shape {:?}", self.shape()),
+            || format!("{range:?}"),
+        )?;
+        let offset = range.start * self.strides[axis];
+        let mut layout = *self;
+        layout.shape[axis] = range.len();
+        Ok((layout, if layout.is_empty() { 0 } else { offset }))
     }
 
     fn check_bounds(&self, argument: &str, len: usize) -> Result<()> {
@@ -227,6 +242,13 @@ impl<'a> TensorView<'a> {
         }
     }
 
+    /// The indices `range` of `axis`. `argument` names the tensor in an error.
+    pub fn slice_axis(&self, argument: &str, axis: usize, range: Range<usize>) -> Result<Self> {
+        let (layout, offset) = self.layout.slice(argument, axis, &range)?;
+        let data = variants!(&self.data, Slice, data => Element::slice(&data[offset..]));
+        Ok(Self { data, layout })
+    }
+
     /// A contiguous owned copy.
     pub fn to_tensor(&self) -> Tensor {
         fn copy<T: Element>(data: &[T], layout: &Layout) -> Vec<T> {
@@ -325,6 +347,13 @@ impl<'a> TensorViewMut<'a> {
     pub fn reborrow(&mut self) -> TensorViewMut<'_> {
         let layout = self.layout;
         TensorViewMut { data: variants!(&mut self.data, SliceMut, data => Element::slice_mut(data)), layout }
+    }
+
+    /// The indices `range` of `axis`. `argument` names the tensor in an error.
+    pub fn slice_axis(&mut self, argument: &str, axis: usize, range: Range<usize>) -> Result<TensorViewMut<'_>> {
+        let (layout, offset) = self.layout.slice(argument, axis, &range)?;
+        let data = variants!(&mut self.data, SliceMut, data => Element::slice_mut(&mut data[offset..]));
+        Ok(TensorViewMut { data, layout })
     }
 
     /// Read-only view of the same elements.
@@ -430,6 +459,18 @@ impl<T: Element> StridedMut<'_, T> {
         }
         for (k, s) in source[..size].iter().enumerate() {
             self.data[start + k * stride] = T::from_f32(*s);
+        }
+    }
+
+    /// Adds `source` to the innermost vector.
+    #[inline]
+    pub fn add_row(&mut self, leading: &[usize], source: &[f32]) {
+        let last = self.layout.rank - 1;
+        let (size, stride) = (self.layout.shape[last], self.layout.strides[last]);
+        let start: usize = leading.iter().zip(self.layout.strides()).map(|(i, s)| i * s).sum();
+        for (k, s) in source[..size].iter().enumerate() {
+            let element = &mut self.data[start + k * stride];
+            *element = T::from_f32(element.to_f32() + s);
         }
     }
 

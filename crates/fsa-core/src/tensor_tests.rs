@@ -52,3 +52,17 @@ fn an_allocation_that_cannot_be_is_an_error() {
     assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
     assert!(Tensor::zeros("out", DType::F32, &[1 << 40, 1 << 40]).is_err());
 }
+
+#[test]
+fn slices_keep_strides_and_bounds() -> Result<()> {
+    let mut data: Vec<f32> = (0..24).map(|v| v as f32).collect();
+    let view = TensorView::strided("gates", &data, &[2, 3, 4], &[1, 2, 6])?;
+    assert_eq!(view.slice_axis("gates", 1, 1..3)?.to_f64()[..4], [2.0, 8.0, 14.0, 20.0]);
+    assert!(view.slice_axis("gates", 1, 3..3)?.to_f64().is_empty());
+    let error = view.slice_axis("gates", 1, 2..4).expect_err("beyond the axis");
+    assert_eq!(error.argument(), Some("gates"));
+    let mut target = TensorViewMut::new("out", &mut data, &[6, 4])?;
+    target.slice_axis("out", 0, 4..6)?.typed::<f32>("out")?.fill(-1.0);
+    assert!(data[16..].iter().all(|v| *v == -1.0) && data[15] == 15.0);
+    Ok(())
+}

@@ -1,1 +1,20 @@
-//! placeholder
+//! The truth about Flash Sparse Attention.
+#![forbid(unsafe_code)]
+
+pub mod arithmetic;
+pub mod array;
+pub mod attention;
+mod buffer;
+pub mod case;
+mod case_text;
+pub mod compressed;
+pub mod dense;
+pub mod generate;
+mod inputs;
+mod random;
+pub mod selected;
+pub mod suite;
+pub mod tolerance;
+pub mod window;
+
+pub use case::{Case, Hostile, Pass};

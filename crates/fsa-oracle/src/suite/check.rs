@@ -1,0 +1,151 @@
+//! What every stage's check shares: calling twice, looking for unwritten and overrun memory, comparing.
+
+use crate::arithmetic::{Arithmetic, Exact, Noisy, Rounded};
+use crate::array::Array;
+use crate::buffer::{Buffer, unravel};
+use crate::case::Case;
+use crate::inputs::{Stream, random};
+use crate::tolerance::{self, Worst};
+use fsa_core::{Error, Result};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// The result of one case.
+#[derive(Debug, Clone)]
+pub struct CaseOutcome {
+    /// The case.
+    pub case: Case,
+    /// What was wrong, each with the tensor and the element.
+    pub failures: Vec<String>,
+    /// Largest error over its bound.
+    pub worst_ratio: f64,
+    /// The element with that ratio.
+    pub worst: Option<Worst>,
+    /// Rows whose selection rounding may decide.
+    pub ambiguous_rows: usize,
+    /// Rows whose selection was compared id by id.
+    pub decided_rows: usize,
+    /// Hash of the bits of every output: equal for equal results, to compare runs on several numbers of threads.
+    pub digest: u64,
+}
+
+impl CaseOutcome {
+    /// True if nothing was wrong.
+    pub fn passed(&self) -> bool {
+        self.failures.is_empty()
+    }
+}
+
+/// Evaluations with random errors besides the one rounded to nearest: more for small cases, in which a
+/// largest error over few elements says little.
+fn noisy_evaluations(case: &Case) -> usize {
+    if case.cost() < 400_000 { 3 } else { 1 }
+}
+
+/// A case under way.
+pub(super) struct Check<'c> {
+    case: &'c Case,
+    outcome: CaseOutcome,
+}
+
+impl<'c> Check<'c> {
+    pub(super) fn new(case: &'c Case) -> Self {
+        let outcome = CaseOutcome {
+            case: case.clone(),
+            failures: Vec::new(),
+            worst_ratio: 0.0,
+            worst: None,
+            ambiguous_rows: 0,
+            decided_rows: 0,
+            digest: 0xcbf2_9ce4_8422_2325,
+        };
+        Self { case, outcome }
+    }
+
+    pub(super) fn outcome(self) -> CaseOutcome {
+        self.outcome
+    }
+
+    pub(super) fn fail(&mut self, message: String) {
+        self.outcome.failures.push(message);
+    }
+
+    pub(super) fn count_rows(&mut self, decided: usize, ambiguous: usize) {
+        self.outcome.decided_rows += decided;
+        self.outcome.ambiguous_rows += ambiguous;
+    }
+
+    /// Calls the backend twice and returns the outputs of the first call.
+    pub(super) fn run(&mut self, call: impl Fn() -> Result<Vec<Buffer>>) -> Result<Vec<Buffer>> {
+        let (first, second) = (guarded(&call)?, guarded(&call)?);
+        for (a, b) in first.iter().zip(&second) {
+            self.look_at_memory(a);
+            self.same_bits("a repeated call", a, b)?;
+        }
+        Ok(first)
+    }
+
+    /// Requires equal bits of two results of the same call.
+    pub(super) fn same_bits(&mut self, what: &str, a: &Buffer, b: &Buffer) -> Result<()> {
+        if a.bits() == b.bits() {
+            return Ok(());
+        }
+        let (x, y) = (a.view()?.to_f64(), b.view()?.to_f64());
+        let place = x.iter().zip(&y).position(|(x, y)| x.to_bits() != y.to_bits()).unwrap_or(0);
+        let (name, index) = (a.name(), unravel(place, a.shape()));
+        self.fail(format!("{name}{index:?}: {what} gave {:e} after {:e}", y[place], x[place]));
+        Ok(())
+    }
+
+    fn look_at_memory(&mut self, buffer: &Buffer) {
+        for bits in buffer.bits() {
+            // FNV-1a over words.
+            self.outcome.digest = (self.outcome.digest ^ u64::from(bits)).wrapping_mul(0x0100_0000_01b3);
+        }
+        if let Some(index) = buffer.first_unwritten() {
+            self.fail(format!("{}{index:?}: was not written", buffer.name()));
+        }
+        if let Some(offset) = buffer.first_overrun() {
+            self.fail(format!("{}: element {offset} of the memory, outside of the view, was written", buffer.name()));
+        }
+    }
+
+    /// Compares outputs with `evaluate`, which computes the same tensors in any arithmetic.
+    pub(super) fn compare(&mut self, got: &[Buffer], evaluate: impl Fn(&dyn Arithmetic) -> Vec<Array>) -> Result<()> {
+        let exact = evaluate(&Exact);
+        let mut naive = vec![evaluate(&Rounded(self.case.dtype))];
+        let mut seeds = random(self.case, Stream::Noise);
+        for _ in 0..noisy_evaluations(self.case) {
+            naive.push(evaluate(&Noisy::new(self.case.dtype, seeds.next())));
+        }
+        for (number, (buffer, exact)) in got.iter().zip(&exact).enumerate() {
+            let view = buffer.view()?;
+            if view.shape() != exact.shape() {
+                return Err(Error::input(buffer.name(), format!("{:?}", exact.shape()), format!("{:?}", view.shape())));
+            }
+            let bound = tolerance::bound(view.dtype(), exact, naive.iter().map(|tensors| &tensors[number]));
+            if let Some(worst) = tolerance::worst(buffer.name(), &view, exact, bound) {
+                self.judge(worst);
+            }
+        }
+        Ok(())
+    }
+
+    fn judge(&mut self, worst: Worst) {
+        if worst.ratio > 1.0 {
+            self.fail(worst.to_string());
+        }
+        if self.outcome.worst.as_ref().is_none_or(|old| worst.ratio > old.ratio) {
+            self.outcome.worst_ratio = worst.ratio;
+            self.outcome.worst = Some(worst);
+        }
+    }
+}
+
+/// A panic of the backend is the failure of a case, not the end of the suite.
+fn guarded<T>(call: &impl Fn() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+        Err(Error::Backend { backend: "tested".into(), message: format!("panicked: {text}") })
+    })
+}
