@@ -11,6 +11,8 @@ mod machine;
 mod options;
 mod output;
 mod progress;
+mod random;
+mod sampled;
 mod tensor_file;
 mod whole_file;
 

@@ -89,7 +89,7 @@ impl Batch {
     pub fn from_lengths(lengths: &[usize]) -> Result<Self> {
         let mut sums = vec![0i32];
         for length in lengths {
-            let next = sums[sums.len() - 1] as usize + length;
+            let next = (sums[sums.len() - 1] as usize).saturating_add(*length);
             sums.push(i32::try_from(next).map_err(|_| Error::input("cu_seqlens_q", "a total below 2^31", next))?);
         }
         Self::from_cu_seqlens(&sums, &sums)
@@ -198,6 +198,14 @@ mod tests {
         let last = batch.slice_queries(5..8);
         assert_eq!(last.sequences()[0].query_len(), 0);
         assert_eq!(last.sequences()[2], Sequence { query_rows: 0..3, kv_rows: 10..15, first_position: 2 });
+    }
+
+    #[test]
+    fn a_total_that_no_prefix_sum_holds_is_refused() {
+        for lengths in [[1 << 30, 1 << 30], [5, usize::MAX]] {
+            let error = Batch::from_lengths(&lengths).expect_err("2^31 tokens or more");
+            assert_eq!(error.argument(), Some("cu_seqlens_q"), "{error}");
+        }
     }
 
     #[test]

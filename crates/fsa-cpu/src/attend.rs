@@ -9,7 +9,6 @@ use crate::score::BlockScores;
 use crate::simd::{Left, Online, Product, SoftmaxStrip, scale, softmax_strip};
 use crate::tile::{KeyValueTile, Operands, Span, WorkItem, strip_columns};
 use fsa_core::plan::{KEYS_PER_TILE, STRIP_ROWS};
-use std::f32::consts::LN_2;
 use std::ops::Range;
 
 /// Scratch memory of a worker.
@@ -23,11 +22,11 @@ pub(crate) struct Worker {
 /// Packed query rows of a work item and what has been accumulated for them.
 #[derive(Debug, Default)]
 pub(crate) struct RowState {
-    /// `[rows, padded head_dim]`, times scale and log2(e).
+    /// `[rows, padded head_dim]`, with the sign of the scale.
     pub query: Vec<f32>,
     /// `[rows, padded value_dim]`, unnormalised.
     pub sums: Vec<f32>,
-    /// Base-2 running maximum of every row.
+    /// Running maximum of every row, an exponent of 2.
     pub max: Vec<f32>,
     /// Running denominator of every row.
     pub denominator: Vec<f32>,
@@ -51,7 +50,11 @@ impl RowState {
         for (row, sums) in self.sums.chunks_exact_mut(dv).take(rows).enumerate() {
             let denominator = self.denominator[row];
             scale(operands.isa, sums, if denominator == 0.0 { 0.0 } else { 1.0 / denominator });
-            self.max[row] = (self.max[row] + denominator.log2()) * LN_2;
+            // In f64, with the factor that `exponent` stands for: an f32 product would round a large
+            // log-sum-exp again, and the backward has nothing to cancel that with.
+            let largest = f64::from(self.max[row]) * operands.natural;
+            let lse = (largest + f64::from(denominator).ln()) as f32;
+            self.max[row] = if denominator == 0.0 { f32::NEG_INFINITY } else { lse };
         }
         let first = item.query_rows().start;
         let place = |row: usize| (first + row / group, item.kv_head * group + row % group);
@@ -85,13 +88,9 @@ pub(crate) fn add_values(
     if tile.finite() || visible.iter().all(|v| *v == (0, width as u32)) {
         Product {
             left: Left::Rows { data: probabilities, stride: width },
-            right: &tile.value()[columns.start * dv..],
-            right_stride: dv,
-            out: target,
-            out_stride: dv,
-            rows: visible.len(),
-            depth: width,
-            columns: dv,
+            right: (&tile.value()[columns.start * dv..], dv),
+            out: (target, dv),
+            size: [visible.len(), width, dv],
             accumulate,
         }
         .run(operands.isa);
@@ -120,13 +119,9 @@ pub(crate) fn score_strip(
 ) {
     Product {
         left: Left::Rows { data: query, stride: operands.strides().0 },
-        right: &tile.key_t()[columns.start..],
-        right_stride: tile.columns(),
-        out: scores,
-        out_stride: columns.len(),
-        rows,
-        depth: operands.shape.head_dim,
-        columns: columns.len(),
+        right: (&tile.key_t()[columns.start..], tile.columns()),
+        out: (scores, columns.len()),
+        size: [rows, operands.shape.head_dim, columns.len()],
         accumulate: false,
     }
     .run(operands.isa);
@@ -186,7 +181,10 @@ fn attend_strip(
         sum: &mut state.denominator[rows.clone()],
         correction: &mut correction,
     };
-    softmax_strip(operands.isa, SoftmaxStrip { scores, columns: columns.len(), visible, state: online });
+    softmax_strip(
+        operands.isa,
+        SoftmaxStrip { scores, exponent: operands.exponent, columns: columns.len(), visible, state: online },
+    );
     let sums = &mut state.sums[rows.start * dv..rows.end * dv];
     for (row, factor) in sums.chunks_exact_mut(dv).zip(&correction) {
         if *factor != 1.0 {

@@ -26,7 +26,7 @@ impl<'a> Gates<'a> {
     /// The three gates of a row and head.
     pub(crate) fn get(&self, row: usize, head: usize) -> [f32; 3] {
         let mut gate = [0.0; 3];
-        self.rows.load(self.layout.index(&[row, head]), &mut gate);
+        self.rows.load(self.layout.leading(&[row, head]), &mut gate);
         gate
     }
 }

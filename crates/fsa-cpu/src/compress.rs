@@ -40,6 +40,8 @@ fn items<'a>(batch: &'a Batch, shape: &CompressShape, step: usize) -> Vec<Item<'
 
 /// Weights of a checked call, widened.
 enum Weights<'a> {
+    /// The same factor everywhere.
+    Mean(f32),
     /// One factor per place of the window and head, `[num_kv_heads, kernel_size]`.
     Factors(Vec<f32>),
     /// `[num_kv_heads, kernel_size * dim, dim]` and the position embedding.
@@ -50,7 +52,7 @@ impl<'a> Weights<'a> {
     fn new(compression: &Compression<'a>, shape: &CompressShape) -> Result<Self> {
         let (heads, size) = (shape.num_kv_heads, shape.kernel_size);
         Ok(match compression {
-            Compression::Mean => Self::Factors(vec![1.0 / size as f32; heads * size]),
+            Compression::Mean => Self::Mean(1.0 / size as f32),
             Compression::Weighted { weight } => {
                 let rows = Rows::new("weight", weight)?;
                 let mut factors = vec![0.0; heads * size];
@@ -67,10 +69,22 @@ impl<'a> Weights<'a> {
     }
 }
 
+impl Weights<'_> {
+    /// Factor of a place of the window, for the kinds that have one.
+    fn factor(&self, index: usize) -> f32 {
+        match self {
+            Self::Mean(factor) => *factor,
+            Self::Factors(factors) => factors[index],
+            Self::Linear { .. } => 1.0,
+        }
+    }
+}
+
 /// Slice j of a head's weight as `[dim, padded dim]`: row e holds the weights of element e of place j.
 fn load_slice(weight: &Rows<'_>, head: usize, place: usize, dim: usize, target: &mut [f32]) {
     for (e, row) in target.chunks_exact_mut(padded(dim)).take(dim).enumerate() {
         weight.load(&[head, place * dim + e], row);
+        row[dim..].fill(0.0);
     }
 }
 
@@ -84,10 +98,10 @@ pub(crate) fn compress(args: &CompressArgs<'_>, out: &mut TensorViewMut<'_>, isa
     items.par_iter().for_each_init(<[Vec<f32>; 3]>::default, |[rows, sums, weight], item| {
         let sums = scratch(sums, item.windows.len() * padded(shape.dim));
         match &weights {
-            Weights::Factors(factors) => weighted_item(isa, &shape, &input, factors, item, rows, sums),
             Weights::Linear { weight: source, position } => {
                 linear_item(isa, &shape, &input, (source, position.as_ref()), item, (rows, weight), sums);
             }
+            factors => weighted_item(isa, &shape, &input, factors, item, rows, sums),
         }
         let mut sink = sink.lock();
         for (window, row) in item.windows.clone().zip(sums.chunks_exact(padded(shape.dim))) {
@@ -102,7 +116,7 @@ fn weighted_item(
     isa: Isa,
     shape: &CompressShape,
     input: &Rows<'_>,
-    factors: &[f32],
+    factors: &Weights<'_>,
     item: &Item<'_>,
     rows: &mut Vec<f32>,
     sums: &mut [f32],
@@ -112,11 +126,10 @@ fn weighted_item(
     let count = (item.windows.len() - 1) * step + size;
     let rows = scratch(rows, count * dim);
     input.load_rows(item.sequence.kv_rows.start + first, 1, count, item.head, rows);
-    let factors = &factors[item.head * size..(item.head + 1) * size];
     sums.fill(0.0);
     for (w, sum) in sums.chunks_exact_mut(dim).enumerate() {
-        for (row, factor) in rows[w * step * dim..].chunks_exact(dim).zip(factors) {
-            add(isa, sum, row, *factor);
+        for (place, row) in rows[w * step * dim..].chunks_exact(dim).take(size).enumerate() {
+            add(isa, sum, row, factors.factor(item.head * size + place));
         }
     }
 }
@@ -140,13 +153,9 @@ fn linear_item(
         load_slice(source, item.head, place, shape.dim, weight);
         Product {
             left: Left::Rows { data: rows, stride: dim },
-            right: weight,
-            right_stride: dim,
-            out: sums,
-            out_stride: dim,
-            rows: count,
-            depth: shape.dim,
-            columns: dim,
+            right: (weight, dim),
+            out: (sums, dim),
+            size: [count, shape.dim, dim],
             accumulate: place > 0,
         }
         .run(isa);
@@ -221,6 +230,7 @@ pub(crate) fn gradients(
     let call = Backward { isa, shape, batch: args.batch, input, grad_out, weights };
     call.grad_input(grad_input, accumulate);
     match &call.weights {
+        Weights::Mean(_) => {}
         Weights::Factors(_) => sinks.weight.iter().for_each(|sink| call.grad_factors(sink)),
         Weights::Linear { weight, position } => {
             if sinks.weight.is_some() || sinks.position.is_some() {
@@ -273,7 +283,7 @@ impl Backward<'_> {
             let count = WINDOWS.min(tokens - first);
             let sums = scratch(sums, count * dim);
             sums.fill(0.0);
-            for q in 0..size / step {
+            for q in 0..(size / step).min(first + count) {
                 // Tokens of this piece whose window `m - q` exists.
                 let (start, end) = (first.max(q), (first + count).min(windows + q));
                 if start < end {
@@ -295,26 +305,22 @@ impl Backward<'_> {
     fn add_place(&self, head: usize, place: usize, grads: &[f32], weight: &mut Vec<f32>, target: &mut [f32]) {
         let dim = padded(self.shape.dim);
         match &self.weights {
-            Weights::Factors(factors) => add(self.isa, target, grads, factors[head * self.shape.kernel_size + place]),
             Weights::Linear { weight: source, .. } => {
                 let (plain, transposed) = scratch(weight, 2 * dim * dim).split_at_mut(dim * dim);
                 load_slice(source, head, place, self.shape.dim, plain);
-                // Columns past `dim` would hold what an earlier, wider call left there.
                 transposed.fill(0.0);
                 transpose(self.isa, transposed, dim, plain, dim, self.shape.dim, self.shape.dim);
+                let size = [target.len() / dim, self.shape.dim, dim];
                 Product {
                     left: Left::Rows { data: grads, stride: dim },
-                    right: transposed,
-                    right_stride: dim,
-                    rows: target.len() / dim,
-                    out: target,
-                    out_stride: dim,
-                    depth: self.shape.dim,
-                    columns: dim,
+                    right: (transposed, dim),
+                    out: (target, dim),
+                    size,
                     accumulate: true,
                 }
                 .run(self.isa);
             }
+            factors => add(self.isa, target, grads, factors.factor(head * self.shape.kernel_size + place)),
         }
     }
 
@@ -358,13 +364,9 @@ impl Backward<'_> {
                 }
                 Product {
                     left: Left::Columns { data: rows, stride: dim },
-                    right: grads,
-                    right_stride: dim,
-                    out: slice,
-                    out_stride: dim,
-                    rows: real,
-                    depth: count,
-                    columns: dim,
+                    right: (grads, dim),
+                    out: (slice, dim),
+                    size: [real, count, dim],
                     accumulate: true,
                 }
                 .run(self.isa);

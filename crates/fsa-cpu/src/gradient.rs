@@ -5,10 +5,9 @@
 //! gradients of its tiles over the whole unit and sums its own query gradient of the chunk; the parts'
 //! sums are then added in order. The partition depends on shapes only, so results do not depend on threads.
 //!
-//! With base-2 scores x (query rows carry scale and log2(e)), p = 2^(x - lse), dp = grad_out . value,
-//! ds = p (dp - delta), delta = grad_out . out - grad_lse:
-//! grad_value += p^T grad_out, grad_key += ds^T query (times ln 2, which cancels log2(e)),
-//! grad_query += ds key (times scale).
+//! With p = exp(scale * query . key - lse), dp = grad_out . value, ds = p (dp - delta) and
+//! delta = grad_out . out - grad_lse: grad_value += p^T grad_out, grad_key += scale ds^T query,
+//! grad_query += scale ds key.
 
 use crate::rows::{Rows, Sink, scratch};
 use crate::selected::{self, Selection};
@@ -17,7 +16,6 @@ use crate::tile::{KeyValueTile, Operands, Span, WorkItem, strip_columns};
 use fsa_core::InverseIndex;
 use fsa_core::plan::{BackwardTile, STRIP_ROWS};
 use rayon::prelude::*;
-use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
 /// Which rows of a chunk meet which keys.
@@ -49,11 +47,11 @@ pub(crate) struct GradSinks<'a, 'b> {
 /// Query rows of a chunk with what the backward needs of each.
 #[derive(Debug, Default)]
 struct Chunk {
-    /// `[rows, padded head_dim]`, times scale and log2(e).
+    /// `[rows, padded head_dim]`, with the sign of the scale.
     query: Vec<f32>,
     /// `[rows, padded value_dim]`.
     grad_out: Vec<f32>,
-    /// Base-2 log-sum-exp of every row.
+    /// Log-sum-exp of every row.
     lse: Vec<f32>,
     /// `grad_out . out - grad_lse` of every row.
     delta: Vec<f32>,
@@ -87,7 +85,7 @@ impl Chunk {
             let (token, head) = (item.query_rows().start + row / group, item.kv_head * group + row % group);
             inputs.out.load(&[token, head], out);
             let grad_lse = inputs.grad_lse.as_ref().map_or(0.0, |grad| element(grad, head, token));
-            lse[row] = element(&inputs.lse, head, token) * LOG2_E;
+            lse[row] = element(&inputs.lse, head, token);
             delta[row] = dot(operands.isa, &grad_out[row * dv..(row + 1) * dv], out) - grad_lse;
         }
     }
@@ -268,25 +266,22 @@ impl Job<'_> {
         ] {
             Product {
                 left: Left::Rows { data: left, stride },
-                right: &right[columns.start..],
-                right_stride: tile.columns(),
-                out,
-                out_stride: width,
-                rows: height,
-                depth,
-                columns: width,
+                right: (&right[columns.start..], tile.columns()),
+                out: (out, width),
+                size: [height, depth, width],
                 accumulate: false,
             }
             .run(isa);
         }
-        let (lse, delta) = (rows.lse, rows.delta);
-        gradient_strip(isa, GradientStrip { scores, grads, columns: width, visible: seen, lse, delta });
+        let (scale, lse, delta) = (self.operands.scale.abs(), rows.lse, rows.delta);
+        gradient_strip(isa, GradientStrip { scores, grads, columns: width, visible: seen, scale, lse, delta });
         let first = slot * self.keys + columns.start;
         let grad_value = &mut part.grad_value[first * dv..];
         let grad_key = &mut part.grad_key[first * d..];
         let key = &tile.key()[columns.start * d..];
         let all_seen = seen.iter().all(|v| *v == (0, width as u32));
-        if !all_seen && !(tile.finite() && self.chunk.finite) {
+        let all_finite = tile.finite() && self.chunk.finite;
+        if !(all_seen || all_finite) {
             visible_products(isa, (d, dv), seen, width, (scores, grads), key, rows, (grad_key, grad_value));
             return;
         }
@@ -295,26 +290,18 @@ impl Job<'_> {
         {
             Product {
                 left: Left::Columns { data: left, stride: width },
-                right,
-                right_stride: stride,
-                out,
-                out_stride: stride,
-                rows: width,
-                depth: height,
-                columns: stride,
+                right: (right, stride),
+                out: (out, stride),
+                size: [width, height, stride],
                 accumulate: true,
             }
             .run(isa);
         }
         Product {
             left: Left::Rows { data: grads, stride: width },
-            right: key,
-            right_stride: d,
-            out: rows.grad_query,
-            out_stride: d,
-            rows: height,
-            depth: width,
-            columns: d,
+            right: (key, d),
+            out: (rows.grad_query, d),
+            size: [height, width, d],
             accumulate: true,
         }
         .run(isa);
@@ -401,7 +388,7 @@ fn write_keys(
     let step = parts.len();
     for (p, part) in parts.iter_mut().enumerate() {
         let part = &mut part.keys;
-        scale(operands.isa, &mut part.grad_key, LN_2);
+        scale(operands.isa, &mut part.grad_key, operands.scale.abs());
         for (slot, start) in (p * tile.keys..unit.keys.len()).step_by(step * tile.keys).enumerate() {
             for k in 0..tile.keys.min(unit.keys.len() - start) {
                 let (row, local) = (unit.keys.start + start + k, slot * tile.keys + k);

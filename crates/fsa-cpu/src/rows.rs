@@ -48,11 +48,13 @@ impl<'a> Rows<'a> {
         each!(self, Rows, rows => rows.load_row(leading, target));
     }
 
-    /// Copies the vectors of `count` rows of one head, from `first` on in steps of `step`, to padded rows of `target`.
+    /// Copies the vectors of `count` rows of one head, from `first` on in steps of `step`, to rows of
+    /// `target` padded with zeros.
     pub(crate) fn load_rows(&self, first: usize, step: usize, count: usize, head: usize, target: &mut [f32]) {
-        let stride = padded(self.shape()[2]);
-        for (i, row) in target.chunks_exact_mut(stride).take(count).enumerate() {
+        let dim = self.shape()[2];
+        for (i, row) in target.chunks_exact_mut(padded(dim)).take(count).enumerate() {
             self.load(&[first + i * step, head], row);
+            row[dim..].fill(0.0);
         }
     }
 }

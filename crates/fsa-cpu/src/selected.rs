@@ -106,7 +106,10 @@ fn attend_strip(
     let (mut max, mut sum) = ([f32::NEG_INFINITY; STRIP_ROWS], [0.0f32; STRIP_ROWS]);
     let mut correction = [0.0f32; STRIP_ROWS];
     let local = Online { max: &mut max, sum: &mut sum, correction: &mut correction };
-    softmax_strip(operands.isa, SoftmaxStrip { scores, columns: columns.len(), visible: seen, state: local });
+    softmax_strip(
+        operands.isa,
+        SoftmaxStrip { scores, exponent: operands.exponent, columns: columns.len(), visible: seen, state: local },
+    );
     let partial = scratch(&mut strip.partial, rows.len() * dv);
     add_values(operands, tile, &columns, seen, scores, partial, false);
     merge(operands, state, rows, partial, (&max, &sum));

@@ -15,17 +15,25 @@ pub(crate) struct Operands<'a> {
     pub shape: AttentionShape,
     /// Factor of the logits.
     pub scale: f32,
+    /// `|scale| * log2(e)`: scores times this are exponents of 2. Never 0, so that `-inf` stays `-inf`.
+    pub exponent: f32,
+    /// Exponents of 2 times this are logits.
+    pub natural: f64,
     pub isa: Isa,
 }
 
 impl<'a> Operands<'a> {
     pub(crate) fn new(args: &AttentionArgs<'a>, shape: AttentionShape, isa: Isa) -> Result<Self> {
+        let scale = args.scale();
+        let exponent = (scale.abs() * LOG2_E).max(f32::MIN_POSITIVE);
         Ok(Self {
             query: Rows::new("query", &args.query)?,
             key: Rows::new("key", &args.key)?,
             value: Rows::new("value", &args.value)?,
             shape,
-            scale: args.scale(),
+            scale,
+            exponent,
+            natural: f64::from(scale.abs()) / f64::from(exponent),
             isa,
         })
     }
@@ -41,11 +49,13 @@ impl<'a> Operands<'a> {
     }
 
     /// Loads the query rows of `tokens` (rows of the tensor) of one kv head, token by token and head
-    /// by head, multiplied by the scale and log2(e): scores are then exponents of 2.
+    /// by head, with the sign of the scale. Its magnitude is applied to differences of scores, not here:
+    /// rounding every element would cost as many bits as the scores are large.
     pub(crate) fn load_query(&self, tokens: Range<usize>, kv_head: usize, target: &mut [f32]) {
-        let factor = self.scale * LOG2_E;
         self.load_group(&self.query, tokens, kv_head, self.strides().0, target);
-        target.iter_mut().for_each(|v| *v *= factor);
+        if self.scale < 0.0 {
+            target.iter_mut().for_each(|v| *v = -*v);
+        }
     }
 
     /// Loads the rows of `tokens` of every query head of `kv_head` from a tensor shaped like query or out.
@@ -60,6 +70,7 @@ impl<'a> Operands<'a> {
         let group = self.group();
         for (i, row) in target.chunks_exact_mut(stride).take(tokens.len() * group).enumerate() {
             source.load(&[tokens.start + i / group, kv_head * group + i % group], row);
+            row[source.shape()[2]..].fill(0.0);
         }
     }
 }

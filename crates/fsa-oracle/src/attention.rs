@@ -155,22 +155,29 @@ fn attend_row<'k>(
     AttentionRow { keys, logits, out, lse: a.op(max + a.op(sum.ln())) }
 }
 
+/// Row `row` of head `head`, which sees `keys`.
+pub fn one_row(
+    a: &dyn Arithmetic,
+    inputs: &AttentionInputs<'_>,
+    keys: Vec<usize>,
+    row: usize,
+    head: usize,
+) -> AttentionRow {
+    let kv_head = head / inputs.gqa_group_size().max(1);
+    let what = (inputs.query.row(&[row, head]), inputs.scale, inputs.value.shape()[2]);
+    let listed = keys.clone();
+    let key = |k: usize| inputs.key.row(&[listed[k], kv_head]);
+    attend_row(a, what, keys, key, |k| inputs.value.row(&[listed[k], kv_head]))
+}
+
 /// `out` and `lse` of every row.
 pub fn forward(a: &dyn Arithmetic, inputs: &AttentionInputs<'_>, visible: &Visible<'_>) -> AttentionForward {
-    let (total_q, heads, value_dim) = (inputs.query.shape()[0], inputs.num_q_heads(), inputs.value.shape()[2]);
-    let mut out = Array::zeros(&[total_q, heads, value_dim]);
+    let (total_q, heads) = (inputs.query.shape()[0], inputs.num_q_heads());
+    let mut out = Array::zeros(&[total_q, heads, inputs.value.shape()[2]]);
     let mut lse = Array::filled(&[heads, total_q], f64::NEG_INFINITY);
     let mut rows = Vec::with_capacity(heads * total_q);
     for (head, place) in inputs.heads_and_places() {
-        let keys = visible(&place);
-        let query = inputs.query.row(&[place.row, head]);
-        let row = attend_row(
-            a,
-            (query, inputs.scale, value_dim),
-            keys.clone(),
-            |k| inputs.key.row(&[keys[k], place.kv_head]),
-            |k| inputs.value.row(&[keys[k], place.kv_head]),
-        );
+        let row = one_row(a, inputs, visible(&place), place.row, head);
         out.row_mut(&[place.row, head]).copy_from_slice(&row.out);
         *lse.at_mut(&[head, place.row]) = row.lse;
         rows.push(row);

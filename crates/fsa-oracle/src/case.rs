@@ -1,7 +1,8 @@
 //! A case of the conformance suite: everything that decides one call, in one line of text.
 
+use fsa_core::config::BLOCK_SIZES;
 use fsa_core::ops::GateLayout;
-use fsa_core::{Batch, DType, Error, NsaConfig, Result, Rope, RopeScaling, ScoreHeads, Stage};
+use fsa_core::{Batch, DType, Error, NsaConfig, Result, Rope, RopeScaling, Stage};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -228,7 +229,7 @@ impl Case {
     /// Checks that the case can be built at all.
     pub fn validate(&self) -> Result<()> {
         self.batch()?;
-        self.config.validate()?;
+        self.validate_config()?;
         if !self.dtype.is_float() {
             return Err(Error::input("dtype", "f32, bf16 or f16", self.dtype));
         }
@@ -247,6 +248,22 @@ impl Case {
             _ => None,
         };
         other.map_or(Ok(()), |expected| Err(Error::input("stage", expected, format!("{}:{}", self.stage, self.pass))))
+    }
+
+    /// Only what the stage reads: any number of blocks may be listed for `selected`, for example.
+    fn validate_config(&self) -> Result<()> {
+        let reads = |argument: &str| match argument {
+            "topk" | "block_size" => matches!(self.stage, Stage::Select | Stage::Nsa),
+            _ => true,
+        };
+        match self.config.validate() {
+            Err(error) if error.argument().is_some_and(reads) => return Err(error),
+            _ => {}
+        }
+        if self.stage == Stage::Selected && !BLOCK_SIZES.contains(&self.config.block_size) {
+            return Err(Error::input("block", "one of 16, 32, 64, 128, 256", self.config.block_size));
+        }
+        Ok(())
     }
 
     /// Query heads that share one kv head.

@@ -22,7 +22,6 @@ pub enum Stream {
     KeyPosition,
     ValueWeight,
     ValuePosition,
-    Branch,
     Noise,
 }
 
@@ -39,8 +38,10 @@ pub fn normal(case: &Case, name: &'static str, stream: Stream, shape: &[usize], 
 }
 
 /// Factors of query and key, of value, and of gradients. Powers of two; none lets f16 overflow.
-pub fn magnitudes(hostile: Hostile) -> (f64, f64, f64) {
-    match hostile {
+pub fn magnitudes(case: &Case) -> (f64, f64, f64) {
+    match case.hostile {
+        // The gradients of the whole operation multiply more of them.
+        Hostile::Huge if case.stage == Stage::Nsa => (4.0, 4.0, 1.0),
         Hostile::Huge => (16.0, 16.0, 1.0),
         Hostile::Tiny => (1.0 / 64.0, 1.0 / 256.0, 1.0 / 256.0),
         _ => (1.0, 1.0, 1.0),
@@ -72,7 +73,7 @@ impl AttentionData {
     /// Builds the tensors of a case.
     pub fn new(case: &Case) -> Result<Self> {
         let batch = case.batch()?;
-        let (qk, v, grad) = magnitudes(case.hostile);
+        let (qk, v, grad) = magnitudes(case);
         let (q_heads, kv_heads) = (case.num_q_heads, case.num_kv_heads);
         let total_q = batch.total_q();
         let total_keys = match case.stage {
@@ -107,7 +108,8 @@ impl AttentionData {
     pub fn stage(&self) -> Result<AttentionStage<'_>> {
         let config = &self.case.config;
         match self.case.stage {
-            Stage::Dense => Ok(AttentionStage::Dense),
+            // Dense attention sees all that any branch of the whole operation may see.
+            Stage::Dense | Stage::Nsa => Ok(AttentionStage::Dense),
             Stage::Window => Ok(AttentionStage::Window { window_size: config.window_size }),
             Stage::Compressed | Stage::Select => Ok(fsa_core::backend::compressed_stage(config)),
             Stage::Selected => {

@@ -7,7 +7,8 @@
 //!                  + 4 ulp of the output dtype at the largest magnitude of the exact tensor
 //! ```
 //!
-//! NaN and infinities must lie where the oracle has them. The naive evaluation is made several times: once with
+//! NaN and infinities must lie where the oracle has them; besides, an element so large that a value within the bound
+//! overflows the dtype may be infinite. The naive evaluation is made several times: once with
 //! every operation rounded to nearest, and with random errors of the size of a rounding ([`crate::arithmetic`]);
 //! its error is the largest of them.
 //!
@@ -40,6 +41,16 @@ pub fn ulp(dtype: DType, magnitude: f64) -> f64 {
         DType::I32 => 1.0,
     };
     if magnitude > 0.0 { (dtype.epsilon() * magnitude.log2().floor().exp2()).max(smallest) } else { smallest }
+}
+
+/// Largest finite number of `dtype`.
+fn largest(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => f64::from(f32::MAX),
+        DType::Bf16 => fsa_core::bf16::MAX.to_f64(),
+        DType::F16 => fsa_core::f16::MAX.to_f64(),
+        DType::I32 => f64::from(i32::MAX),
+    }
 }
 
 /// The worst element of a tensor.
@@ -78,10 +89,11 @@ pub fn bound<'a>(dtype: DType, exact: &Array, naive: impl IntoIterator<Item = &'
 }
 
 /// The element with the largest error over `bound`; `None` for an empty tensor.
-pub fn worst(tensor: &str, got: &TensorView<'_>, exact: &Array, bound: f64) -> Option<Worst> {
+pub fn worst(tensor: &str, view: &TensorView<'_>, exact: &Array, bound: f64) -> Option<Worst> {
     let mut worst: Option<(f64, usize, f64, f64)> = None;
-    for (place, (got, expected)) in got.to_f64().into_iter().zip(exact.data()).enumerate() {
-        let ratio = ratio(got, *expected, bound);
+    for (place, (got, expected)) in view.to_f64().into_iter().zip(exact.data()).enumerate() {
+        let overflows = got.is_infinite() && *expected * got.signum() + bound > largest(view.dtype());
+        let ratio = if overflows { 0.0 } else { ratio(got, *expected, bound) };
         if worst.is_none_or(|(largest, ..)| ratio > largest) {
             worst = Some((ratio, place, got, *expected));
         }

@@ -37,7 +37,7 @@ impl Engine {
     /// ```
     pub fn cpu() -> Result<Self> {
         let environment = Environment::read()?;
-        Self::cpu_with(&CpuOptions { threads: environment.threads })
+        Self::cpu_with(&CpuOptions { threads: environment.threads, ..CpuOptions::default() })
     }
 
     /// The CPU backend as `options` say; the environment is not read.
@@ -48,7 +48,7 @@ impl Engine {
     ///
     /// ```
     /// # fn main() -> fsa::Result<()> {
-    /// let engine = fsa::Engine::cpu_with(&fsa::CpuOptions { threads: Some(2) })?;
+    /// let engine = fsa::Engine::cpu_with(&fsa::CpuOptions { threads: Some(2), ..Default::default() })?;
     /// # Ok(())
     /// # }
     /// ```
@@ -61,7 +61,7 @@ impl Engine {
     /// ```
     /// # fn main() -> fsa::Result<()> {
     /// use std::sync::Arc;
-    /// let backend = fsa::cpu::CpuBackend::new(&fsa::CpuOptions { threads: Some(1) })?;
+    /// let backend = fsa::cpu::CpuBackend::new(&fsa::CpuOptions { threads: Some(1), ..Default::default() })?;
     /// let engine = fsa::Engine::from_backend(Arc::new(backend));
     /// # Ok(())
     /// # }

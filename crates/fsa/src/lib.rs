@@ -87,3 +87,8 @@ pub use fsa_core::{
 };
 pub use fsa_core::{index, ops, plan, selection};
 pub use fsa_cpu::{self as cpu, CpuOptions};
+
+/// The example of the README is compiled and run with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct ReadmeExamples;

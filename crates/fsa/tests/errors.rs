@@ -306,6 +306,13 @@ fn weights_of_the_wrong_shape() {
     nsa_refuses(&NsaArgs { value_compression: compression, ..inputs.nsa() }, message);
     compress_refuses(&inputs, compression, "position: expected shape [2, 8, 16], got shape [1, 8, 16]");
 
+    // A window so long that the size of its weight overflows is refused like any other.
+    let weight = filled("weight", DType::F32, &[KV_HEADS, 8 * HEAD_DIM, HEAD_DIM]);
+    let compression = Compression::Linear { weight: weight.view(), position: None };
+    let config = NsaConfig { kernel_size: 1 << 62, ..inputs.config.clone() };
+    let message = "key_compression.weight: expected shape [2, 18446744073709551615, 8], got shape [2, 64, 8]";
+    nsa_refuses(&NsaArgs { config: &config, key_compression: compression, ..inputs.nsa() }, message);
+
     let weight = filled("weight", DType::F16, &[KV_HEADS, 8]);
     let compression = Compression::Weighted { weight: weight.view() };
     compress_refuses(&inputs, compression, "weight: expected dtype f32, got dtype f16");

@@ -32,7 +32,7 @@ impl GateLayout {
     }
 
     /// Leading indices of the gate vector of a row and head.
-    pub fn index<'i>(&self, index: &'i [usize; 2]) -> &'i [usize] {
+    pub fn leading<'i>(&self, index: &'i [usize; 2]) -> &'i [usize] {
         match self {
             GateLayout::PerRow => &index[..1],
             GateLayout::PerHead => index,

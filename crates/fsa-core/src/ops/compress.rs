@@ -89,7 +89,7 @@ impl CompressArgs<'_> {
                 expect_view("weight", dtype, &[num_kv_heads, kernel_size], weight)?;
             }
             Compression::Linear { weight, position } => {
-                expect_view("weight", dtype, &[num_kv_heads, kernel_size * dim, dim], weight)?;
+                expect_view("weight", dtype, &[num_kv_heads, kernel_size.saturating_mul(dim), dim], weight)?;
                 if let Some(position) = position {
                     expect_view("position", dtype, &[num_kv_heads, kernel_size, dim], position)?;
                 }

@@ -93,7 +93,8 @@ pub(super) fn compress_cost(input: &PlanInput<'_>) -> Cost {
 pub(super) fn select_cost(input: &PlanInput<'_>) -> Cost {
     let config = input.config;
     let all: f64 = input.batch.sequences().iter().map(|s| pairs(Stage::Compressed, s, config)).sum();
-    let weights = config.score_weights().len() as f64 * config.kernel_stride as f64 / config.block_size as f64;
+    let weights = ((config.block_size + config.kernel_size) / config.kernel_stride - 1) as f64;
+    let weights = weights * config.kernel_stride as f64 / config.block_size as f64;
     let forward_flops = 2.0 * weights * all * input.shape.num_q_heads as f64;
     let forward_bytes = input.shape.num_kv_heads * input.shape.total_q * config.topk * 4;
     Cost { forward_flops, forward_bytes, ..Cost::default() }

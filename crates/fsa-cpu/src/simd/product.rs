@@ -21,18 +21,16 @@ pub(crate) enum Left<'a> {
     Columns { data: &'a [f32], stride: usize },
 }
 
-/// One product; `columns` is a multiple of [`fsa_core::plan::VECTOR`].
+/// One product of row-major operands, each with the distance between its rows.
 pub(crate) struct Product<'a> {
+    /// `[rows, depth]`.
     pub left: Left<'a>,
-    /// `[depth, columns]`, row k at `k * right_stride`.
-    pub right: &'a [f32],
-    pub right_stride: usize,
-    /// `[rows, columns]`, row r at `r * out_stride`.
-    pub out: &'a mut [f32],
-    pub out_stride: usize,
-    pub rows: usize,
-    pub depth: usize,
-    pub columns: usize,
+    /// `[depth, columns]`.
+    pub right: (&'a [f32], usize),
+    /// `[rows, columns]`.
+    pub out: (&'a mut [f32], usize),
+    /// Rows, depth and columns; the columns are a multiple of [`fsa_core::plan::VECTOR`].
+    pub size: [usize; 3],
     /// Add to `out` instead of overwriting it.
     pub accumulate: bool,
 }
@@ -40,7 +38,7 @@ pub(crate) struct Product<'a> {
 impl Product<'_> {
     /// Computes the product.
     pub(crate) fn run(self, isa: Isa) {
-        debug_assert!(self.columns.is_multiple_of(fsa_core::plan::VECTOR));
+        debug_assert!(self.size[2].is_multiple_of(fsa_core::plan::VECTOR));
         isa.run(self);
     }
 }
@@ -52,8 +50,8 @@ impl WithSimd for Product<'_> {
         let lanes = S::F32_LANES;
         let widest = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
         let mut column = 0;
-        while column < self.columns {
-            let vectors = ((self.columns - column) / lanes).min(widest);
+        while column < self.size[2] {
+            let vectors = ((self.size[2] - column) / lanes).min(widest);
             match vectors {
                 4 => column_strip::<S, 4>(simd, &mut self, column),
                 3 => column_strip::<S, 3>(simd, &mut self, column),
@@ -68,11 +66,11 @@ impl WithSimd for Product<'_> {
 #[inline(always)]
 fn column_strip<S: Simd, const V: usize>(simd: S, p: &mut Product<'_>, column: usize) {
     let mut row = 0;
-    while row + ROWS <= p.rows {
+    while row + ROWS <= p.size[0] {
         register_tile::<S, ROWS, V>(simd, p, row, column);
         row += ROWS;
     }
-    match p.rows - row {
+    match p.size[0] - row {
         5 => register_tile::<S, 5, V>(simd, p, row, column),
         4 => register_tile::<S, 4, V>(simd, p, row, column),
         3 => register_tile::<S, 3, V>(simd, p, row, column),
@@ -86,8 +84,8 @@ fn column_strip<S: Simd, const V: usize>(simd: S, p: &mut Product<'_>, column: u
 #[inline(always)]
 fn register_tile<S: Simd, const R: usize, const V: usize>(simd: S, p: &mut Product<'_>, row: usize, column: usize) {
     let mut sums = [[simd.splat_f32s(0.0); V]; R];
-    let (depth, stride) = (p.depth, p.right_stride);
-    let right = &p.right[column..];
+    let (depth, (right, stride)) = (p.size[1], p.right);
+    let right = &right[column..];
     match p.left {
         Left::Rows { data, stride: left_stride } => {
             let mut rows = [&data[..0]; R];
@@ -112,7 +110,8 @@ fn register_tile<S: Simd, const R: usize, const V: usize>(simd: S, p: &mut Produ
         }
     }
     for (r, sums) in sums.iter().enumerate() {
-        let out = &mut p.out[(row + r) * p.out_stride + column..][..V * S::F32_LANES];
+        let (out, stride) = &mut p.out;
+        let out = &mut out[(row + r) * *stride + column..][..V * S::F32_LANES];
         let (out, _) = S::as_mut_simd_f32s(out);
         for v in 0..V {
             out[v] = if p.accumulate { simd.add_f32s(out[v], sums[v]) } else { sums[v] };

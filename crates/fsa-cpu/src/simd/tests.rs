@@ -31,13 +31,9 @@ fn products_of_every_shape_equal_plain_loops() {
                 };
                 Product {
                     left: operand,
-                    right: &right,
-                    right_stride,
-                    out: &mut out,
-                    out_stride,
-                    rows,
-                    depth,
-                    columns,
+                    right: (&right, right_stride),
+                    out: (&mut out, out_stride),
+                    size: [rows, depth, columns],
                     accumulate,
                 }
                 .run(isa);
@@ -91,7 +87,7 @@ fn softmax_hides_what_is_not_visible_even_nan() {
         let (mut max, mut sum) = (vec![f32::NEG_INFINITY; 16], vec![0.0; 16]);
         let mut correction = vec![0.0; 16];
         let state = Online { max: &mut max, sum: &mut sum, correction: &mut correction };
-        softmax_strip(isa, SoftmaxStrip { scores: &mut scores, columns: 32, visible: &visible, state });
+        softmax_strip(isa, SoftmaxStrip { scores: &mut scores, exponent: 1.0, columns: 32, visible: &visible, state });
         for (r, (first, end)) in visible.iter().enumerate() {
             let row = &scores[r * 32..(r + 1) * 32];
             let seen = &plain[r * 32..][*first as usize..*end as usize];
@@ -120,62 +116,5 @@ fn transposes_and_row_kernels_equal_plain_loops() {
         assert!(!all_finite(isa, &c));
         c[47] = f32::NAN;
         assert!(!all_finite(isa, &c));
-    }
-}
-
-#[test]
-#[ignore]
-fn bench_tmp() {
-    for isa in Isa::available() {
-        for (rows, depth, columns) in [(48, 64, 64), (48, 128, 64), (48, 64, 128), (256, 64, 64)] {
-            let a = values(rows * depth, 1);
-            let b = values(depth * columns, 2);
-            let mut c = vec![0.0; rows * columns];
-            for colmajor in [false, true] {
-                let t = std::time::Instant::now();
-                let n = 20000;
-                for _ in 0..n {
-                    let left = if colmajor {
-                        Left::Columns { data: &a, stride: rows }
-                    } else {
-                        Left::Rows { data: &a, stride: depth }
-                    };
-                    Product {
-                        left,
-                        right: &b,
-                        right_stride: columns,
-                        out: &mut c,
-                        out_stride: columns,
-                        rows,
-                        depth,
-                        columns,
-                        accumulate: true,
-                    }
-                    .run(isa);
-                }
-                let s = t.elapsed().as_secs_f64();
-                println!(
-                    "{} {rows}x{depth}x{columns} col={colmajor}: {:.1} GFLOP/s",
-                    isa.name(),
-                    2.0 * (rows * depth * columns * n) as f64 / s / 1e9
-                );
-            }
-        }
-        let mut s = values(48 * 64, 3);
-        let visible = vec![(0u32, 64u32); 48];
-        let (mut max, mut sum, mut correction) = (vec![0.0; 48], vec![0.0; 48], vec![0.0; 48]);
-        let t = std::time::Instant::now();
-        for _ in 0..20000 {
-            softmax_strip(
-                isa,
-                SoftmaxStrip {
-                    scores: &mut s,
-                    columns: 64,
-                    visible: &visible,
-                    state: Online { max: &mut max, sum: &mut sum, correction: &mut correction },
-                },
-            );
-        }
-        println!("{} softmax {:.2} ns/row", isa.name(), t.elapsed().as_secs_f64() * 1e9 / 20000.0 / 48.0);
     }
 }

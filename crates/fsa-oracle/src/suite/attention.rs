@@ -1,6 +1,6 @@
 //! Checks of the attention stages `dense`, `window`, `compressed`, `selected`.
 
-use super::check::Check;
+use super::check::{Check, gradient};
 use crate::array::Array;
 use crate::attention::{self, AttentionInputs};
 use crate::buffer::Buffer;
@@ -36,11 +36,9 @@ pub(super) fn forward(backend: &dyn Backend, case: &Case, check: &mut Check<'_>)
 }
 
 fn call_backward(backend: &dyn Backend, data: &AttentionData, forward: &[Buffer]) -> Result<Vec<Buffer>> {
-    let gradient =
-        |name, like: &Buffer| Buffer::poisoned(name, data.case.dtype, like.shape(), data.case.layout);
-    let mut query = gradient("grad_query", &data.query);
-    let mut key = gradient("grad_key", &data.key);
-    let mut value = gradient("grad_value", &data.value);
+    let mut query = gradient(&data.case, "grad_query", &data.query);
+    let mut key = gradient(&data.case, "grad_key", &data.key);
+    let mut value = gradient(&data.case, "grad_value", &data.value);
     let mut grads =
         AttentionGrads { grad_query: query.view_mut()?, grad_key: key.view_mut()?, grad_value: value.view_mut()? };
     let grad = AttentionGradArgs {

@@ -38,7 +38,12 @@ impl CaseOutcome {
 /// Evaluations with random errors besides the one rounded to nearest: more for small cases, in which a
 /// largest error over few elements says little.
 fn noisy_evaluations(case: &Case) -> usize {
-    if case.cost() < 400_000 { 3 } else { 1 }
+    (8_000_000 / case.cost().max(1)).clamp(4, 12)
+}
+
+/// Poisoned gradient of `like`, in the dtype and layout of the case.
+pub(super) fn gradient(case: &Case, name: &'static str, like: &Buffer) -> Buffer {
+    Buffer::poisoned(name, case.dtype, like.shape(), case.layout)
 }
 
 /// A case under way.
@@ -111,11 +116,20 @@ impl<'c> Check<'c> {
 
     /// Compares outputs with `evaluate`, which computes the same tensors in any arithmetic.
     pub(super) fn compare(&mut self, got: &[Buffer], evaluate: impl Fn(&dyn Arithmetic) -> Vec<Array>) -> Result<()> {
-        let exact = evaluate(&Exact);
-        let mut naive = vec![evaluate(&Rounded(self.case.dtype))];
+        self.try_compare(got, |a| Ok(evaluate(a)))
+    }
+
+    /// [`Check::compare`] where the evaluation may fail.
+    pub(super) fn try_compare(
+        &mut self,
+        got: &[Buffer],
+        evaluate: impl Fn(&dyn Arithmetic) -> Result<Vec<Array>>,
+    ) -> Result<()> {
+        let exact = evaluate(&Exact)?;
+        let mut naive = vec![evaluate(&Rounded(self.case.dtype))?];
         let mut seeds = random(self.case, Stream::Noise);
         for _ in 0..noisy_evaluations(self.case) {
-            naive.push(evaluate(&Noisy::new(self.case.dtype, seeds.next())));
+            naive.push(evaluate(&Noisy::new(self.case.dtype, seeds.next()))?);
         }
         for (number, (buffer, exact)) in got.iter().zip(&exact).enumerate() {
             let view = buffer.view()?;

@@ -6,13 +6,18 @@
 
 mod attention;
 mod check;
+mod combine;
+mod compress;
+mod nsa;
+mod rope;
+mod select;
 
 pub use check::CaseOutcome;
 
 use crate::case::{Case, Pass};
 use crate::generate::generate;
 use check::Check;
-use fsa_core::{Backend, DType, Result, Stage};
+use fsa_core::{Backend, DType, Error, Result, Stage};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -189,6 +194,14 @@ fn dispatch(backend: &dyn Backend, case: &Case, check: &mut Check<'_>) -> Result
         (Stage::Compressed | Stage::Selected | Stage::Window | Stage::Dense, Pass::Backward) => {
             attention::backward(backend, case, check)
         }
-        _ => Ok(()),
+        (Stage::Compress, Pass::Forward) => compress::forward(backend, case, check),
+        (Stage::Compress, Pass::Backward) => compress::backward(backend, case, check),
+        (Stage::Rope, _) => rope::rotate(backend, case, check),
+        (Stage::Combine, Pass::Forward) => combine::forward(backend, case, check),
+        (Stage::Combine, Pass::Backward) => combine::backward(backend, case, check),
+        (Stage::Select, _) => select::forward(backend, case, check),
+        (Stage::Nsa, Pass::Forward) => nsa::forward(backend, case, check),
+        (Stage::Nsa, Pass::Backward) => nsa::backward(backend, case, check),
+        (Stage::Index, _) => Err(Error::input("stage", "a stage with an operation of its own", "index")),
     }
 }

@@ -9,6 +9,12 @@ use half::{bf16, f16};
 use std::fmt;
 use std::ops::Range;
 
+mod owned;
+mod strided;
+
+pub use owned::{Storage, Tensor};
+pub use strided::{Strided, StridedMut};
+
 /// Largest rank of a tensor of the project.
 pub const MAX_RANK: usize = 4;
 
@@ -145,6 +151,7 @@ macro_rules! variants {
         }
     };
 }
+use variants;
 
 /// A borrowed slice of any element type.
 #[derive(Debug, Clone, Copy)]
@@ -164,16 +171,6 @@ pub enum SliceMut<'a> {
     Bf16(&'a mut [bf16]),
     F16(&'a mut [f16]),
     I32(&'a mut [i32]),
-}
-
-/// An owned vector of any element type.
-#[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs)]
-pub enum Storage {
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
-    F16(Vec<f16>),
-    I32(Vec<i32>),
 }
 
 impl Slice<'_> {
@@ -375,204 +372,5 @@ fn dtype_of<T: Element>(_: &[T]) -> DType {
     T::DTYPE
 }
 
-/// Typed strided view; element `[i, j, k]` lies at `i * s0 + j * s1 + k * s2`.
-#[derive(Debug, Clone, Copy)]
-pub struct Strided<'a, T> {
-    data: &'a [T],
-    layout: Layout,
-}
-
-impl<'a, T: Element> Strided<'a, T> {
-    /// Sizes of the axes.
-    pub fn shape(&self) -> &[usize] {
-        self.layout.shape()
-    }
-
-    /// Offset of the vector that the leading indices name.
-    #[inline]
-    fn offset(&self, leading: &[usize]) -> usize {
-        leading.iter().zip(self.layout.strides()).map(|(index, stride)| index * stride).sum()
-    }
-
-    /// Element at a full index.
-    #[inline]
-    pub fn at(&self, index: &[usize]) -> T {
-        debug_assert!(index.iter().zip(self.shape()).all(|(i, n)| i < n));
-        self.data[self.offset(index)]
-    }
-
-    /// The innermost vector as a slice, if its elements are adjacent.
-    #[inline]
-    pub fn row(&self, leading: &[usize]) -> Option<&'a [T]> {
-        let last = self.layout.rank - 1;
-        if self.layout.strides[last] != 1 && self.layout.shape[last] > 1 {
-            return None;
-        }
-        let start = self.offset(leading);
-        Some(&self.data[start..start + self.layout.shape[last]])
-    }
-
-    /// Copies the innermost vector, widened to f32, into the front of `target`.
-    #[inline]
-    pub fn load_row(&self, leading: &[usize], target: &mut [f32]) {
-        if let Some(row) = self.row(leading) {
-            T::widen(row, &mut target[..row.len()]);
-            return;
-        }
-        let last = self.layout.rank - 1;
-        let (start, stride) = (self.offset(leading), self.layout.strides[last]);
-        for (k, t) in target[..self.layout.shape[last]].iter_mut().enumerate() {
-            *t = self.data[start + k * stride].to_f32();
-        }
-    }
-}
-
-/// Typed strided view for writing.
-#[derive(Debug)]
-pub struct StridedMut<'a, T> {
-    data: &'a mut [T],
-    layout: Layout,
-}
-
-impl<T: Element> StridedMut<'_, T> {
-    /// Sizes of the axes.
-    pub fn shape(&self) -> &[usize] {
-        self.layout.shape()
-    }
-
-    /// Writes one element.
-    #[inline]
-    pub fn set(&mut self, index: &[usize], value: T) {
-        let offset: usize = index.iter().zip(self.layout.strides()).map(|(i, s)| i * s).sum();
-        self.data[offset] = value;
-    }
-
-    /// Rounds `source` into the innermost vector.
-    #[inline]
-    pub fn store_row(&mut self, leading: &[usize], source: &[f32]) {
-        let last = self.layout.rank - 1;
-        let (size, stride) = (self.layout.shape[last], self.layout.strides[last]);
-        let start: usize = leading.iter().zip(self.layout.strides()).map(|(i, s)| i * s).sum();
-        if stride == 1 || size <= 1 {
-            T::narrow(&source[..size], &mut self.data[start..start + size]);
-            return;
-        }
-        for (k, s) in source[..size].iter().enumerate() {
-            self.data[start + k * stride] = T::from_f32(*s);
-        }
-    }
-
-    /// Adds `source` to the innermost vector.
-    #[inline]
-    pub fn add_row(&mut self, leading: &[usize], source: &[f32]) {
-        let last = self.layout.rank - 1;
-        let (size, stride) = (self.layout.shape[last], self.layout.strides[last]);
-        let start: usize = leading.iter().zip(self.layout.strides()).map(|(i, s)| i * s).sum();
-        for (k, s) in source[..size].iter().enumerate() {
-            let element = &mut self.data[start + k * stride];
-            *element = T::from_f32(element.to_f32() + s);
-        }
-    }
-
-    /// Sets every element.
-    pub fn fill(&mut self, value: T) {
-        let layout = self.layout;
-        for_each_offset(&layout, |offset| self.data[offset] = value);
-    }
-}
-
-/// An owned, contiguous, row-major tensor.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Tensor {
-    storage: Storage,
-    shape: Vec<usize>,
-}
-
-impl Tensor {
-    /// Wraps `data`. `argument` names the tensor in an error.
-    pub fn new<T: Element>(argument: &str, data: Vec<T>, shape: &[usize]) -> Result<Self> {
-        TensorView::new(argument, &data, shape)?;
-        Ok(Self { storage: T::storage(data), shape: shape.to_vec() })
-    }
-
-    /// Zeros, or [`Error::OutOfMemory`] that names the tensor.
-    pub fn zeros(argument: &str, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let len = Layout::contiguous(argument, shape)?.len();
-        let bytes = len.saturating_mul(dtype.size_bytes());
-        // A reservation that the allocator refuses is an error, not an abort; the vector is then taken
-        // from zeroed pages, which costs nothing until they are touched.
-        let probe = Vec::<u8>::new().try_reserve_exact(bytes);
-        probe.map_err(|_| Error::OutOfMemory { what: argument.to_string(), bytes })?;
-        let storage = match dtype {
-            DType::F32 => Storage::F32(vec![0.0; len]),
-            DType::Bf16 => Storage::Bf16(vec![bf16::ZERO; len]),
-            DType::F16 => Storage::F16(vec![f16::ZERO; len]),
-            DType::I32 => Storage::I32(vec![0; len]),
-        };
-        Ok(Self { storage, shape: shape.to_vec() })
-    }
-
-    /// Rounds f32 values to `dtype`.
-    pub fn from_f32(argument: &str, values: &[f32], dtype: DType, shape: &[usize]) -> Result<Self> {
-        fn convert<T: Element>(values: &[f32]) -> Vec<T> {
-            values.iter().map(|v| T::from_f32(*v)).collect()
-        }
-        match dtype {
-            DType::F32 => Self::new(argument, values.to_vec(), shape),
-            DType::Bf16 => Self::new(argument, convert::<bf16>(values), shape),
-            DType::F16 => Self::new(argument, convert::<f16>(values), shape),
-            DType::I32 => Self::new(argument, convert::<i32>(values), shape),
-        }
-    }
-
-    /// Element type.
-    pub fn dtype(&self) -> DType {
-        self.view().dtype()
-    }
-
-    /// Sizes of the axes.
-    pub fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    /// Bytes of the elements.
-    pub fn size_bytes(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype().size_bytes()
-    }
-
-    /// The elements.
-    pub fn storage(&self) -> &Storage {
-        &self.storage
-    }
-
-    fn layout(&self) -> Layout {
-        // The shape was checked when the tensor was made.
-        Layout::contiguous("tensor", &self.shape).unwrap_or(Layout {
-            shape: [0; MAX_RANK],
-            strides: [0; MAX_RANK],
-            rank: 1,
-        })
-    }
-
-    /// Read-only view.
-    pub fn view(&self) -> TensorView<'_> {
-        TensorView { data: variants!(&self.storage, Storage, data => Element::slice(data)), layout: self.layout() }
-    }
-
-    /// Writable view.
-    pub fn view_mut(&mut self) -> TensorViewMut<'_> {
-        let layout = self.layout();
-        TensorViewMut { data: variants!(&mut self.storage, Storage, data => Element::slice_mut(data)), layout }
-    }
-
-    /// The elements as a typed slice, or an error that names the argument.
-    pub fn as_slice<T: Element>(&self, argument: &str) -> Result<&[T]> {
-        let slice = variants!(&self.storage, Storage, data => Element::slice(data));
-        T::unslice(&slice)
-            .ok_or_else(|| Error::input(argument, format!("dtype {}", T::DTYPE), format!("dtype {}", self.dtype())))
-    }
-}
-
 #[cfg(test)]
-#[path = "tensor_tests.rs"]
 mod tests;
