@@ -143,8 +143,7 @@ mod tests {
     fn flags_override_the_file() {
         let mut file = tempfile::NamedTempFile::new().expect("temporary file");
         std::io::Write::write_all(&mut file, b"{\"block_size\": 128, \"topk\": 8}").expect("written");
-        let flags =
-            ConfigFlags { config: Some(file.path().into()), topk: Some(12), ..ConfigFlags::default() };
+        let flags = ConfigFlags { config: Some(file.path().into()), topk: Some(12), ..ConfigFlags::default() };
         let config = flags.resolve().expect("valid");
         assert_eq!((config.block_size, config.topk, config.window_size), (128, 12, 512));
     }

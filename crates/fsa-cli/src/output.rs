@@ -50,6 +50,11 @@ impl Output {
         }
     }
 
+    /// Prints one line for people only: nothing where a document was asked for.
+    pub fn note(&self, text: impl AsRef<str>) -> Outcome {
+        if self.json { Ok(()) } else { self.line(text) }
+    }
+
     /// Prints a table.
     pub fn table(&self, table: &Table) -> Outcome {
         self.line(table.trim_fmt())

@@ -40,12 +40,6 @@ impl Progress {
         self.advance();
         result
     }
-
-    /// Where the whole work stands, for work that counts its own steps.
-    pub fn set(&self, done: usize, total: usize) {
-        self.bar.set_length(total as u64);
-        self.bar.set_position(done as u64);
-    }
 }
 
 impl Drop for Progress {

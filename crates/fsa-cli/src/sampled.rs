@@ -51,7 +51,8 @@ impl Sample {
             return Err(fsa::Error::input("batch", "one sequence", format!("{} sequences", batch.sequences().len())));
         };
         let len = sequence.query_len();
-        let mut rows: Vec<usize> = (0..count as u64).map(|i| (mix(mix(seed) ^ i) % len.max(1) as u64) as usize).collect();
+        let mut rows: Vec<usize> =
+            (0..count as u64).map(|i| (mix(mix(seed) ^ i) % len.max(1) as u64) as usize).collect();
         rows.extend([0, len.saturating_sub(1)]);
         rows.retain(|row| *row < len);
         rows.sort_unstable();
@@ -298,7 +299,7 @@ fn stages<'a>(config: &NsaConfig, topk_indices: &'a Tensor) -> [AttentionStage<'
 }
 
 /// Compares every tensor with the exact evaluation, under the bound that the naive ones give.
-fn compare<const N: usize>(
+pub fn compare<const N: usize>(
     names: &[&str; N],
     dtypes: [DType; N],
     got: &[Array; N],
@@ -314,7 +315,13 @@ fn compare<const N: usize>(
             let same = got == exact || (got.is_nan() && exact.is_nan());
             let error = (got - exact).abs();
             // A number where there should be none, or none where there should be one.
-            if same { 0.0 } else if error.is_finite() { error } else { tolerance::UNBOUNDED }
+            if same {
+                0.0
+            } else if error.is_finite() {
+                error
+            } else {
+                tolerance::UNBOUNDED
+            }
         };
         let max_error = pairs.map(error).fold(0.0, f64::max);
         Compared { tensor: names[i].to_string(), max_error, error_bound }

@@ -95,10 +95,11 @@ impl Arithmetic for Rounded {
 /// Random errors in place of the roundings of [`Rounded`].
 #[derive(Debug, Clone)]
 pub struct Noisy {
-    /// Factors `1 + r / 2^24`, r = 1 or -1: read at a random place, they vectorise. Of a random size, the errors
+    /// Factors 1 + u and 1 - u: read at a random place, they vectorise. Of a random size, the errors
     /// of a row that depends on one or two of them would be small by chance.
     factors: Vec<f64>,
     places: RefCell<Random>,
+    op_unit: f64,
     store_unit: f64,
 }
 
@@ -111,9 +112,15 @@ const FACTORS: usize = 4096;
 impl Noisy {
     /// Errors of the size that rounding to `dtype` has, drawn from `seed`.
     pub fn new(dtype: DType, seed: u64) -> Self {
+        Self::with_size(dtype, seed, 1.0)
+    }
+
+    /// Errors of `size` times that.
+    pub fn with_size(dtype: DType, seed: u64, size: f64) -> Self {
         let mut random = Random::new(&[seed]);
-        let factors = (0..FACTORS).map(|_| if random.once_in(2) { 1.0 + F32_UNIT } else { 1.0 - F32_UNIT }).collect();
-        Self { factors, places: RefCell::new(random), store_unit: dtype.epsilon() / 2.0 }
+        let op_unit = F32_UNIT * size;
+        let factors = (0..FACTORS).map(|_| if random.once_in(2) { 1.0 + op_unit } else { 1.0 - op_unit }).collect();
+        Self { factors, places: RefCell::new(random), op_unit, store_unit: dtype.epsilon() / 2.0 * size }
     }
 
     /// 1 or -1.
@@ -130,7 +137,7 @@ impl Noisy {
 
 impl Arithmetic for Noisy {
     fn op(&self, value: f64) -> f64 {
-        value * (1.0 + F32_UNIT * self.draw())
+        value * (1.0 + self.op_unit * self.draw())
     }
 
     fn store(&self, value: f64) -> f64 {
@@ -145,7 +152,7 @@ impl Arithmetic for Noisy {
             sum += product;
             magnitude += product.abs();
         }
-        sum + F32_UNIT * magnitude * self.draw()
+        sum + self.op_unit * magnitude * self.draw()
     }
 
     fn add_scaled(&self, target: &mut [f64], factor: f64, source: &[f64]) {

@@ -132,17 +132,17 @@ pub struct AttentionGradients {
     pub value: Array,
 }
 
-/// One row and head: `query` sees `keys`, whose vectors `key` and `value` look up.
+/// One row and head: `query` sees `keys`, of which number k has the vectors `key(k)` and `value(k)`.
 fn attend_row<'k>(
     a: &dyn Arithmetic,
     (query, scale, value_dim): (&[f64], f64, usize),
-    keys: Vec<usize>,
+    keys: &[usize],
     key: impl Fn(usize) -> &'k [f64],
     value: impl Fn(usize) -> &'k [f64],
 ) -> AttentionRow {
     let mut out = vec![0.0; value_dim];
     if keys.is_empty() {
-        return AttentionRow { keys, logits: Vec::new(), out, lse: f64::NEG_INFINITY };
+        return AttentionRow { keys: Vec::new(), logits: Vec::new(), out, lse: f64::NEG_INFINITY };
     }
     let logits: Vec<f64> = (0..keys.len()).map(|k| a.store(a.op(scale * a.dot(query, key(k))))).collect();
     let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -152,22 +152,21 @@ fn attend_row<'k>(
         a.add_scaled(&mut out, a.store(a.op(weight / sum)), value(k));
     }
     out.iter_mut().for_each(|v| *v = a.store(*v));
-    AttentionRow { keys, logits, out, lse: a.op(max + a.op(sum.ln())) }
+    AttentionRow { keys: keys.to_vec(), logits, out, lse: a.op(max + a.op(sum.ln())) }
 }
 
 /// Row `row` of head `head`, which sees `keys`.
 pub fn one_row(
     a: &dyn Arithmetic,
     inputs: &AttentionInputs<'_>,
-    keys: Vec<usize>,
+    keys: &[usize],
     row: usize,
     head: usize,
 ) -> AttentionRow {
     let kv_head = head / inputs.gqa_group_size().max(1);
     let what = (inputs.query.row(&[row, head]), inputs.scale, inputs.value.shape()[2]);
-    let listed = keys.clone();
-    let key = |k: usize| inputs.key.row(&[listed[k], kv_head]);
-    attend_row(a, what, keys, key, |k| inputs.value.row(&[listed[k], kv_head]))
+    let key = |k: usize| inputs.key.row(&[keys[k], kv_head]);
+    attend_row(a, what, keys, key, |k| inputs.value.row(&[keys[k], kv_head]))
 }
 
 /// `out` and `lse` of every row.
@@ -177,7 +176,7 @@ pub fn forward(a: &dyn Arithmetic, inputs: &AttentionInputs<'_>, visible: &Visib
     let mut lse = Array::filled(&[heads, total_q], f64::NEG_INFINITY);
     let mut rows = Vec::with_capacity(heads * total_q);
     for (head, place) in inputs.heads_and_places() {
-        let row = one_row(a, inputs, visible(&place), place.row, head);
+        let row = one_row(a, inputs, &visible(&place), place.row, head);
         out.row_mut(&[place.row, head]).copy_from_slice(&row.out);
         *lse.at_mut(&[head, place.row]) = row.lse;
         rows.push(row);
@@ -264,5 +263,88 @@ pub fn attention_row(
     let (key_rows, value_rows) = (load("key", &args.key)?, load("value", &args.value)?);
     let scale = f64::from(args.scale());
     let what = (&query[..], scale, shape.value_dim);
-    Ok(attend_row(&Exact, what, keys.clone(), |k| &key_rows[k], |k| &value_rows[k]))
+    Ok(attend_row(&Exact, what, &keys, |k| &key_rows[k], |k| &value_rows[k]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One head, one component: key j has the logit `logits[j]` for a query of 1.
+    fn inputs<'a>(batch: &'a Batch, logits: &[f64], values: &[f64]) -> AttentionInputs<'a> {
+        let shape = [logits.len(), 1, 1];
+        AttentionInputs {
+            query: Array::filled(&[batch.total_q(), 1, 1], 1.0),
+            key: Array::new(&shape, logits.to_vec()),
+            value: Array::new(&shape, values.to_vec()),
+            batch,
+            scale: 1.0,
+        }
+    }
+
+    fn close(got: &[f64], expected: &[f64]) {
+        assert_eq!(got.len(), expected.len());
+        let near = got.iter().zip(expected).all(|(g, e)| (g - e).abs() <= 1e-15 * (1.0 + e.abs()) || g == e);
+        assert!(near, "got {got:?}, expected {expected:?}");
+    }
+
+    #[test]
+    fn two_keys_by_hand() {
+        // Row 1 sees logits ln 2 and 0: weights 2/3 and 1/3 of the values 9 and 3, denominator 2 + 1.
+        let batch = Batch::single(2);
+        let inputs = inputs(&batch, &[2.0f64.ln(), 0.0], &[9.0, 3.0]);
+        let forward = forward(&Exact, &inputs, &dense::visible_keys);
+        close(forward.out.data(), &[9.0, 7.0]);
+        close(forward.lse.data(), &[2.0f64.ln(), 3.0f64.ln()]);
+        // Gradient 1 of row 1's output: dP = 9, 3; delta = 7; dx = 2/3 * 2, 1/3 * -4; the query gets dx . k.
+        let grads = backward(&Exact, &inputs, &forward, &Array::new(&[2, 1, 1], vec![0.0, 1.0]), None);
+        close(grads.query.data(), &[0.0, 4.0 / 3.0 * 2.0f64.ln()]);
+        close(grads.key.data(), &[4.0 / 3.0, -4.0 / 3.0]);
+        close(grads.value.data(), &[2.0 / 3.0, 1.0 / 3.0]);
+        // Gradient 1 of row 1's lse: dx = P.
+        let grad_lse = Array::new(&[1, 2], vec![0.0, 1.0]);
+        let grads = backward(&Exact, &inputs, &forward, &Array::zeros(&[2, 1, 1]), Some(&grad_lse));
+        close(grads.key.data(), &[2.0 / 3.0, 1.0 / 3.0]);
+        close(grads.value.data(), &[0.0, 0.0]);
+    }
+
+    #[test]
+    fn a_row_without_keys_is_zero_and_never_reads_nan() {
+        let batch = Batch::single(3);
+        let inputs = inputs(&batch, &[f64::NAN; 3], &[f64::NAN, f64::INFINITY, f64::NAN]);
+        let forward = forward(&Exact, &inputs, &|_: &Place<'_>| Vec::new());
+        close(forward.out.data(), &[0.0; 3]);
+        close(forward.lse.data(), &[f64::NEG_INFINITY; 3]);
+        let grads = backward(&Exact, &inputs, &forward, &Array::filled(&[3, 1, 1], 1.0), None);
+        for grad in [grads.query, grads.key, grads.value] {
+            close(grad.data(), &[0.0; 3]);
+        }
+    }
+
+    #[test]
+    fn visible_keys_by_hand() {
+        // Two sequences: 2 rows over 5 keys, then 3 rows over 3. Row 1 of the first sits at position 4.
+        let batch = Batch::from_cu_seqlens(&[0, 2, 5], &[0, 5, 8]).expect("valid");
+        let rows: Vec<_> = places(&batch, 0).collect();
+        assert_eq!(rows.iter().map(|place| place.position).collect::<Vec<_>>(), [3, 4, 0, 1, 2]);
+        assert_eq!(dense::visible_keys(&rows[0]), [0, 1, 2, 3]);
+        assert_eq!(dense::visible_keys(&rows[3]), [5, 6]);
+        assert_eq!(window::visible_keys(&rows[1], 2), [2, 3, 4]);
+        assert_eq!(window::visible_keys(&rows[3], 2), [5, 6]);
+        assert_eq!(window::visible_keys(&rows[4], 0), [7]);
+        // Windows of 2 every 1: 4 compressed keys, then 2. Position 3 sees those that end at 1, 2, 3.
+        let offsets = batch.compressed_offsets(2, 1);
+        assert_eq!(compressed::visible_keys(&rows[0], &offsets, 2, 1), [0, 1, 2]);
+        assert_eq!(compressed::visible_keys(&rows[2], &offsets, 2, 1), [0usize; 0]);
+        assert_eq!(compressed::visible_keys(&rows[4], &offsets, 2, 1), [4, 5]);
+        let ids = [-1, 1, 2, 0, i32::MAX, -7, 1, 1, 0, 9];
+        let view = TensorView::new("topk_indices", &ids, &[1, 5, 2]).expect("shape");
+        let ids = view.typed::<i32>("topk_indices").expect("i32");
+        // Blocks of 2: row 0 lists block 1; row 1 blocks 2 and 0; row 2 nothing real; row 3 a future one.
+        assert_eq!(selected::visible_keys(&rows[0], &ids, 2), [2, 3]);
+        assert_eq!(selected::visible_keys(&rows[1], &ids, 2), [0, 1, 4]);
+        assert_eq!(selected::visible_keys(&rows[2], &ids, 2), [0usize; 0]);
+        assert_eq!(selected::visible_keys(&rows[3], &ids, 2), [0usize; 0]);
+        assert_eq!(selected::visible_keys(&rows[4], &ids, 2), [5, 6]);
+    }
 }

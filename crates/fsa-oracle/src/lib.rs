@@ -15,7 +15,7 @@ pub mod generate;
 mod inputs;
 pub mod naive;
 pub mod nsa;
-mod random;
+pub mod random;
 pub mod rope;
 pub mod score;
 pub mod select;

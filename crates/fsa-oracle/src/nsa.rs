@@ -252,7 +252,8 @@ impl<'a> NsaRows<'a> {
         let [compressed, selected, window] = stages(self.inputs.config, topk_indices);
         let attend = |stage: AttentionStage<'_>, inputs: &AttentionInputs<'_>| -> Result<AttentionRow> {
             let visible = attention::visible(&stage, self.inputs.batch)?;
-            Ok(attention::one_row(&Exact, inputs, place.as_ref().map_or(Vec::new(), |place: &Place<'_>| visible(place)), row, head))
+            let keys = place.as_ref().map_or(Vec::new(), |place: &Place<'_>| visible(place));
+            Ok(attention::one_row(&Exact, inputs, &keys, row, head))
         };
         let rows = [
             attend(compressed, &self.prepared.compressed)?,

@@ -189,6 +189,15 @@ impl Checked {
     }
 }
 
+/// A message that lists every wrong row of a case may fill pages; the whole of it is in the JSON form.
+fn shortened(message: &str) -> String {
+    const SHOWN: usize = 600;
+    match message.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{} .. ({} more characters with --json)", &message[..end], message.len() - end),
+        None => message.to_string(),
+    }
+}
+
 impl Report for Checked {
     fn show(&self, output: &Output) -> Outcome {
         let mut table =
@@ -206,7 +215,7 @@ impl Report for Checked {
         }
         output.table(&table)?;
         for failed in self.rows.iter().flat_map(|row| &row.failed) {
-            output.line(format!("FAILED --case \"{}\"\n       {}", failed.case, failed.message))?;
+            output.line(format!("FAILED --case \"{}\"\n       {}", failed.case, shortened(&failed.message)))?;
         }
         let (failures, cases) = self.totals();
         output.line(format!("{cases} cases, {failures} failures"))

@@ -159,7 +159,14 @@ impl Report for Planned {
         let plan = &self.plan;
         output.line(format!("{}; {} threads", plan.description, plan.workers))?;
         let mut table = output.new_table(&[
-            "<stage", "GFLOP", "backward", "least bytes", "workspace", "backward", "work items", "<tile",
+            "<stage",
+            "GFLOP",
+            "backward",
+            "least bytes",
+            "workspace",
+            "backward",
+            "work items",
+            "<tile",
         ]);
         for stage in &plan.stages {
             table.add_row(stage_row(stage, stage.stage.name()));

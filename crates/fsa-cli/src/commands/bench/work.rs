@@ -1,75 +1,117 @@
-//! The tensors of a measurement, the call that is timed, and the comparison of its result with the oracle.
+//! One measurement: tensors, a run that is compared with the oracle, and the timed repetitions of the same call.
+//!
+//! The timed calls write into outputs that exist already, so that no page of memory is touched for the first time.
 
 use super::definition::Point;
+use super::timing::{Times, measure};
 use crate::random::normal;
-use crate::sampled::{Compared, Sample};
+use crate::sampled::{Compared, Sample, compare};
 use fsa::{
-    AttentionArgs, AttentionResult, AttentionStage, Batch, CombineArgs, CompressArgs, Compression, DType, Engine, NsaArgs,
-    NsaSaved, Rope, RopeArgs, SelectArgs, Stage, Tensor, kv_positions, query_positions,
+    AttentionArgs, AttentionStage, Batch, CombineArgs, CompressArgs, Compression, Engine, NsaArgs, Rope, RopeArgs,
+    SelectArgs, Stage, Tensor, query_positions,
 };
-use fsa_oracle::Pass;
 use fsa_oracle::array::Array;
+use fsa_oracle::combine::{self, CombineInputs};
+use fsa_oracle::compress::{self, CompressInputs};
+use fsa_oracle::{Pass, rope};
+use std::time::Duration;
 
 /// Rows that are compared with the oracle.
 const SAMPLED_ROWS: usize = 12;
 
+/// Times of a measurement and the comparisons that preceded them.
+#[derive(Debug)]
+pub struct Measured {
+    /// `None` if a comparison failed.
+    pub times: Option<Times>,
+    /// Comparison with the oracle.
+    pub compared: Vec<Compared>,
+    /// Rows whose selection no rounding explains, for `select`.
+    pub wrong_selections: usize,
+}
+
 /// Inputs of a measurement.
 #[derive(Debug)]
-pub struct Tensors {
-    point: Point,
+pub struct Work<'a> {
+    engine: &'a Engine,
+    point: &'a Point,
+    budget: Duration,
     batch: Batch,
+    sample: Sample,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     gates: Tensor,
     grad_out: Tensor,
-    /// Compressed key and value, and the selection that they lead to; where the stage needs them.
-    compressed: Option<[Tensor; 2]>,
-    topk_indices: Option<Tensor>,
-    rope: Rope,
 }
 
-/// What a forward leaves for the backward.
-pub enum State {
-    None,
-    Attention(AttentionResult),
-    Nsa(Box<NsaSaved>),
-    Branches(Box<[Tensor; 3]>),
-}
-
-impl Tensors {
-    /// Normal numbers of the shapes of `point`; the selection is that of the backend.
-    pub fn new(engine: &Engine, point: &Point) -> fsa::Result<Self> {
+impl<'a> Work<'a> {
+    /// Normal numbers of the shapes of `point`.
+    pub fn new(engine: &'a Engine, point: &'a Point, budget: Duration) -> fsa::Result<Self> {
         let Point { tokens, num_q_heads, num_kv_heads, head_dim, dtype, .. } = *point;
         let tensor = |name: &str, seed, shape: &[usize]| {
             Tensor::from_f32(name, &normal(seed, shape.iter().product()), dtype, shape)
         };
         let (q, kv) = ([tokens, num_q_heads, head_dim], [tokens, num_kv_heads, head_dim]);
         let gates: Vec<f32> = normal(4, tokens * 3).into_iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
-        let mut tensors = Self {
-            point: point.clone(),
-            batch: Batch::from_lengths(&[tokens])?,
+        let batch = Batch::from_lengths(&[tokens])?;
+        Ok(Self {
+            engine,
+            point,
+            budget,
+            sample: Sample::new(&batch, SAMPLED_ROWS, 1)?,
+            batch,
             query: tensor("query", 1, &q)?,
             key: tensor("key", 2, &kv)?,
             value: tensor("value", 3, &kv)?,
             gates: Tensor::from_f32("gates", &gates, dtype, &[tokens, 3])?,
             grad_out: tensor("grad_out", 5, &q)?,
-            compressed: None,
-            topk_indices: None,
-            rope: Rope::default(),
-        };
-        if matches!(point.stage, Stage::Compressed | Stage::Select | Stage::Selected) {
-            let key = engine.compress(&tensors.compress(&tensors.key))?;
-            let value = engine.compress(&tensors.compress(&tensors.value))?;
-            tensors.compressed = Some([key, value]);
-        }
-        if point.stage == Stage::Selected {
-            tensors.topk_indices = Some(engine.select(&tensors.select()?)?.topk_indices);
-        }
-        Ok(tensors)
+        })
     }
 
-    fn compress<'a>(&'a self, input: &'a Tensor) -> CompressArgs<'a> {
+    /// Runs, compares and times.
+    pub fn run(&self) -> fsa::Result<Measured> {
+        let config = &self.point.config;
+        match self.point.stage {
+            Stage::Dense => self.attention(&AttentionStage::Dense, &self.args(&self.key, &self.value)),
+            Stage::Window => {
+                let stage = AttentionStage::Window { window_size: config.window_size };
+                self.attention(&stage, &self.args(&self.key, &self.value))
+            }
+            Stage::Compressed => {
+                let [key, value] = self.compressed()?;
+                let (kernel_size, kernel_stride) = (config.kernel_size, config.kernel_stride);
+                self.attention(&AttentionStage::Compressed { kernel_size, kernel_stride }, &self.args(&key, &value))
+            }
+            Stage::Selected => {
+                let [key, value] = self.compressed()?;
+                let select = SelectArgs { attention: self.args(&key, &value), config };
+                let chosen = self.engine.select(&select)?.topk_indices;
+                let (topk_indices, block_size) = (chosen.view(), config.block_size);
+                let stage = AttentionStage::Selected { topk_indices, block_size, validate: false };
+                self.attention(&stage, &self.args(&self.key, &self.value))
+            }
+            Stage::Select => self.select(),
+            Stage::Nsa if self.point.pass == Pass::Forward => self.nsa_forward(),
+            Stage::Nsa => self.nsa_backward(),
+            Stage::Compress => self.compress(),
+            Stage::Rope => self.rope(),
+            Stage::Combine => self.combine(),
+            Stage::Index => Err(fsa::Error::input("stage", "an operation of its own", Stage::Index)),
+        }
+    }
+
+    fn args<'t>(&'t self, key: &'t Tensor, value: &'t Tensor) -> AttentionArgs<'t> {
+        AttentionArgs {
+            query: self.query.view(),
+            key: key.view(),
+            value: value.view(),
+            batch: &self.batch,
+            softmax_scale: None,
+        }
+    }
+
+    fn compress_args<'t>(&'t self, input: &'t Tensor) -> CompressArgs<'t> {
         CompressArgs {
             input: input.view(),
             batch: &self.batch,
@@ -79,46 +121,47 @@ impl Tensors {
         }
     }
 
-    fn select(&self) -> fsa::Result<SelectArgs<'_>> {
-        Ok(SelectArgs { attention: self.attention()?, config: &self.point.config })
+    fn compressed(&self) -> fsa::Result<[Tensor; 2]> {
+        let compress = |input| self.engine.compress(&self.compress_args(input));
+        Ok([compress(&self.key)?, compress(&self.value)?])
     }
 
-    /// Query with the keys and values of the stage.
-    fn attention(&self) -> fsa::Result<AttentionArgs<'_>> {
-        let (key, value) = match (&self.compressed, self.point.stage) {
-            (Some([key, value]), Stage::Compressed | Stage::Select) => (key, value),
-            _ => (&self.key, &self.value),
-        };
-        // The selection of stage `selected` is made through the compressed keys before the indices are known.
-        let (key, value) = match (&self.compressed, &self.topk_indices, self.point.stage) {
-            (Some([key, value]), None, Stage::Selected) => (key, value),
-            _ => (key, value),
-        };
-        Ok(AttentionArgs {
-            query: self.query.view(),
-            key: key.view(),
-            value: value.view(),
-            batch: &self.batch,
-            softmax_scale: None,
-        })
+    /// Times `call` unless a comparison failed.
+    fn timed(
+        &self,
+        compared: Vec<Compared>,
+        wrong_selections: usize,
+        call: impl FnMut() -> fsa::Result<()>,
+    ) -> fsa::Result<Measured> {
+        let right = wrong_selections == 0 && compared.iter().all(Compared::passed);
+        let times = if right { Some(measure(self.budget, call)?) } else { None };
+        Ok(Measured { times, compared, wrong_selections })
     }
 
-    fn stage(&self) -> Option<AttentionStage<'_>> {
-        let config = &self.point.config;
-        match self.point.stage {
-            Stage::Dense => Some(AttentionStage::Dense),
-            Stage::Window => Some(AttentionStage::Window { window_size: config.window_size }),
-            Stage::Compressed => Some(AttentionStage::Compressed {
-                kernel_size: config.kernel_size,
-                kernel_stride: config.kernel_stride,
-            }),
-            Stage::Selected => self.topk_indices.as_ref().map(|indices| AttentionStage::Selected {
-                topk_indices: indices.view(),
-                block_size: config.block_size,
-                validate: false,
-            }),
-            _ => None,
+    fn attention(&self, stage: &AttentionStage<'_>, args: &AttentionArgs<'_>) -> fsa::Result<Measured> {
+        let mut result = self.engine.attention(stage, args)?;
+        if self.point.pass == Pass::Forward {
+            let compared = self.sample.attention(stage, args, [&result.out, &result.lse])?;
+            return self.timed(compared, 0, || self.engine.attention_into(stage, args, &mut result.as_output()));
         }
+        let sparse = self.sample.grad_out(self.point.dtype, self.query.shape(), 6)?;
+        let mut grads = self.engine.attention_backward(stage, args, &result.grad_args(sparse.view()))?;
+        let compared = self.sample.attention_backward(stage, args, &sparse, &grads)?;
+        let grad = result.grad_args(self.grad_out.view());
+        self.timed(compared, 0, || self.engine.attention_backward_into(stage, args, &grad, &mut grads.as_grads()))
+    }
+
+    fn select(&self) -> fsa::Result<Measured> {
+        let [key, value] = self.compressed()?;
+        let args = SelectArgs { attention: self.args(&key, &value), config: &self.point.config };
+        let mut result = self.engine.select(&args)?;
+        let outputs = [&result.attention.out, &result.attention.lse];
+        let compared = self.sample.attention(&args.stage(), &args.attention, outputs)?;
+        let wrong = self.sample.wrong_selections(&args.attention, args.config, &result.topk_indices)?;
+        self.timed(compared, wrong, || {
+            let topk_indices = &mut result.topk_indices.view_mut();
+            self.engine.select_into(&args, &mut result.attention.as_output(), topk_indices)
+        })
     }
 
     fn nsa(&self) -> NsaArgs<'_> {
@@ -134,5 +177,100 @@ impl Tensors {
             rope: None,
             softmax_scale: None,
         }
+    }
+
+    fn nsa_forward(&self) -> fsa::Result<Measured> {
+        let args = self.nsa();
+        let (mut out, saved) = self.engine.nsa(&args, true)?.into_parts();
+        let saved = saved.ok_or_else(|| fsa::Error::input("saved", "the state that was asked for", "none"))?;
+        let compared = self.sample.nsa(&args, &out, &saved)?;
+        let [key, value] = &saved.compressed;
+        let attention = self.args(key, value);
+        let wrong = self.sample.wrong_selections(&attention, args.config, &saved.topk_indices)?;
+        self.timed(compared, wrong, || self.engine.nsa_into(&args, &mut out.view_mut(), false).map(drop))
+    }
+
+    fn nsa_backward(&self) -> fsa::Result<Measured> {
+        let args = self.nsa();
+        let (_, saved) = self.engine.nsa(&args, true)?.into_parts();
+        let saved = saved.ok_or_else(|| fsa::Error::input("saved", "the state that was asked for", "none"))?;
+        let sparse = self.sample.grad_out(self.point.dtype, self.query.shape(), 6)?;
+        let mut grads = self.engine.nsa_backward(&args, &saved, &sparse.view())?;
+        let compared = self.sample.nsa_backward(&args, &saved.topk_indices, &sparse, &grads)?;
+        let grad_out = self.grad_out.view();
+        self.timed(compared, 0, || self.engine.nsa_backward_into(&args, &saved, &grad_out, &mut grads.as_grads()))
+    }
+
+    /// Keys and values, one after the other. The result is small enough to be compared whole.
+    fn compress(&self) -> fsa::Result<Measured> {
+        let calls = [self.compress_args(&self.key), self.compress_args(&self.value)];
+        let dtype = self.point.dtype;
+        let [mut key, mut value] = self.compressed()?;
+        if self.point.pass == Pass::Forward {
+            let got = [Array::from_view(&key.view()), Array::from_view(&value.view())];
+            let compared = compare(&["key", "value"], [dtype; 2], &got, |a| {
+                Ok(calls.iter().map(|call| compress::forward(a, &CompressInputs::new(call))).collect())
+            })?;
+            return self.timed(compared, 0, || {
+                self.engine.compress_into(&calls[0], &mut key.view_mut())?;
+                self.engine.compress_into(&calls[1], &mut value.view_mut())
+            });
+        }
+        // Any tensor of the right shape is a gradient.
+        let mut grads = [
+            self.engine.compress_backward(&calls[0], &key.view())?,
+            self.engine.compress_backward(&calls[1], &value.view())?,
+        ];
+        let got = grads.each_ref().map(|grads| Array::from_view(&grads.grad_input.view()));
+        let given = [Array::from_view(&key.view()), Array::from_view(&value.view())];
+        let compared = compare(&["grad_key", "grad_value"], [dtype; 2], &got, |a| {
+            let backward = |(call, grad)| compress::backward(a, &CompressInputs::new(call), grad).input;
+            Ok(calls.iter().zip(&given).map(backward).collect())
+        })?;
+        self.timed(compared, 0, || {
+            let [key_grads, value_grads] = &mut grads;
+            self.engine.compress_backward_into(&calls[0], &key.view(), &mut key_grads.as_grads())?;
+            self.engine.compress_backward_into(&calls[1], &value.view(), &mut value_grads.as_grads())
+        })
+    }
+
+    /// The query; the backward is the inverse rotation.
+    fn rope(&self) -> fsa::Result<Measured> {
+        let (embedding, positions) = (Rope::default(), query_positions(&self.batch));
+        let inverse = self.point.pass == Pass::Backward;
+        let args = RopeArgs { input: self.query.view(), positions: &positions, rope: &embedding, inverse };
+        let mut out = self.engine.rope(&args)?;
+        let input = Array::from_view(&args.input);
+        let compared = compare(&["out"], [self.point.dtype], &[Array::from_view(&out.view())], |a| {
+            Ok(vec![rope::rotate(a, &input, &positions, &embedding, inverse)])
+        })?;
+        self.timed(compared, 0, || self.engine.rope_into(&args, &mut out.view_mut()))
+    }
+
+    fn combine(&self) -> fsa::Result<Measured> {
+        // Query, gradient and query again stand for the three branches: the shapes are the same.
+        let branches = [self.query.view(), self.grad_out.view(), self.query.view()];
+        let args = CombineArgs { gates: self.gates.view(), branches };
+        let (inputs, dtype) = (CombineInputs::new(&args), self.point.dtype);
+        if self.point.pass == Pass::Forward {
+            let mut out = self.engine.combine(&args)?;
+            let got = [Array::from_view(&out.view())];
+            let compared = compare(&["out"], [dtype], &got, |a| Ok(vec![combine::forward(a, &inputs)]))?;
+            return self.timed(compared, 0, || self.engine.combine_into(&args, &mut out.view_mut()));
+        }
+        let grad_out = self.grad_out.view();
+        let mut grads = self.engine.combine_backward(&args, &grad_out)?;
+        let given = Array::from_view(&grad_out);
+        let compared = {
+            let [compressed, selected, window] =
+                grads.grad_branches.each_ref().map(|grad| Array::from_view(&grad.view()));
+            let got = [Array::from_view(&grads.grad_gates.view()), compressed, selected, window];
+            let names = ["grad_gates", "grad_out_compressed", "grad_out_selected", "grad_out_window"];
+            compare(&names, [dtype; 4], &got, |a| {
+                let grads = combine::backward(a, &inputs, &given);
+                Ok([grads.gates].into_iter().chain(grads.branches).collect())
+            })?
+        };
+        self.timed(compared, 0, || self.engine.combine_backward_into(&args, &grad_out, &mut grads.as_grads()))
     }
 }

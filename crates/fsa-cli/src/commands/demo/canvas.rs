@@ -100,8 +100,7 @@ mod tests {
     fn text_lands_where_it_should_and_the_png_decodes() {
         let mut canvas = Canvas::new(40, 20, [255; 3]);
         canvas.text([2, 3], "I", 2, [9, 8, 7]);
-        let inked: Vec<usize> =
-            (0..canvas.pixels.len()).filter(|place| canvas.pixels[*place] == [9, 8, 7]).collect();
+        let inked: Vec<usize> = (0..canvas.pixels.len()).filter(|place| canvas.pixels[*place] == [9, 8, 7]).collect();
         assert!(!inked.is_empty());
         assert!(inked.iter().all(|place| (2..18).contains(&(place % 40)) && (3..19).contains(&(place / 40))));
         let bytes = canvas.png().expect("encoded");

@@ -56,7 +56,7 @@ impl Heatmap<'_> {
     }
 
     /// One pixel is a range of rows and a range of blocks; its color is the share of (row, block) pairs chosen,
-    /// at least the color of 1/8 if any was, so that no choice disappears.
+    /// at least the color of 8 % if any was, so that no choice disappears.
     fn panel(&self, canvas: &mut Canvas, head: usize, [x, y]: [usize; 2]) -> Outcome {
         let ids = self.topk_indices.as_slice::<i32>("topk_indices")?;
         let (rows, blocks, topk) = (self.rows(), self.blocks(), self.topk_indices.shape()[2]);
@@ -81,7 +81,7 @@ impl Heatmap<'_> {
                 let color = if first >= future {
                     FUTURE
                 } else if chosen > 0 {
-                    color_of(share.max(0.125))
+                    color_of(share.max(0.08))
                 } else {
                     PAPER
                 };

@@ -98,7 +98,8 @@ pub fn run(engine: &Engine, args: &NsaArgs<'_>, seed: u64, progress: &Progress) 
     let sample = Sample::new(args.batch, SAMPLED_ROWS, seed)?;
     let check = || -> fsa::Result<Vec<Compared>> {
         let mut errors = sample.nsa(args, &out, &saved)?;
-        errors.extend(renamed("dense", sample.attention(&AttentionStage::Dense, &attention, [&dense.out, &dense.lse])?));
+        errors
+            .extend(renamed("dense", sample.attention(&AttentionStage::Dense, &attention, [&dense.out, &dense.lse])?));
         Ok(errors)
     };
     let errors = progress.step("oracle on sampled rows", check)?;
@@ -128,7 +129,8 @@ fn compressed<'a>(args: &NsaArgs<'a>, saved: &'a fsa::NsaSaved) -> AttentionArgs
 /// Times of the stages, each called by itself as a user would.
 fn stage_times(engine: &Engine, args: &NsaArgs<'_>, saved: &fsa::NsaSaved) -> fsa::Result<TimeMs> {
     let attention = args.attention();
-    let (_, compress) = median(|| Ok((engine.compress(&args.compress_key())?, engine.compress(&args.compress_value())?)))?;
+    let (_, compress) =
+        median(|| Ok((engine.compress(&args.compress_key())?, engine.compress(&args.compress_value())?)))?;
     let select = SelectArgs { attention: compressed(args, saved), config: args.config };
     let (_, select) = median(|| engine.select(&select))?;
     let topk_indices = saved.topk_indices.view();

@@ -137,8 +137,7 @@ mod tests {
         let coded = Coded::new(text, &NsaConfig::default(), 3).expect("coded");
         let mut out = vec![0.0f32; text.len() * NUM_Q_HEADS * HEAD_DIM];
         for (place, element) in out.iter_mut().enumerate() {
-            let (row, head, dim) =
-                (place / HEAD_DIM / NUM_Q_HEADS, place / HEAD_DIM % NUM_Q_HEADS, place % HEAD_DIM);
+            let (row, head, dim) = (place / HEAD_DIM / NUM_Q_HEADS, place / HEAD_DIM % NUM_Q_HEADS, place % HEAD_DIM);
             let next = text[(row + 1) % text.len()];
             *element = coded.byte_codes(head * NUM_KV_HEADS / NUM_Q_HEADS)[usize::from(next)][dim];
         }
