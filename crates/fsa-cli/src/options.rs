@@ -81,7 +81,7 @@ impl ConfigFlags {
 #[command(next_help_heading = "Rotary embedding (none unless --rope-theta is given)")]
 pub struct RopeFlags {
     /// Base of the wavelengths, such as 10000 or 500000
-    #[arg(long, value_name = "THETA")]
+    #[arg(long, value_name = "THETA", allow_negative_numbers = true)]
     pub rope_theta: Option<f64>,
     /// Llama 3 scaling: FACTOR,LOW_FREQ_FACTOR,HIGH_FREQ_FACTOR,ORIGINAL_MAX_POSITION
     #[arg(long, value_name = "F,L,H,P", requires = "rope_theta", value_parser = numbers::<4>)]

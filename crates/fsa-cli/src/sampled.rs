@@ -13,6 +13,7 @@ use fsa_oracle::arithmetic::{Arithmetic, Exact, Noisy, Rounded};
 use fsa_oracle::array::{Array, read_row};
 use fsa_oracle::attention::{self, AttentionForward, AttentionInputs, Place};
 use fsa_oracle::combine::{self, CombineInputs};
+use fsa_oracle::compress::CompressionInputs;
 use fsa_oracle::nsa::{self, NsaInputs, NsaResult};
 use fsa_oracle::select::{BoundedScores, Selection};
 use fsa_oracle::{score, tolerance};
@@ -182,9 +183,15 @@ impl Sample {
         }
         Ok(NsaInputs {
             query: self.gather(&args.query)?,
+            key: Array::from_view(&args.key),
+            value: Array::from_view(&args.value),
             gates: self.gather(&args.gates)?,
             batch: &self.batch,
-            ..NsaInputs::new(args)
+            config: args.config,
+            key_compression: CompressionInputs::new(&args.key_compression),
+            value_compression: CompressionInputs::new(&args.value_compression),
+            rope: None,
+            scale: f64::from(args.attention().scale()),
         })
     }
 

@@ -30,6 +30,20 @@ pub trait Arithmetic {
     fn add_scaled(&self, target: &mut [f64], factor: f64, source: &[f64]);
 }
 
+/// The sum of `term` over two vectors. Eight sums side by side: the order of an f64 sum is far below what is compared,
+/// and this one vectorises.
+fn sum_in_lanes(a: &[f64], b: &[f64], term: impl Fn(f64, f64) -> f64) -> f64 {
+    let mut sums = [0.0f64; 8];
+    let (a_chunks, b_chunks) = (a.chunks_exact(8), b.chunks_exact(8));
+    let rest: f64 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| term(*x, *y)).sum();
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for lane in 0..8 {
+            sums[lane] += term(x[lane], y[lane]);
+        }
+    }
+    sums.iter().sum::<f64>() + rest
+}
+
 /// f64, the oracle.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Exact;
@@ -43,17 +57,8 @@ impl Arithmetic for Exact {
         value
     }
 
-    // Eight sums side by side: the order of an f64 sum is far below what is compared, and this one vectorises.
     fn dot(&self, a: &[f64], b: &[f64]) -> f64 {
-        let mut sums = [0.0f64; 8];
-        let (a_chunks, b_chunks) = (a.chunks_exact(8), b.chunks_exact(8));
-        let rest: f64 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
-        for (x, y) in a_chunks.zip(b_chunks) {
-            for lane in 0..8 {
-                sums[lane] += x[lane] * y[lane];
-            }
-        }
-        sums.iter().sum::<f64>() + rest
+        sum_in_lanes(a, b, |x, y| x * y)
     }
 
     fn add_scaled(&self, target: &mut [f64], factor: f64, source: &[f64]) {
@@ -146,13 +151,8 @@ impl Arithmetic for Noisy {
 
     // The rounding error of a sum is relative to its partial sums, for which the sum of magnitudes stands.
     fn dot(&self, a: &[f64], b: &[f64]) -> f64 {
-        let (mut sum, mut magnitude) = (0.0, 0.0);
-        for (x, y) in a.iter().zip(b) {
-            let product = x * y;
-            sum += product;
-            magnitude += product.abs();
-        }
-        sum + self.op_unit * magnitude * self.draw()
+        let magnitude = sum_in_lanes(a, b, |x, y| (x * y).abs());
+        sum_in_lanes(a, b, |x, y| x * y) + self.op_unit * magnitude * self.draw()
     }
 
     fn add_scaled(&self, target: &mut [f64], factor: f64, source: &[f64]) {

@@ -284,7 +284,9 @@ impl Case {
                     + kv.min(self.config.topk.saturating_mul(self.config.block_size))
             }
             Stage::Dense => kv,
-            Stage::Compress | Stage::Rope | Stage::Combine | Stage::Index => 1,
+            // Not multiplications, but a handful of roundings and a cosine per element.
+            Stage::Rope | Stage::Combine => 16,
+            Stage::Compress | Stage::Index => 0,
         };
         let pairs: usize = self.query_lens.iter().zip(&self.kv_lens).map(|(q, kv)| q * keys(*kv)).sum();
         let attention = pairs * self.num_q_heads * (self.head_dim + self.value_dim);

@@ -171,6 +171,10 @@ fn edges(case: &Case) -> Vec<usize> {
         Stage::Select | Stage::Nsa => {
             edges.extend(around_windows);
             edges.extend(around_blocks);
+            // More candidates than slots: otherwise scores decide nothing.
+            if b <= 64 {
+                edges.extend([8 * b, 9 * b - 1, 12 * b + 5]);
+            }
         }
         _ => edges.extend([15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 257]),
     }
@@ -202,28 +206,16 @@ fn set_lengths(case: &mut Case, dealer: &mut Dealer) {
     (case.query_lens, case.kv_lens) = lengths.into_iter().unzip();
 }
 
-/// Takes query rows from the longest sequence, then dimensions, then heads, until the case is cheap.
+/// Takes query rows from the longest sequence, then dimensions, until the case is cheap.
 fn fit(case: &mut Case) {
     let longest = |case: &Case| case.query_lens.iter().copied().max().unwrap_or(0);
-    let rows_cost_nothing = matches!(case.stage, Stage::Compress | Stage::Rope | Stage::Combine);
-    while case.cost() > BUDGET && longest(case) > 4 && !rows_cost_nothing {
+    while case.cost() > BUDGET && longest(case) > 4 && case.stage != Stage::Compress {
         let most = longest(case);
         case.query_lens.iter_mut().filter(|len| **len == most).for_each(|len| *len = len.div_ceil(2));
     }
     while case.cost() > BUDGET && case.head_dim.max(case.value_dim) > 8 {
         for dim in [&mut case.head_dim, &mut case.value_dim] {
             *dim = (*dim / 16 * 8).max(8);
-        }
-    }
-    if matches!(case.stage, Stage::Rope | Stage::Combine) {
-        // These cost only their rows: no need for as many as attention tells apart.
-        while case.query_lens.iter().sum::<usize>() * case.num_q_heads * case.head_dim > BUDGET / 8 {
-            case.num_q_heads = case.num_kv_heads;
-            let most = longest(case);
-            if most <= 4 {
-                break;
-            }
-            case.query_lens.iter_mut().filter(|len| **len == most).for_each(|len| *len = len.div_ceil(2));
         }
     }
 }

@@ -59,10 +59,10 @@ pub struct Flags {
     #[arg(long)]
     backward: bool,
     /// Constant gates of the compressed, selected and window branch, for a file without the tensor gates
-    #[arg(long, value_name = "C,S,W", value_parser = numbers::<3>)]
+    #[arg(long, value_name = "C,S,W", value_parser = numbers::<3>, allow_hyphen_values = true)]
     gates: Option<[f64; 3]>,
     /// Factor of the logits [head_dim^-0.5]
-    #[arg(long, value_name = "SCALE")]
+    #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
     softmax_scale: Option<f32>,
     /// Refuse topk_indices that are out of range or repeated in a row, instead of ignoring the former
     #[arg(long)]

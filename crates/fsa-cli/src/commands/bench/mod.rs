@@ -43,7 +43,7 @@ pub struct Flags {
     #[arg(long, value_name = "N,..", value_delimiter = ',')]
     tokens: Option<Vec<usize>>,
     /// Seconds that the repetitions of a row may take; long calls are repeated at least twice
-    #[arg(long, value_name = "SECONDS", default_value_t = 20.0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 20.0, allow_negative_numbers = true)]
     budget: f64,
     /// Save JSON and CSV under PATH/<machine>/<date>-cpu, or as PATH if it ends in .json
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "bench/records")]

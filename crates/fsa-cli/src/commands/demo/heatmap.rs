@@ -116,7 +116,7 @@ impl Heatmap<'_> {
 
 /// About six round numbers from 0 below `end`.
 fn ticks(end: usize) -> impl Iterator<Item = usize> {
-    let rough = (end / 6).max(1);
+    let rough = end.div_ceil(6).max(1);
     let mut step = 1;
     while step * 10 <= rough {
         step *= 10;
@@ -159,7 +159,7 @@ mod tests {
         assert_eq!(ticks(622).collect::<Vec<_>>(), [0, 200, 400, 600]);
         assert_eq!(ticks(39_778).count(), 4);
         assert_eq!(ticks(3).collect::<Vec<_>>(), [0, 1, 2]);
-        assert!((1..2000).all(|end| (1..=7).contains(&ticks(end).count())));
+        assert!((1..2000).all(|end| (1..=6).contains(&ticks(end).count())));
     }
 
     #[test]

@@ -25,7 +25,7 @@ use std::path::PathBuf;
 const TEXT: &[u8] = include_bytes!("../../../../../docs/algorithm.md");
 
 /// Tokens that are used of a longer text unless --tokens says otherwise: dense attention, the yardstick, is what
-/// limits it. it takes half a minute for this many on 2 cores, and four times that for twice as many.
+/// limits it. It takes half a minute for this many on 2 cores, and four times that for twice as many.
 const DEFAULT_TOKENS: usize = 32_768;
 
 /// Block-sparse attention on a real text: what it predicts, what it chose, how fast, and how exact

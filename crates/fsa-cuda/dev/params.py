@@ -1,0 +1,41 @@
+"""The parameter structs of kernels/base/params.cuh, field for field."""
+import ctypes
+from ctypes import c_void_p as ptr, c_int32 as i32, c_int64 as i64, c_float as f32
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [("data", ptr), ("row_stride", i64), ("head_stride", i64)]
+
+
+class Layout(ctypes.Structure):
+    _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "tile_base", "block_base", "chunk_token", "tiles")] + [
+        (n, i32) for n in ("batch", "total_q", "num_chunks", "chunk_tiles", "max_tiles")]
+
+
+class Index(ctypes.Structure):
+    _fields_ = [(n, ptr) for n in ("topk_indices", "plane", "entries", "row_info", "units", "unit_counts")] + [
+        (n, i32) for n in ("topk", "slots", "lanes_per_row", "has_dense", "num_subs", "sub_tiles", "max_blocks", "window_blocks", "unit_entries", "full_units")]
+
+
+class IndexParams(ctypes.Structure):
+    _fields_ = [("layout", Layout), ("index", Index)]
+
+
+class AttendParams(ctypes.Structure):
+    _fields_ = [("layout", Layout), ("index", Index), ("query", Tensor), ("key", Tensor), ("value", Tensor), ("partial", ptr), ("partial_lse", ptr),
+                ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32)]
+
+
+class ReduceParams(ctypes.Structure):
+    _fields_ = [("layout", Layout), ("index", Index), ("query", Tensor), ("key", Tensor), ("value", Tensor), ("out", Tensor), ("partial", ptr),
+                ("partial_lse", ptr), ("lse", ptr), ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32)]
+
+
+class BackwardParams(ctypes.Structure):
+    _fields_ = [("layout", Layout), ("index", Index)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [
+        (n, ptr) for n in ("lse", "grad_lse", "row_stats", "grad_query", "grad_key", "grad_value")] + [
+        ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("head", i32)]
+
+
+class ConvertParams(ctypes.Structure):
+    _fields_ = [("source", ptr), ("target", Tensor), ("first_row", ptr), ("end_row", ptr), ("rows", i32), ("head", i32), ("scale", f32)]

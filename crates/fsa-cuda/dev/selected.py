@@ -1,0 +1,197 @@
+"""Plan and launches of selected attention, as the Rust host will do them: sizes from shapes alone, no sync."""
+import math
+from dataclasses import dataclass
+import torch
+import params as P
+from driver import Module
+
+TILE = 64
+MIB = 1 << 20
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+@dataclass
+class Plan:
+    slots: int; has_dense: int; max_tiles: int; max_blocks: int; chunk_tiles: int; num_chunks: int; heads: int
+    sub_tiles: int; num_subs: int; unit_entries: int; full_units: int; window_blocks: int; buffers: int
+    entries_bytes: int; plane_bytes: int; units_bytes: int; partial_bytes: int
+
+    @property
+    def scratch_bytes(self):
+        return self.entries_bytes + self.plane_bytes + self.units_bytes + self.buffers * self.partial_bytes
+
+
+def make_plan(total_q, total_kv, batch, num_q_heads, num_kv_heads, topk, block_size, head_dim, budget=256 * MIB, buffers=2, unit_entries=1024, has_dense=1,
+              chunk_tokens=None):
+    bound = lambda total, size: ceil_div(total, size) if batch == 1 else total // size + batch
+    max_tiles, max_blocks = bound(total_q, TILE), bound(total_kv, block_size)
+    slots = max(topk - 1, 1) if has_dense else topk
+    sub_tiles = 8
+    while num_kv_heads * ceil_div(max_tiles, sub_tiles) * max_blocks * 4 > 12 * MIB and sub_tiles < max_tiles:
+        sub_tiles *= 2
+    if chunk_tokens is not None:        # backward: no partials, chunks sized by the caller
+        heads, partial_bytes = 1, 0
+        chunk_tiles = min(ceil_div(max_tiles, sub_tiles), max(1, chunk_tokens // TILE // sub_tiles)) * sub_tiles
+    else:
+        row_bytes = slots * (head_dim * 2 + 4)
+        limit = (budget - 10 * MIB) // buffers // (TILE * row_bytes)
+        sub_tiles = min(sub_tiles, 1 << int(math.log2(max(limit, 1))))
+        heads, chunk_tiles = num_q_heads, ceil_div(max_tiles, sub_tiles) * sub_tiles
+        if chunk_tiles > limit:
+            heads, chunk_tiles = 1, ceil_div(ceil_div(max_tiles, ceil_div(max_tiles, limit)), sub_tiles) * sub_tiles
+        else:
+            heads = min(num_q_heads, limit // chunk_tiles)
+            heads = ceil_div(num_q_heads, ceil_div(num_q_heads, heads))
+        partial_bytes = heads * chunk_tiles * TILE * row_bytes
+    num_chunks, num_subs = ceil_div(max_tiles, chunk_tiles), ceil_div(max_tiles, sub_tiles)
+    full_units = chunk_tiles * TILE * slots // unit_entries
+    return Plan(slots, has_dense, max_tiles, max_blocks, chunk_tiles, num_chunks, heads, sub_tiles, num_subs, unit_entries, full_units,
+                min(max_blocks, 48 * 1024), buffers, num_kv_heads * total_q * (slots + 1) * 4, num_kv_heads * num_subs * max_blocks * 4,
+                num_kv_heads * num_chunks * ((full_units + max_blocks) * 32 + 8), partial_bytes)
+
+
+def tensor(x):
+    return P.Tensor(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+class Selected:
+    """One problem: owns its scratch; forward() only launches."""
+
+    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=True, **plan_options):
+        dev, (total_q, self.hq, d), (total_kv, self.hk, _) = query.device, query.shape, key.shape
+        cu = lambda x, n: torch.tensor([0, n], dtype=torch.int32, device=dev) if x is None else x
+        self.cu_q, self.cu_kv = cu(cu_seqlens_q, total_q), cu(cu_seqlens_kv, total_kv)
+        self.batch, topk = self.cu_q.numel() - 1, topk_indices.shape[2]
+        self.q, self.k, self.v, self.topk = query, key, value, topk_indices
+        self.d, self.block_size, self.total_q = d, block_size, total_q
+        self.scale = d ** -0.5 if softmax_scale is None else softmax_scale
+        self.plan = p = make_plan(total_q, total_kv, self.batch, self.hq, self.hk, topk, block_size, d, **plan_options)
+        self.defines = dict(FSA_HEAD_DIM=d, FSA_BLOCK_SIZE=block_size, FSA_IS_BF16=int(query.dtype == torch.bfloat16), **(defines or {}))
+        i32 = lambda n: torch.empty(max(n, 1), dtype=torch.int32, device=dev)
+        self.scratch = s = dict(tile_base=i32(self.batch + 1), block_base=i32(self.batch + 1), chunk_token=i32(p.num_chunks + 1),
+                                plane=i32(p.plane_bytes // 4), entries=i32(p.entries_bytes // 4), units=i32(self.hk * p.num_chunks * (p.full_units + p.max_blocks) * 8),
+                                unit_counts=i32(self.hk * p.num_chunks * 2), tiles=i32(p.max_tiles * 8),
+                                row_info=i32(self.hk * total_q))
+        self.partials = [torch.empty(p.partial_bytes, dtype=torch.uint8, device=dev) for _ in range(p.buffers)]
+        ptr = lambda name: s[name].data_ptr()
+        self.layout = P.Layout(self.cu_q.data_ptr(), self.cu_kv.data_ptr(), ptr("tile_base"), ptr("block_base"), ptr("chunk_token"), ptr("tiles"),
+                               self.batch, total_q, p.num_chunks, p.chunk_tiles, p.max_tiles)
+        lanes = min(32, 1 << (topk - 1).bit_length())
+        self.index = P.Index(topk_indices.data_ptr(), ptr("plane"), ptr("entries"), ptr("row_info"), ptr("units"), ptr("unit_counts"), topk, p.slots, lanes, p.has_dense,
+                             p.num_subs, p.sub_tiles, p.max_blocks, p.window_blocks, p.unit_entries, p.full_units)
+        self.side = [torch.cuda.Stream(priority=0) for _ in range(p.buffers)]
+        self.fast = [torch.cuda.Stream(priority=-5 if priority else 0) for _ in range(p.buffers)]
+
+    def build_index(self):
+        p, module = self.plan, Module.get("index.cuh", self.defines)
+        params = P.IndexParams(self.layout, self.index)
+        windows = ceil_div(p.max_blocks, p.window_blocks)
+        grid = (p.num_subs, self.hk, windows)
+        module.launch("index_prepare", (1, 1, 1), 1024, 0, params)
+        module.launch("index_count", grid, 256, 4 * p.window_blocks, params)
+        module.launch("index_scan", (p.num_chunks, self.hk, 1), 1024, 0, params)
+        warps = max(1, min(8, p.sub_tiles, 200 * 1024 // (4 * p.window_blocks)))
+        module.launch("index_scatter", grid, 32 * warps, 4 * p.window_blocks * warps, params)
+
+    def tile_bytes(self, rows):
+        return rows * 128 * ceil_div(self.d, 64)
+
+    def stage_launches(self, out, lse):
+        """[(buffer, attend thunk, reduce thunk)] for every chunk of heads and tiles."""
+        p, d = self.plan, self.defines
+        attend, reduce = Module.get("attend_sm90.cuh", d), Module.get("reduce_sm90.cuh", d)
+        scale_log2, group = self.scale * math.log2(math.e), self.hq // self.hk
+        launches = []
+        attend_bytes = 2 * self.tile_bytes(self.block_size) + d.get("FSA_QUERY_STAGES", 2) * self.tile_bytes(TILE)
+        reduce_bytes = self.tile_bytes(TILE) + 2 * self.tile_bytes(min(self.block_size, 64)) + TILE * p.slots * 4
+        for head in range(0, self.hq, p.heads):
+            heads = min(p.heads, self.hq - head)
+            for chunk in range(p.num_chunks):
+                buffer = len(launches) % p.buffers
+                partial = self.partials[buffer].data_ptr()
+                partial_lse = partial + p.heads * p.chunk_tiles * TILE * p.slots * self.d * 2
+                a = P.AttendParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), partial, partial_lse, scale_log2, group, chunk, head)
+                r = P.ReduceParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), tensor(out), partial, partial_lse, lse.data_ptr(),
+                                   scale_log2, group, chunk, head)
+                launches.append((buffer,
+                                 lambda s=None, a=a, h=heads: attend.launch("attend", (p.full_units + p.max_blocks, h, 1), 128, attend_bytes, a, s),
+                                 lambda s=None, r=r, h=heads: reduce.launch("reduce", (p.chunk_tiles, h, 1), 128, reduce_bytes, r, s)))
+        return launches
+
+    def forward(self, out=None, lse=None):
+        out = torch.empty_like(self.q) if out is None else out
+        lse = torch.empty(self.hq, self.total_q, dtype=torch.float32, device=self.q.device) if lse is None else lse
+        self.build_index()
+        main = torch.cuda.current_stream()
+        for stream in self.side + self.fast:
+            stream.wait_stream(main)
+        for buffer, attend, reduce in self.stage_launches(out, lse):
+            # The reduce of one buffer goes ahead of the queued ctas of the next attend: it waits on memory, they multiply.
+            self.side[buffer].wait_stream(self.fast[buffer])
+            attend(self.side[buffer])
+            self.fast[buffer].wait_stream(self.side[buffer])
+            reduce(self.fast[buffer])
+        for stream in self.side + self.fast:
+            main.wait_stream(stream)
+        return out, lse
+
+
+class SelectedBackward(Selected):
+    """Head by head: row statistics, one KV-major pass, grad_query to 16 bit; grad_key and grad_value per kv head."""
+
+    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=2048, buffers=2, query_partials=1, **options):
+        d, topk = query.shape[2], topk_indices.shape[2]
+        chunk_tokens = chunk_tokens or (128 * MIB // (topk * d * 2) if query_partials else 32 * MIB // (d * 4))
+        super().__init__(query, key, value, topk_indices, block_size, *args, has_dense=0, chunk_tokens=chunk_tokens, unit_entries=unit_entries, buffers=buffers,
+                         defines=dict(FSA_QUERY_PARTIALS=query_partials), **options)
+        p, f32 = self.plan, dict(dtype=torch.float32, device=query.device)
+        self.query_partials, self.rows = query_partials, min(p.chunk_tiles * TILE, query.shape[0])
+        self.row_stats = [torch.empty(self.rows, 2, **f32) for _ in range(buffers)]
+        row_floats = topk * d // 2 if query_partials else d
+        self.acc_query = [torch.empty(self.rows, row_floats, **f32) for _ in range(buffers)]
+        self.acc_kv = [torch.empty(2, key.shape[0], d, **f32) for _ in range(buffers)]
+
+    @property
+    def backward_scratch_bytes(self):
+        return self.plan.scratch_bytes + sum(t.numel() * 4 for t in self.row_stats + self.acc_query + self.acc_kv)
+
+    def backward(self, out, lse, grad_out, grads, grad_lse=None):
+        p, group, module = self.plan, self.hq // self.hk, Module.get("backward_sm90.cuh", self.defines)
+        self.build_index()
+        main = torch.cuda.current_stream()
+        cta_keys = 64 if self.block_size <= 64 else 128
+        shared = 2 * self.tile_bytes(cta_keys) + 4 * self.tile_bytes(TILE) + cta_keys // 64 * 8192
+        for b in range(p.buffers):
+            self.side[b].wait_stream(main)
+            with torch.cuda.stream(self.side[b]):
+                self.acc_kv[b].zero_()
+                if not self.query_partials:
+                    self.acc_query[b].zero_()
+
+        def convert(source, target, tokens, rows, head, scale, stream):
+            c = P.ConvertParams(source.data_ptr(), tensor(target), tokens, tokens + 4 if tokens else None, rows, head, scale)
+            module.launch("backward_convert", (ceil_div(rows * self.d // 4, 256), 1, 1), 256, 0, c, stream)
+
+        for kv_head in range(self.hk):
+            b = kv_head % p.buffers
+            stream = self.side[b]
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                for chunk in range(p.num_chunks):
+                    acc = self.acc_query[b].data_ptr()
+                    a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
+                                         grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, tensor(grads[0]),
+                                         self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(), self.scale * math.log2(math.e), self.scale, group, chunk, head)
+                    module.launch("backward_delta", (ceil_div(self.rows, 8), 1, 1), 256, 0, a, stream)
+                    module.launch("backward", (p.full_units + p.max_blocks, ceil_div(self.block_size, 128), 1), 128 * (cta_keys // 64), shared, a, stream)
+                    if self.query_partials:
+                        module.launch("backward_merge", (ceil_div(self.rows, 256 // (self.d // 8)), 1, 1), 256, 0, a, stream)
+                    else:
+                        convert(self.acc_query[b], grads[0], self.scratch["chunk_token"].data_ptr() + 4 * chunk, self.rows, head, self.scale, stream)
+            for i, scale in ((0, self.scale), (1, 1.0)):
+                convert(self.acc_kv[b][i], grads[1 + i], None, self.k.shape[0], kv_head, scale, stream)
+        for stream in self.side:
+            main.wait_stream(stream)
+        return grads

@@ -1,0 +1,321 @@
+// WHAT   Selected attention backward, KV-major, five products in one pass: scores and probabilities are computed again, keys as
+//        rows, so that P^T and dS^T stay in registers as A operands of grad_value += P^T dO and grad_key += dS^T Q;
+//        only dS goes through shared memory, for grad_query = dS K, which is added to f32 rows in L2.
+// GRID   (units of the chunk, parts of a block of 128 keys). One query head per launch, so that its f32 grad_query stays in L2.
+// ROLES  One warpgroup per 64 keys; all share the gathered query and grad_out tiles; each computes its share of the
+//        columns of grad_query over all keys of the cta.
+// SMEM   key and value tiles, two stages of query and grad_out tiles with row statistics, one dS tile per warpgroup.
+// SYNC   cp.async group per row tile. Two barriers per tile: tile arrived (and previous stage free), dS written.
+#include "block/rows.cuh"
+#include "block/sequence.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/swizzled_tile.cuh"
+
+constexpr int CTA_KEYS = BLOCK_SIZE <= 64 ? 64 : 128;      // smaller blocks are padded with masked keys
+constexpr int GROUPS = CTA_KEYS / 64;                      // warpgroups
+constexpr int THREADS = GROUPS * WARPGROUP;
+constexpr int WARP_ROWS = 64 / (THREADS / 32);             // rows of a tile that one warp gathers
+constexpr int KEYS_PER_PART = BLOCK_SIZE < 128 ? BLOCK_SIZE : 128;
+constexpr int GROUP_PIECES = PIECES % GROUPS == 0 ? PIECES / GROUPS : PIECES;  // pieces of grad_query per warpgroup
+typedef SwizzledTile<CTA_KEYS> KeyTile;
+typedef SwizzledTile<TILE_ROWS> RowTile;
+constexpr int DS_BYTES = 64 * 128;
+constexpr int STAGE_BYTES = 2 * RowTile::BYTES;
+constexpr u32 NO_ENTRY = 0xffffffffu;
+// grad_query of a (row, block) pair: 0 adds it to f32 rows in L2 (unordered), 1 stores it as a 16-bit partial in the row's slot,
+// summed in slot order by backward_merge.
+#ifndef FSA_QUERY_PARTIALS
+#define FSA_QUERY_PARTIALS 0
+#endif
+constexpr bool QUERY_PARTIALS = FSA_QUERY_PARTIALS != 0;
+constexpr int BACKWARD_CTAS = GROUPS == 1 ? 2 : 1;
+
+struct RowStats {
+    f32 lse, delta;     // log2; sum of grad_out * out minus grad_lse
+};
+
+// Adds the thread's two rows of a 64 x PIECE_COLUMNS accumulator to f32 rows in fragment order, from column COLUMN on. The row
+// pointers include the lane's 16 bytes.
+template <int COLUMN, int PAIR = 0>
+FSA_DEVICE void add_rows(f32* low_row, f32* high_row, const Piece& acc) {
+    if constexpr (PAIR < PIECE_COLUMNS / 16) {
+        constexpr int OFFSET = (COLUMN + PAIR * 16) * 4, E = PAIR * 8;
+        add_global<OFFSET>(low_row, acc[E], acc[E + 1], acc[E + 4], acc[E + 5]);
+        add_global<OFFSET>(high_row, acc[E + 2], acc[E + 3], acc[E + 6], acc[E + 7]);
+        add_rows<COLUMN, PAIR + 1>(low_row, high_row, acc);
+    }
+}
+template <int PIECE = 0>
+FSA_DEVICE void add_all_rows(f32* low_row, f32* high_row, const Piece (&acc)[PIECES]) {
+    if constexpr (PIECE < PIECES) {
+        add_rows<PIECE * PIECE_COLUMNS>(low_row, high_row, acc[PIECE]);
+        add_all_rows<PIECE + 1>(low_row, high_row, acc);
+    }
+}
+
+// Where the thread's two rows of grad_query go.
+struct QueryRows {
+    f32 *low, *high;                        // with the lane's 16 bytes
+    FragmentRows partial_low, partial_high; // only with QUERY_PARTIALS
+};
+
+// grad_query of the tile, piece by piece: dS K over all keys of the cta.
+template <int PIECE, int END>
+FSA_DEVICE void query_gradients(u32 ds_tiles, u32 key_tile, const QueryRows& rows) {
+    if constexpr (PIECE < END) {
+        Piece acc;
+        wgmma_fence();
+        FSA_UNROLL for (int k = 0; k < CTA_KEYS / 16; ++k)
+            Wgmma<PIECE_COLUMNS>::shared_shared<1, 1>(acc, over_rows<64>(ds_tiles, k, 0), over_rows<CTA_KEYS>(key_tile, k, PIECE * PIECE_COLUMNS), k != 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(acc);
+        if constexpr (QUERY_PARTIALS) {
+            store_fragment<false>(rows.partial_low, PIECE, acc, 1.0f);
+            store_fragment<true>(rows.partial_high, PIECE, acc, 1.0f);
+        } else {
+            add_rows<PIECE * PIECE_COLUMNS>(rows.low, rows.high, acc);
+        }
+        query_gradients<PIECE + 1, END>(ds_tiles, key_tile, rows);
+    }
+}
+
+// Row statistics of one head for the rows of the chunk. One warp per row.
+extern "C" __global__ void __launch_bounds__(256) backward_delta(const __grid_constant__ BackwardParams p) {
+    const int chunk_token = p.layout.chunk_token[p.chunk], end = p.layout.chunk_token[p.chunk + 1];
+    const int token = chunk_token + blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x & 31;
+    if (token >= end) return;
+    const u32* out = (const u32*)tensor_row(p.out, token, p.head);
+    const u32* grad = (const u32*)tensor_row(p.grad_out, token, p.head);
+    f32 sum = 0.0f;
+    FSA_UNROLL for (int i = 0; i < (HEAD_DIM / 2 + 31) / 32; ++i)
+        if (i * 32 + lane < HEAD_DIM / 2) {
+            const u32 a = out[i * 32 + lane], b = grad[i * 32 + lane];
+            sum += unpack_lo(a) * unpack_lo(b) + unpack_hi(a) * unpack_hi(b);
+        }
+    FSA_UNROLL for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
+    if (lane == 0) {
+        const i64 at = (i64)p.head * p.layout.total_q + token;
+        if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
+        p.row_stats[2 * (token - chunk_token)] = p.lse[at] * LOG2_E;
+        p.row_stats[2 * (token - chunk_token) + 1] = sum;
+    }
+}
+
+// A quad per 16 columns of a row, a lane per 16 bytes of the source.
+extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ ConvertParams p) {
+    const int first = p.first_row ? *p.first_row : 0, end = p.end_row ? *p.end_row : p.rows;
+    const i64 n = (i64)blockIdx.x * 256 + threadIdx.x;
+    const i64 row = n / (HEAD_DIM / 4);
+    const int column = (int)(n % (HEAD_DIM / 4)) * 4, t = threadIdx.x & 3;
+    const bool present = first + row < end;
+    Vec4 v = {0, 0, 0, 0};
+    if (present) {
+        Vec4* source = (Vec4*)(p.source + row * HEAD_DIM + column);
+        v = *source;
+        *source = Vec4{0, 0, 0, 0};
+    }
+    // Columns 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t of the sixteen; an even lane takes the first pair of its neighbour, an odd one
+    // the second, so that each stores 8 bytes.
+    const u32 lower = pack2(__uint_as_float(v.x) * p.scale, __uint_as_float(v.y) * p.scale);
+    const u32 upper = pack2(__uint_as_float(v.z) * p.scale, __uint_as_float(v.w) * p.scale);
+    const u32 received = __shfl_xor_sync(0xffffffffu, t & 1 ? lower : upper, 1);
+    if (!present) return;
+    char* target = (char*)tensor_row(p.target, first + row, p.head) + (column & ~15) * ELEMENT_BYTES;
+    if (t & 1) store_global8(target + 16 + (t & 2) * 4, received, upper);
+    else store_global8(target + (t & 2) * 4, lower, received);
+}
+
+// Sum of a row's partials in slot order, times the softmax scale. HEAD_DIM / 8 lanes per row, 16 bytes each.
+extern "C" __global__ void __launch_bounds__(256) backward_merge(const __grid_constant__ BackwardParams p) {
+    constexpr int LANES = HEAD_DIM / 8, ROWS = 256 / LANES, AHEAD = 8;
+    const int chunk_token = p.layout.chunk_token[p.chunk], rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
+    const int row = blockIdx.x * ROWS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const bool present = threadIdx.x < ROWS * LANES && row < rows;
+    RowInfo info = {0};
+    if (present) info.word = p.index.row_info[(i64)(p.head / p.group_size) * p.layout.total_q + chunk_token + row];
+    const char* source = (const char*)p.partial + (i64)row * p.index.slots * ROW_BYTES + lane * 16;
+    f32 sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    for (int first = 0; first < info.partials(); first += AHEAD) {
+        Vec4 v[AHEAD];
+        FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
+            v[a] = Vec4{0, 0, 0, 0};
+            if (first + a < info.partials()) v[a] = load_global_once(source + (first + a) * ROW_BYTES);
+        }
+        FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
+            sum[0] += unpack_lo(v[a].x); sum[1] += unpack_hi(v[a].x); sum[2] += unpack_lo(v[a].y); sum[3] += unpack_hi(v[a].y);
+            sum[4] += unpack_lo(v[a].z); sum[5] += unpack_hi(v[a].z); sum[6] += unpack_lo(v[a].w); sum[7] += unpack_hi(v[a].w);
+        }
+    }
+    u32 w[4];
+    FSA_UNROLL for (int j = 0; j < 4; ++j) w[j] = pack2(sum[2 * j] * p.scale, sum[2 * j + 1] * p.scale);
+    const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
+    if (present) store_global((char*)tensor_row(p.grad_query_out, chunk_token + row, p.head) + lane * 16, natural);
+}
+
+// Probabilities from scores, in place: column c of the tile is gathered row c; keys above its limit do not count.
+template <bool MASKED>
+FSA_DEVICE void probabilities(f32 (&s)[32], const RowStats* stats, const i32* limits, int key_low, f32 scale_log2) {
+    const int t = threadIdx.x & 3;
+    FSA_UNROLL for (int i = 0; i < 8; ++i)
+        FSA_UNROLL for (int e = 0; e < 2; ++e) {
+            const int column = 8 * i + 2 * t + e;
+            const f32 lse = stats[column].lse;
+            s[4 * i + e] = exp2_fast(fmaf(s[4 * i + e], scale_log2, -lse));
+            s[4 * i + 2 + e] = exp2_fast(fmaf(s[4 * i + 2 + e], scale_log2, -lse));
+            if (MASKED) {
+                if (key_low > limits[column]) s[4 * i + e] = 0.0f;
+                if (key_low + 8 > limits[column]) s[4 * i + 2 + e] = 0.0f;
+            }
+        }
+}
+// dS = P (dP - delta), zero where P was masked even if dP is not finite.
+template <bool MASKED>
+FSA_DEVICE void score_gradients(f32 (&dp)[32], const f32 (&probability)[32], const RowStats* stats, const i32* limits, int key_low) {
+    const int t = threadIdx.x & 3;
+    FSA_UNROLL for (int i = 0; i < 8; ++i)
+        FSA_UNROLL for (int e = 0; e < 2; ++e) {
+            const int column = 8 * i + 2 * t + e;
+            const f32 delta = stats[column].delta;
+            dp[4 * i + e] = probability[4 * i + e] * (dp[4 * i + e] - delta);
+            dp[4 * i + 2 + e] = probability[4 * i + 2 + e] * (dp[4 * i + 2 + e] - delta);
+            if (MASKED) {
+                if (key_low > limits[column]) dp[4 * i + e] = 0.0f;
+                if (key_low + 8 > limits[column]) dp[4 * i + 2 + e] = 0.0f;
+            }
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(const __grid_constant__ BackwardParams p) {
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ RowStats stats[2][TILE_ROWS];
+    __shared__ i32 limits[2][TILE_ROWS];
+    __shared__ u32 targets[2][TILE_ROWS];     // row of grad_query, or slot of the partial
+    const Index& index = p.index;
+    const int kv_head = p.head / p.group_size;
+    const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
+    const int unit_number = blockIdx.x;
+    const i32* unit_counts = index.unit_counts + list * 2;
+    if (unit_number < index.full_units ? unit_number >= unit_counts[0] : unit_number - index.full_units >= unit_counts[1]) return;
+    const Unit unit = index.units[list * (index.full_units + index.max_blocks) + unit_number];
+    const int part = blockIdx.y * KEYS_PER_PART, keys = min_i(KEYS_PER_PART, unit.valid_keys - part);
+    if (keys <= 0) return;
+    const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
+    const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = threadIdx.x / WARPGROUP;
+    const char *queries = tensor_row(p.query, chunk_token, p.head), *grads = tensor_row(p.grad_out, chunk_token, p.head);
+    const i64 query_row_bytes = p.query.row_stride * ELEMENT_BYTES, grad_row_bytes = p.grad_out.row_stride * ELEMENT_BYTES;
+    const u32 key_tile = shared_address(shared), value_tile = key_tile + KeyTile::BYTES, stages = value_tile + KeyTile::BYTES;
+    const u32 ds_tiles = stages + 2 * STAGE_BYTES;
+
+    auto tile_entry = [&](int first) {  // of row lane % WARP_ROWS of this warp's rows; unpacked when used, so that nothing waits here
+        const int row = first + warp * WARP_ROWS + lane % WARP_ROWS;
+        return row < unit.entry_count ? __ldg(entries + row) : NO_ENTRY;
+    };
+    // Starts the copies of a tile; the return value says that some row of this warp needs a mask.
+    auto start_tile = [&](int stage, u32 entry) {
+        const int token = entry == NO_ENTRY ? -1 : (int)(entry & 0xffffffu);    // relative to the chunk
+        gather_rows<WARP_ROWS, true>(stages + stage * STAGE_BYTES, queries, query_row_bytes, grads, grad_row_bytes, token, warp * WARP_ROWS);
+        const int row = warp * WARP_ROWS + lane;
+        int limit = CTA_KEYS;
+        if (lane < WARP_ROWS) {
+            if (token >= 0) copy_async8(shared_address(&stats[stage][row]), p.row_stats + 2 * token);
+            else stats[stage][row] = {__int_as_float(0x7f800000), 0.0f};   // probability 2^-inf
+            limit = min_i(token + chunk_token - unit.first_token - part, keys - 1);
+            if (token < 0) limit = CTA_KEYS;
+            limits[stage][row] = limit;
+            if (QUERY_PARTIALS) targets[stage][row] = token >= 0 ? (u32)token * index.slots + (entry >> 24) : NO_ENTRY;
+            else targets[stage][row] = token >= 0 ? (u32)token : (u32)(unit.entry_begin + row) % (u32)chunk_rows;
+        }
+        copy_commit();
+        return limit < CTA_KEYS - 1;
+    };
+
+    copy_rows<CTA_KEYS, THREADS>(key_tile, p.key, kv_head, unit.kv_row + part, keys);
+    copy_rows<CTA_KEYS, THREADS>(value_tile, p.value, kv_head, unit.kv_row + part, keys);
+    bool masked = start_tile(0, tile_entry(0));
+    u32 next_entry = tile_entry(TILE_ROWS);
+    Piece grad_key[PIECES], grad_value[PIECES];
+    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
+        FSA_UNROLL for (int i = 0; i < PIECE_COLUMNS / 2; ++i) grad_key[piece][i] = grad_value[piece][i] = 0.0f;
+    const int key_low = group * 64 + (warp & 3) * 16 + lane / 4;
+    const u32 ds_tile = ds_tiles + group * DS_BYTES, my_keys = key_tile + group * 64 * 128, my_values = value_tile + group * 64 * 128;
+    const int lane_floats = (lane & 3) * 4;
+    const int tiles = ceil_div(unit.entry_count, TILE_ROWS);
+
+    FSA_NO_UNROLL for (int tile = 0; tile < tiles; ++tile) {
+        const int stage = tile & 1;
+        const u32 query_tile = stages + stage * STAGE_BYTES, grad_tile = query_tile + RowTile::BYTES;
+        copy_wait<0>();
+        // A key that is not finite makes log2-sum-exp, and so everything, NaN for the rows that see it; the others must not
+        // meet it in dS K, where their dS is zero.
+        if (tile == 0) clean_rows<CTA_KEYS, THREADS>(key_tile);
+        fence_async_proxy();
+        const bool any_masked = __syncthreads_or(masked);
+        f32 s[32], dp[32];
+        wgmma_fence();
+        FSA_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k)
+            Wgmma<64>::shared_shared<0, 0>(s, over_columns<CTA_KEYS>(my_keys, k), over_columns<TILE_ROWS>(query_tile, k), k != 0);
+        wgmma_commit();
+        FSA_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k)
+            Wgmma<64>::shared_shared<0, 0>(dp, over_columns<CTA_KEYS>(my_values, k), over_columns<TILE_ROWS>(grad_tile, k), k != 0);
+        wgmma_commit();
+        if (tile + 1 < tiles) {
+            masked = start_tile(stage ^ 1, next_entry);
+            next_entry = tile_entry((tile + 2) * TILE_ROWS);
+        }
+        wgmma_wait<1>();
+        wgmma_pin(s);
+        if (any_masked) probabilities<true>(s, stats[stage], limits[stage], key_low, p.scale_log2);
+        else probabilities<false>(s, stats[stage], limits[stage], key_low, p.scale_log2);
+        u32 a[4][4], b[4][4];
+        FSA_UNROLL for (int k = 0; k < 4; ++k) to_fragment<64>(a[k], s, k);
+        wgmma_wait<0>();
+        wgmma_pin(dp);
+        if (any_masked) score_gradients<true>(dp, s, stats[stage], limits[stage], key_low);
+        else score_gradients<false>(dp, s, stats[stage], limits[stage], key_low);
+        FSA_UNROLL for (int k = 0; k < 4; ++k) to_fragment<64>(b[k], dp, k);
+        FSA_UNROLL for (int i = 0; i < 8; ++i) {    // fragment b[i / 2] holds {low, high} x pair i
+            const int row = key_low & 63;
+            const u32 at = ds_tile + row * 128 + ((i ^ (row & 7)) << 4) + (lane & 3) * 4;
+            store_shared(at, b[i / 2][i % 2 * 2]);
+            store_shared(at + 8 * 128, b[i / 2][i % 2 * 2 + 1]);
+        }
+        wgmma_fence();
+        FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
+            FSA_UNROLL for (int k = 0; k < 4; ++k)
+                Wgmma<PIECE_COLUMNS>::registers_shared<1>(grad_value[piece], a[k], over_rows<TILE_ROWS>(grad_tile, k, piece * PIECE_COLUMNS), 1);
+        FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
+            FSA_UNROLL for (int k = 0; k < 4; ++k)
+                Wgmma<PIECE_COLUMNS>::registers_shared<1>(grad_key[piece], b[k], over_rows<TILE_ROWS>(query_tile, k, piece * PIECE_COLUMNS), 1);
+        wgmma_commit();
+        fence_async_proxy();
+        __syncthreads();
+
+        const int row = (warp & 3) * 16 + lane / 4;
+        const u32 target_low = targets[stage][row], target_high = targets[stage][row + 8];
+        QueryRows rows;
+        if constexpr (QUERY_PARTIALS) {
+            rows.partial_low = fragment_rows((char*)p.partial, target_low, target_low != NO_ENTRY);
+            rows.partial_high = fragment_rows((char*)p.partial, target_high, target_high != NO_ENTRY);
+        } else {
+            // A row that does not exist has probability zero and adds zeros to some row, another one for every unit (the same row for
+            // all made the pass 1.6x slower): cheaper than a branch around every addition.
+            rows.low = p.grad_query + (i64)target_low * HEAD_DIM + lane_floats;
+            rows.high = p.grad_query + (i64)target_high * HEAD_DIM + lane_floats;
+        }
+        if (GROUPS == 1 || group == 0) query_gradients<0, GROUP_PIECES>(ds_tiles, key_tile, rows);
+        else if (GROUP_PIECES < PIECES) query_gradients<GROUP_PIECES, PIECES>(ds_tiles, key_tile, rows);
+        wgmma_wait<0>();
+        FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) { wgmma_pin(grad_key[piece]); wgmma_pin(grad_value[piece]); }
+    }
+
+    const i64 first = (i64)(unit.kv_row + part + key_low) * HEAD_DIM + lane_floats;
+    if (key_low + 8 < keys) {
+        add_all_rows(p.grad_key + first, p.grad_key + first + 8 * HEAD_DIM, grad_key);
+        add_all_rows(p.grad_value + first, p.grad_value + first + 8 * HEAD_DIM, grad_value);
+    } else if (key_low < keys) {        // the second row does not exist: its sums are zero, because all its keys are masked
+        add_all_rows(p.grad_key + first, p.grad_key + first, grad_key);
+        add_all_rows(p.grad_value + first, p.grad_value + first, grad_value);
+    }
+}

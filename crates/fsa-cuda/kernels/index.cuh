@@ -1,0 +1,267 @@
+// WHAT   Inverse index of topk_indices: for each kv head and chunk of query tiles, the rows that chose each block, as
+//        CSR, cut into units of bounded size. No sort, no global atomics, no plane of tokens times blocks; the
+//        order of entries is by (block, token), so everything downstream is repeatable.
+// GRID   prepare: 1 cta. count, scatter: (pieces of chunks, kv heads, windows of blocks). scan: (chunks, kv heads).
+//        From shapes alone; what does not exist writes nothing.
+// ROLES  count: shared-memory histogram of a piece. scan: starts of all (block, piece), and the units. scatter: each
+//        warp owns consecutive tiles; ranks inside a step come from match.any, so the order is the token order.
+// SMEM   count: window_blocks counters. scatter: one counter per warp and block of the window.
+// SYNC   four launches on one stream.
+#include "block/sequence.cuh"
+
+constexpr u32 ALL_LANES = 0xffffffffu;
+FSA_DEVICE void no_rows(int, u32) {}
+
+// Runs f(keep, block, rank, token) for every listed id of a tile, one warp, rows in order, 32 ids a step.
+// `rank` counts the gathered blocks of the row; ids that are absent (negative, in the future) or dense give keep = false.
+// Then g(token, info) once per row, by one lane, with WITH_ROWS.
+template <bool WITH_ROWS, typename F, typename G>
+FSA_DEVICE void for_each_entry(const IndexParams& p, int kv_head, int tile, F f, G g) {
+    const Index& index = p.index;
+    const Tile t = p.layout.tiles[tile];
+    const DenseRule rule = dense_rule(t, index.has_dense);
+    const int lane = threadIdx.x & 31, lanes = index.lanes_per_row, topk = index.topk;
+    const int rows_per_step = 32 / lanes, sub_row = lane / lanes, first_slot = lane & (lanes - 1);
+    const u32 row_lanes = lanes == 32 ? ALL_LANES : ((1u << lanes) - 1) << (sub_row * lanes);
+    const u32 lanes_below = (1u << lane) - 1;
+    const i32* ids = index.topk_indices + ((i64)kv_head * p.layout.total_q + t.token) * topk;
+
+    constexpr int AHEAD = 8;    // steps whose ids are loaded before the first is used
+    for (int step_row = 0; step_row < t.rows; step_row += AHEAD * rows_per_step) {
+        int loaded[AHEAD];
+        FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
+            const int row = step_row + a * rows_per_step + sub_row;
+            loaded[a] = row < t.rows && first_slot < topk ? ids[(i64)row * topk + first_slot] : -1;
+        }
+        FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
+            if (step_row + a * rows_per_step >= t.rows) break;
+            const int row = step_row + a * rows_per_step + sub_row;
+            const int own = (t.position + row) / BLOCK_SIZE;
+            int rank_base = 0, id = loaded[a];
+            u32 info = 0;
+            FSA_NO_UNROLL for (int slot = first_slot;;) {
+                const bool listed = row < t.rows && id >= 0 && id <= own, gathered = listed && !is_dense(rule, id);
+                const u32 vote = __ballot_sync(ALL_LANES, gathered) & row_lanes;
+                const int rank = rank_base + __popc(vote & lanes_below);
+                f(gathered && rank < index.slots, t.block_base + id, rank, t.token + row);
+                rank_base += __popc(vote);
+                if (WITH_ROWS && listed) {
+                    if (!gathered) info |= dense_bit(rule, id);
+                    else if (rank >= index.slots) info |= (u32)(id + 1) << RowInfo::SPILLED_SHIFT;
+                }
+                if (topk <= 32 || slot >= 32) break;    // topk <= 64: at most two passes
+                slot += 32;
+                id = row < t.rows && slot < topk ? ids[(i64)row * topk + slot] : -1;
+            }
+            if (WITH_ROWS) {
+                for (int delta = 1; delta < lanes; delta *= 2) info |= __shfl_xor_sync(ALL_LANES, info, delta);
+                if (first_slot == 0 && row < t.rows) g(t.token + row, info | (u32)min_i(rank_base, index.slots) << RowInfo::PARTIALS_SHIFT);
+            }
+        }
+    }
+}
+
+// Prefix sums over sequences by one warp, then tiles and chunks by all.
+extern "C" __global__ void __launch_bounds__(1024) index_prepare(const __grid_constant__ IndexParams p) {
+    const Layout& layout = p.layout;
+    const int lane = threadIdx.x;
+    if (threadIdx.x < 32) {
+        int tiles = 0, blocks = 0;
+        for (int first = 0; first < layout.batch; first += 32) {
+            const int s = first + lane;
+            int tile_sum = 0, block_sum = 0;
+            if (s < layout.batch) {
+                tile_sum = ceil_div(layout.cu_seqlens_q[s + 1] - layout.cu_seqlens_q[s], TILE_ROWS);
+                block_sum = ceil_div(layout.cu_seqlens_kv[s + 1] - layout.cu_seqlens_kv[s], BLOCK_SIZE);
+            }
+            FSA_UNROLL for (int delta = 1; delta < 32; delta *= 2) {
+                const int t = __shfl_up_sync(ALL_LANES, tile_sum, delta), b = __shfl_up_sync(ALL_LANES, block_sum, delta);
+                if (lane >= delta) { tile_sum += t; block_sum += b; }
+            }
+            if (s < layout.batch) {
+                layout.tile_base[s + 1] = tiles + tile_sum;
+                layout.block_base[s + 1] = blocks + block_sum;
+            }
+            tiles += __shfl_sync(ALL_LANES, tile_sum, 31);
+            blocks += __shfl_sync(ALL_LANES, block_sum, 31);
+        }
+        if (lane == 0) { layout.tile_base[0] = 0; layout.block_base[0] = 0; }
+    }
+    __syncthreads();
+    const int tiles = layout.tile_base[layout.batch];
+    for (int i = threadIdx.x; i < layout.max_tiles; i += blockDim.x) {
+        Tile none = {};
+        layout.tiles[i] = i < tiles ? find_tile(layout, i) : none;
+    }
+    for (int chunk = threadIdx.x; chunk <= layout.num_chunks; chunk += blockDim.x) {
+        const int tile = chunk * layout.chunk_tiles;
+        layout.chunk_token[chunk] = tile < tiles ? find_tile(layout, tile).token : layout.total_q;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) index_count(const __grid_constant__ IndexParams p) {
+    extern __shared__ i32 histogram[];
+    const int piece = blockIdx.x, kv_head = blockIdx.y, window = blockIdx.z * p.index.window_blocks;
+    const int blocks = min_i(p.index.window_blocks, p.index.max_blocks - window);
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) histogram[i] = 0;
+    __syncthreads();
+    const int tiles = p.layout.tile_base[p.layout.batch];
+    const int last = min_i(tiles, (piece + 1) * p.index.sub_tiles);
+    for (int tile = piece * p.index.sub_tiles + threadIdx.x / 32; tile < last; tile += blockDim.x / 32)
+        for_each_entry<false>(p, kv_head, tile, [&](bool keep, int block, int, int) {
+            const u32 local = (u32)(block - window);
+            if (keep && local < (u32)blocks) atomicAdd(&histogram[local], 1);
+        }, no_rows);
+    __syncthreads();
+    i32* counts = p.index.plane + ((i64)kv_head * p.index.num_subs + piece) * p.index.max_blocks + window;
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) counts[i] = histogram[i];
+}
+
+// Exclusive sums of three values over the cta (1024 threads); `total` gets the sums over all threads.
+FSA_DEVICE void cta_scan3(int (&value)[3], int (&total)[3]) {
+    __shared__ int warp_sum[3][32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int inclusive[3];
+    FSA_UNROLL for (int k = 0; k < 3; ++k) {
+        int x = value[k];
+        FSA_UNROLL for (int delta = 1; delta < 32; delta *= 2) {
+            const int y = __shfl_up_sync(ALL_LANES, x, delta);
+            if (lane >= delta) x += y;
+        }
+        inclusive[k] = x;
+        if (lane == 31) warp_sum[k][warp] = x;
+    }
+    __syncthreads();
+    if (warp < 3) {
+        int x = warp_sum[warp][lane];
+        FSA_UNROLL for (int delta = 1; delta < 32; delta *= 2) {
+            const int y = __shfl_up_sync(ALL_LANES, x, delta);
+            if (lane >= delta) x += y;
+        }
+        warp_sum[warp][lane] = x;
+    }
+    __syncthreads();
+    FSA_UNROLL for (int k = 0; k < 3; ++k) {
+        const int before = warp == 0 ? 0 : warp_sum[k][warp - 1];
+        value[k] = before + inclusive[k] - value[k];
+        total[k] = warp_sum[k][31];
+    }
+    __syncthreads();
+}
+
+// Writes the units of one block: the full ones at `full`, the remainder at `rest`.
+FSA_DEVICE void write_units(const IndexParams& p, Unit* units, int block, int begin, int count, int full, int rest) {
+    const Layout& layout = p.layout;
+    const int s = find_sequence(layout.block_base, layout.batch, block);
+    const int q_begin = layout.cu_seqlens_q[s], q_len = layout.cu_seqlens_q[s + 1] - q_begin;
+    const int kv_begin = layout.cu_seqlens_kv[s], kv_len = layout.cu_seqlens_kv[s + 1] - kv_begin;
+    const int key = (block - layout.block_base[s]) * BLOCK_SIZE;
+    Unit unit;
+    unit.kv_row = kv_begin + key;
+    unit.valid_keys = min_i(BLOCK_SIZE, kv_len - key);
+    unit.first_token = key - (kv_len - q_len) + q_begin;
+    unit.block = block;
+    unit.split = -1;
+    unit.reserved = 0;
+    for (; count >= p.index.unit_entries; count -= p.index.unit_entries, begin += p.index.unit_entries) {
+        unit.entry_begin = begin;
+        unit.entry_count = p.index.unit_entries;
+        units[full++] = unit;
+    }
+    if (count > 0) {
+        unit.entry_begin = begin;
+        unit.entry_count = count;
+        units[p.index.full_units + rest] = unit;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(1024) index_scan(const __grid_constant__ IndexParams p) {
+    const Index& index = p.index;
+    const int chunk = blockIdx.x, kv_head = blockIdx.y;
+    const int pieces_per_chunk = p.layout.chunk_tiles / index.sub_tiles;
+    const int first = chunk * pieces_per_chunk, last = min_i(index.num_subs, first + pieces_per_chunk);
+    i32* plane = index.plane + (i64)kv_head * index.num_subs * index.max_blocks;
+    Unit* units = index.units + ((i64)kv_head * p.layout.num_chunks + chunk) * (index.full_units + index.max_blocks);
+    int carry[3] = {0, 0, 0};   // entries, full units, remainders
+    for (int base = 0; base < index.max_blocks; base += 1024) {
+        const int block = base + threadIdx.x;
+        int count = 0;
+        if (block < index.max_blocks)
+            for (int piece = first; piece < last; ++piece) count += plane[(i64)piece * index.max_blocks + block];
+        int sum[3] = {count, count / index.unit_entries, count % index.unit_entries != 0}, total[3];
+        cta_scan3(sum, total);
+        if (count > 0) {
+            int start = carry[0] + sum[0];
+            write_units(p, units, block, start, count, carry[1] + sum[1], carry[2] + sum[2]);
+            for (int piece = first; piece < last; ++piece) {
+                i32* cell = plane + (i64)piece * index.max_blocks + block;
+                const int here = *cell;
+                *cell = start;
+                start += here;
+            }
+        }
+        FSA_UNROLL for (int k = 0; k < 3; ++k) carry[k] += total[k];
+    }
+    if (threadIdx.x == 0) {
+        i32* counts = index.unit_counts + ((i64)kv_head * p.layout.num_chunks + chunk) * 2;
+        counts[0] = carry[1];
+        counts[1] = carry[2];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) index_scatter(const __grid_constant__ IndexParams p) {
+    extern __shared__ i32 next[];       // [warps, blocks]
+    const Index& index = p.index;
+    const int piece = blockIdx.x, kv_head = blockIdx.y, window = blockIdx.z * index.window_blocks;
+    const int blocks = min_i(index.window_blocks, index.max_blocks - window);
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    for (int i = threadIdx.x; i < warps * blocks; i += blockDim.x) next[i] = 0;
+    __syncthreads();
+    i32* mine = next + warp * blocks;
+    const int per_warp = ceil_div(index.sub_tiles, warps);
+    const int tiles = min_i(p.layout.tile_base[p.layout.batch], (piece + 1) * index.sub_tiles);
+    const int first = piece * index.sub_tiles + warp * per_warp, last = min_i(tiles, first + per_warp);
+    for (int tile = first; tile < last; ++tile)
+        for_each_entry<false>(p, kv_head, tile, [&](bool keep, int block, int, int) {
+            const u32 local = (u32)(block - window);
+            if (keep && local < (u32)blocks) atomicAdd(&mine[local], 1);
+        }, no_rows);
+    __syncthreads();
+    const i32* starts = index.plane + ((i64)kv_head * index.num_subs + piece) * index.max_blocks + window;
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
+        int start = starts[i];
+        for (int w = 0; w < warps; ++w) {
+            const int here = next[w * blocks + i];
+            next[w * blocks + i] = start;
+            start += here;
+        }
+    }
+    __syncthreads();
+    const int chunk = piece * index.sub_tiles / p.layout.chunk_tiles;
+    const int chunk_token = p.layout.chunk_token[chunk];
+    u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots;
+    const bool write_rows = blockIdx.z == 0;
+    u32* row_info = index.row_info + (i64)kv_head * p.layout.total_q;
+    for (int tile = first; tile < last; ++tile)
+        for_each_entry<true>(p, kv_head, tile, [&](bool keep, int block, int rank, int token) {
+            const u32 local = (u32)(block - window);
+            keep = keep && local < (u32)blocks;
+            if (index.has_dense) {      // forward: the order inside a block decides nothing, every partial is computed alone
+                if (keep) entries[atomicAdd(&mine[local], 1)] = (u32)(token - chunk_token) | (u32)rank << 24;
+                return;
+            }
+            // Lanes with the same block, lowest lane (earliest token) first; lanes without work form groups of one.
+            const u32 peers = __match_any_sync(ALL_LANES, keep ? local : ~(u32)lane);
+            const int before = __popc(peers & ((1u << lane) - 1));
+            int position = 0;
+            if (keep) position = mine[local] + before;
+            __syncwarp();
+            if (keep) {
+                entries[position] = (u32)(token - chunk_token) | (u32)rank << 24;
+                if (before == 0) mine[local] += __popc(peers);
+            }
+            __syncwarp();
+        }, [&](int token, u32 info) {
+            if (write_rows) row_info[token] = info;
+        });
+}

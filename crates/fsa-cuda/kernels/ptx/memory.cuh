@@ -1,0 +1,54 @@
+// Loads, stores and shared-memory addresses: one function per instruction.
+#pragma once
+#include "base/types.cuh"
+
+struct __align__(16) Vec4 { u32 x, y, z, w; };
+
+FSA_DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+// Read-only data that other CTAs will want soon (queries, keys, values): keep it in L2, skip L1.
+FSA_DEVICE Vec4 load_global(const void* pointer) {
+    Vec4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(pointer));
+    return v;
+}
+// Data that is read once: partials. Coherent, because another kernel of the same stream wrote it.
+FSA_DEVICE Vec4 load_global_once(const void* pointer) {
+    Vec4 v;
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(pointer));
+    return v;
+}
+FSA_DEVICE void store_global(void* pointer, Vec4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+FSA_DEVICE void store_global8(void* pointer, u32 x, u32 y) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(pointer), "r"(x), "r"(y) : "memory"); }
+FSA_DEVICE void store_shared(u32 address, u32 word) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory"); }
+FSA_DEVICE void store_shared(u32 address, Vec4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+FSA_DEVICE Vec4 load_shared(u32 address) {
+    Vec4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+// Makes this thread's generic stores to shared memory visible to wgmma and to bulk copies.
+FSA_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// 16 bytes from global to shared without a register; `bytes` = 0 writes zeros and reads nothing.
+FSA_DEVICE void copy_async(u32 shared, const void* global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+FSA_DEVICE void copy_async8(u32 shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+}
+FSA_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+FSA_DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// Adds four floats in L2 at `pointer` + OFFSET bytes; relaxed, because nothing in the same launch reads the sums.
+template <int OFFSET>
+FSA_DEVICE void add_global(f32* pointer, f32 a, f32 b, f32 c, f32 d) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0 + %5], {%1, %2, %3, %4};" ::"l"(pointer), "f"(a), "f"(b), "f"(c), "f"(d), "n"(OFFSET) : "memory");
+}

@@ -1,0 +1,122 @@
+//! Streams and events.
+
+use super::{Device, check, ignore};
+use crate::error::Result;
+use cudarc::driver::sys;
+use std::sync::Arc;
+
+/// A stream: one of the crate's own, or a caller's.
+#[derive(Debug)]
+pub struct Stream {
+    device: Arc<Device>,
+    raw: sys::CUstream,
+    owned: bool,
+}
+
+// SAFETY: the driver's functions may be called from any thread with a stream of any.
+unsafe impl Send for Stream {}
+// SAFETY: as above; nothing here is mutable.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// A new stream that does not wait for the default stream. Of `urgent` streams the device takes waiting CTAs first.
+    pub fn new(device: &Arc<Device>, urgent: bool) -> Result<Self> {
+        let _bound = device.bind()?;
+        let (mut least, mut greatest, mut raw) = (0, 0, std::ptr::null_mut());
+        // SAFETY: the context is current, and both numbers outlive the call.
+        check("cuCtxGetStreamPriorityRange", unsafe { sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest) })?;
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        let priority = if urgent { greatest } else { least };
+        // SAFETY: the context is current; the stream is destroyed in `drop`.
+        check("cuStreamCreate", unsafe { sys::cuStreamCreateWithPriority(&mut raw, flags, priority) })?;
+        Ok(Self { device: Arc::clone(device), raw, owned: true })
+    }
+
+    /// A stream of somebody else, such as PyTorch's current stream; 0 is the default stream.
+    ///
+    /// # Safety
+    /// `handle` is a `CUstream` of the device's primary context, or 0, and outlives this value.
+    pub unsafe fn from_raw(device: &Arc<Device>, handle: u64) -> Self {
+        Self { device: Arc::clone(device), raw: handle as usize as sys::CUstream, owned: false }
+    }
+
+    /// Its device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Waits until everything given to it is done.
+    pub fn synchronize(&self) -> Result<()> {
+        // SAFETY: the stream lives while `self` does.
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.raw) })
+    }
+
+    /// True while what it is given is recorded into a graph instead of run.
+    pub fn is_capturing(&self) -> Result<bool> {
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: the stream lives while `self` does, and `status` outlives the call.
+        check("cuStreamIsCapturing", unsafe { sys::cuStreamIsCapturing(self.raw, &mut status) })?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// What follows on this stream waits for what `event` recorded.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        // SAFETY: stream and event live while the borrows do; 0 is the only flag.
+        check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) })
+    }
+
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if !self.owned {
+            return;
+        }
+        if let Ok(_bound) = self.device.bind() {
+            // SAFETY: `new` made it; work in flight still completes.
+            ignore(unsafe { sys::cuStreamDestroy_v2(self.raw) });
+        }
+    }
+}
+
+/// A point in a stream's work. Waiting takes the record of that moment, so an event can be used again.
+#[derive(Debug)]
+pub struct Event {
+    device: Arc<Device>,
+    raw: sys::CUevent,
+}
+
+// SAFETY: the driver's functions may be called from any thread with an event of any.
+unsafe impl Send for Event {}
+// SAFETY: as above; nothing here is mutable.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// A new event without a time stamp.
+    pub fn new(device: &Arc<Device>) -> Result<Self> {
+        let _bound = device.bind()?;
+        let mut raw = std::ptr::null_mut();
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: the context is current; the event is destroyed in `drop`.
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut raw, flags) })?;
+        Ok(Self { device: Arc::clone(device), raw })
+    }
+
+    /// Records what `stream` was given so far.
+    pub fn record(&self, stream: &Stream) -> Result<()> {
+        // SAFETY: stream and event live while the borrows do.
+        check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, stream.raw()) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if let Ok(_bound) = self.device.bind() {
+            // SAFETY: `new` made it; the driver keeps what waits for it.
+            ignore(unsafe { sys::cuEventDestroy_v2(self.raw) });
+        }
+    }
+}

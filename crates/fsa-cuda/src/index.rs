@@ -1,0 +1,57 @@
+//! Stage `index` on the device: for every block the rows that chose it, in four launches without sort or sync.
+//!
+//! Kernel file: `kernels/index.cuh`. The plan bounds every table from shapes alone; what does not exist is written
+//! as absent on the device.
+
+use crate::driver::{Function, LaunchDims, Module, Stream};
+use crate::error::Result;
+use crate::params::IndexParams;
+use crate::plan::IndexPlan;
+use std::sync::Arc;
+
+/// Kernels of the file and what they take.
+pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
+    ("index_prepare", "IndexParams"),
+    ("index_count", "IndexParams"),
+    ("index_scan", "IndexParams"),
+    ("index_scatter", "IndexParams"),
+];
+
+/// Threads of a CTA that counts.
+const COUNT_THREADS: u32 = 256;
+/// Threads of a CTA that scans: the scan's tree is written for this number.
+const SCAN_THREADS: u32 = 1024;
+
+/// The loaded kernels.
+#[derive(Debug)]
+pub(crate) struct IndexKernels {
+    prepare: Function<IndexParams>,
+    count: Function<IndexParams>,
+    scan: Function<IndexParams>,
+    scatter: Function<IndexParams>,
+}
+
+impl IndexKernels {
+    pub(crate) fn load(module: &Arc<Module>) -> Result<Self> {
+        Ok(Self {
+            prepare: module.function("index_prepare")?,
+            count: module.function("index_count")?,
+            scan: module.function("index_scan")?,
+            scatter: module.function("index_scatter")?,
+        })
+    }
+
+    /// Builds the index of `kv_heads` kv heads.
+    pub(crate) fn launch(&self, stream: &Stream, plan: &IndexPlan, kv_heads: usize, params: &IndexParams) -> Result<()> {
+        let windows = plan.max_blocks.div_ceil(plan.window_blocks);
+        let pieces = [plan.num_subs as u32, kv_heads as u32, windows as u32];
+        let counters_bytes = 4 * plan.window_blocks as u32;
+        let warps = plan.scatter_warps as u32;
+        let dims = |grid, threads, smem_bytes| LaunchDims { grid, threads, smem_bytes };
+        self.prepare.launch(stream, dims([1, 1, 1], SCAN_THREADS, 0), params)?;
+        self.count.launch(stream, dims(pieces, COUNT_THREADS, counters_bytes), params)?;
+        let chunks = [plan.num_chunks as u32, kv_heads as u32, 1];
+        self.scan.launch(stream, dims(chunks, SCAN_THREADS, 0), params)?;
+        self.scatter.launch(stream, dims(pieces, 32 * warps, counters_bytes * warps), params)
+    }
+}

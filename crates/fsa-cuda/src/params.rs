@@ -1,0 +1,205 @@
+//! Parameter structs and constants that Rust and the kernels share, declared here once.
+//!
+//! A kernel file spells the same structs in CUDA (`kernels/base/params.cuh`); the translation unit that is generated
+//! around it asserts size and offsets of each against these, so a drift of either side does not compile.
+
+use crate::driver::{Address, KernelParams};
+use std::fmt::Write;
+
+/// Query rows of a tile.
+pub(crate) const TILE_ROWS: usize = 64;
+
+/// A struct as the translation unit asserts it.
+struct Declared {
+    name: &'static str,
+    bytes: usize,
+    fields: &'static [(&'static str, usize, usize)],
+}
+
+macro_rules! device_structs {
+    ($($(#[$doc:meta])* struct $name:ident { $($field:ident: $type:ty,)* })*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug, Clone, Copy)]
+            #[repr(C)]
+            pub(crate) struct $name { $(pub $field: $type,)* }
+            impl KernelParams for $name {}
+        )*
+        const DECLARED: &[Declared] = &[$(Declared {
+            name: stringify!($name),
+            bytes: size_of::<$name>(),
+            fields: &[$((stringify!($field), std::mem::offset_of!($name, $field), size_of::<$type>()),)*],
+        },)*];
+    };
+}
+
+device_structs! {
+    /// A `[tokens, heads, head_dim]` tensor; strides in elements.
+    struct Tensor {
+        data: Address,
+        row_stride: i64,
+        head_stride: i64,
+    }
+
+    /// One piece of work of a KV-major kernel. Written by the index, read by attend and backward.
+    struct Unit {
+        kv_row: i32,
+        valid_keys: i32,
+        first_token: i32,
+        block: i32,
+        entry_begin: i32,
+        entry_count: i32,
+        split: i32,
+        reserved: i32,
+    }
+
+    /// Up to 64 query rows of one sequence. Written by the index, read by all.
+    struct Tile {
+        token: i32,
+        rows: i32,
+        position: i32,
+        block_base: i32,
+        kv_row: i32,
+        kv_len: i32,
+        reserved: [i32; 2],
+    }
+
+    /// Where the sequences, tiles, blocks and chunks lie; the tables are filled on the device.
+    struct Layout {
+        cu_seqlens_q: Address,
+        cu_seqlens_kv: Address,
+        tile_base: Address,
+        block_base: Address,
+        chunk_token: Address,
+        tiles: Address,
+        batch: i32,
+        total_q: i32,
+        num_chunks: i32,
+        chunk_tiles: i32,
+        max_tiles: i32,
+    }
+
+    /// The inverse index: which rows chose a block, per kv head and chunk of query tiles.
+    struct Index {
+        topk_indices: Address,
+        plane: Address,
+        entries: Address,
+        row_info: Address,
+        units: Address,
+        unit_counts: Address,
+        topk: i32,
+        slots: i32,
+        lanes_per_row: i32,
+        has_dense: i32,
+        num_subs: i32,
+        sub_tiles: i32,
+        max_blocks: i32,
+        window_blocks: i32,
+        unit_entries: i32,
+        full_units: i32,
+    }
+
+    /// Parameters of the kernels of `index`.
+    struct IndexParams {
+        layout: Layout,
+        index: Index,
+    }
+
+    /// Parameters of `attend`.
+    struct AttendParams {
+        layout: Layout,
+        index: Index,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        partial: Address,
+        partial_lse: Address,
+        scale_log2: f32,
+        group_size: i32,
+        chunk: i32,
+        first_head: i32,
+    }
+
+    /// Parameters of `reduce`.
+    struct ReduceParams {
+        layout: Layout,
+        index: Index,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        partial: Address,
+        partial_lse: Address,
+        lse: Address,
+        scale_log2: f32,
+        group_size: i32,
+        chunk: i32,
+        first_head: i32,
+    }
+
+    /// Parameters of `backward` and `backward_delta`.
+    struct BackwardParams {
+        layout: Layout,
+        index: Index,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        grad_out: Tensor,
+        lse: Address,
+        grad_lse: Address,
+        row_stats: Address,
+        grad_query: Address,
+        grad_key: Address,
+        grad_value: Address,
+        scale_log2: f32,
+        group_size: i32,
+        chunk: i32,
+        head: i32,
+    }
+
+    /// Parameters of `backward_convert`.
+    struct ConvertParams {
+        source: Address,
+        target: Tensor,
+        first_row: Address,
+        end_row: Address,
+        rows: i32,
+        head: i32,
+        scale: f32,
+    }
+}
+
+/// Size of a [`Unit`] and of a [`Tile`].
+pub(crate) const RECORD_BYTES: usize = size_of::<Unit>();
+const _: () = assert!(size_of::<Tile>() == RECORD_BYTES);
+
+/// The assertions of the translation unit about structs and constants.
+pub(crate) fn assertions() -> String {
+    let mut text = format!("static_assert(TILE_ROWS == {TILE_ROWS}, \"TILE_ROWS\");\n");
+    for Declared { name, bytes, fields } in DECLARED {
+        let _ = writeln!(text, "static_assert(sizeof({name}) == {bytes}, \"{name}: size\");");
+        for (field, offset, bytes) in *fields {
+            let place = format!("(({name}*)0)->{field}");
+            // NVRTC has no offsetof; this is what its front end makes of it.
+            let _ = writeln!(text, "static_assert(__INTADDR__(&{place}) == {offset}, \"{name}.{field}: offset\");");
+            let _ = writeln!(text, "static_assert(sizeof({place}) == {bytes}, \"{name}.{field}: size\");");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_struct_and_field_is_asserted() {
+        let text = assertions();
+        assert!(text.contains("static_assert(sizeof(Unit) == 32, \"Unit: size\");"));
+        assert!(text.contains("__INTADDR__(&((AttendParams*)0)->scale_log2) == "));
+        assert_eq!(DECLARED.len(), 10);
+        // 5 integers after 6 addresses, padded to the alignment of the addresses.
+        assert_eq!(size_of::<Layout>(), 6 * 8 + 5 * 4 + 4);
+    }
+}

@@ -1,0 +1,54 @@
+//! Second half of the forward of stage `selected`: the dense blocks of a query tile, and the merge of its partials.
+//!
+//! Kernel file: `kernels/reduce_sm90.cuh`.
+
+use crate::driver::{Function, LaunchDims, Module, Stream};
+use crate::error::Result;
+use crate::params::{ReduceParams, TILE_ROWS};
+use crate::plan::{IndexPlan, tile_bytes};
+use crate::source::Specialisation;
+use std::sync::Arc;
+
+/// Kernels of the file and what they take.
+pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("reduce", "ReduceParams")];
+
+/// One warpgroup.
+const THREADS: u32 = 128;
+/// Keys of a step.
+const STEP_KEYS: usize = 64;
+
+/// Shared memory of the tiles: queries, keys, values.
+fn tiles_bytes(specialisation: &Specialisation) -> usize {
+    let Specialisation { head_dim, block_size, .. } = *specialisation;
+    tile_bytes(TILE_ROWS, head_dim) + 2 * tile_bytes(block_size.min(STEP_KEYS), head_dim)
+}
+
+/// Shared memory of a CTA: the tiles, and a log-sum-exp per row and slot.
+pub(crate) fn smem_bytes(specialisation: &Specialisation, slots: usize) -> usize {
+    tiles_bytes(specialisation) + TILE_ROWS * slots * size_of::<f32>()
+}
+
+/// What the kernel file must agree with.
+pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
+    vec![("QueryTile::BYTES + 2 * KeyTile::BYTES", tiles_bytes(specialisation)), ("WARPGROUP", THREADS as usize)]
+}
+
+/// The loaded kernel.
+#[derive(Debug)]
+pub(crate) struct ReduceKernel {
+    reduce: Function<ReduceParams>,
+    specialisation: Specialisation,
+}
+
+impl ReduceKernel {
+    pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
+        Ok(Self { reduce: module.function("reduce")?, specialisation: *specialisation })
+    }
+
+    /// Writes `out` and `lse` of a chunk for `heads` query heads.
+    pub(crate) fn launch(&self, stream: &Stream, plan: &IndexPlan, heads: usize, params: &ReduceParams) -> Result<()> {
+        let grid = [plan.chunk_tiles as u32, heads as u32, 1];
+        let smem_bytes = smem_bytes(&self.specialisation, plan.slots) as u32;
+        self.reduce.launch(stream, LaunchDims { grid, threads: THREADS, smem_bytes }, params)
+    }
+}

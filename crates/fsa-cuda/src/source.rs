@@ -1,0 +1,207 @@
+//! The kernel files, embedded in the binary, and the translation unit that is generated around one of them.
+
+use crate::arch::KernelSet;
+use crate::params;
+use fsa_core::{DType, Error};
+use serde::Serialize;
+use std::fmt::{self, Write};
+
+/// Every file of `kernels/`: its path there and its text.
+const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// Head dimensions that the kernels are compiled for.
+pub const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
+
+/// A kernel of the selected branch: one file, one host file of the same name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kernel {
+    /// Stage `index`.
+    Index,
+    /// KV-major forward of stage `selected`.
+    Attend,
+    /// Its merge, with the dense blocks.
+    Reduce,
+    /// KV-major backward of stage `selected`.
+    Backward,
+}
+
+impl Kernel {
+    /// Every kernel.
+    pub const ALL: [Kernel; 4] = [Kernel::Index, Kernel::Attend, Kernel::Reduce, Kernel::Backward];
+
+    /// Stem of its files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kernel::Index => "index",
+            Kernel::Attend => "attend",
+            Kernel::Reduce => "reduce",
+            Kernel::Backward => "backward",
+        }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// What a kernel file is compiled for. No length of a sequence is in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Specialisation {
+    /// Which kernel.
+    pub kernel: Kernel,
+    /// Which of its files.
+    pub set: KernelSet,
+    /// Type of the tensors: bf16 or f16.
+    pub is_bf16: bool,
+    /// Elements of a row, one of [`HEAD_DIMS`].
+    pub head_dim: usize,
+    /// Keys of a block.
+    pub block_size: usize,
+}
+
+impl Specialisation {
+    /// The specialisation of a kernel for a call. The index reads no row, so one serves all dtypes and dimensions.
+    pub fn new(kernel: Kernel, set: KernelSet, dtype: DType, head_dim: usize, block_size: usize) -> Self {
+        if kernel == Kernel::Index {
+            return Self { kernel, set, is_bf16: true, head_dim: 128, block_size };
+        }
+        Self { kernel, set, is_bf16: dtype == DType::Bf16, head_dim, block_size }
+    }
+
+    /// Type of the tensors.
+    pub fn dtype(&self) -> DType {
+        if self.is_bf16 { DType::Bf16 } else { DType::F16 }
+    }
+
+    /// Path of its kernel file below `kernels/`: one for all architectures, or the one of its set.
+    ///
+    /// # Errors
+    /// There is no such kernel for the set.
+    pub fn file(&self) -> Result<&'static str, Error> {
+        let names = [format!("{}.cuh", self.kernel), format!("{}_{}.cuh", self.kernel, self.set)];
+        let file = FILES.iter().map(|(path, _)| *path).find(|path| names.iter().any(|name| name == path));
+        file.ok_or_else(|| Error::Unsupported {
+            constraint: format!("kernel `{}`", self.kernel),
+            got: format!("the kernels for {}", self.set),
+            supported: "those for sm90, on Hopper".into(),
+        })
+    }
+
+    /// The kernels of the file and the parameter struct that each takes.
+    pub(crate) fn entry_points(&self) -> &'static [(&'static str, &'static str)] {
+        match self.kernel {
+            Kernel::Index => crate::index::ENTRY_POINTS,
+            Kernel::Attend => crate::attend::ENTRY_POINTS,
+            Kernel::Reduce => crate::reduce::ENTRY_POINTS,
+            Kernel::Backward => crate::backward::ENTRY_POINTS,
+        }
+    }
+
+    /// What the file's constants must be: expression and value.
+    fn constants(&self) -> Vec<(&'static str, usize)> {
+        match self.kernel {
+            Kernel::Index => Vec::new(),
+            Kernel::Attend => crate::attend::constants(self),
+            Kernel::Reduce => crate::reduce::constants(self),
+            Kernel::Backward => crate::backward::constants(self),
+        }
+    }
+
+    /// The translation unit: constants, the kernel file, and what it must agree with Rust on.
+    ///
+    /// # Errors
+    /// There is no such kernel for the set.
+    pub fn translation_unit(&self) -> Result<String, Error> {
+        let file = self.file()?;
+        let mut text = String::new();
+        let bf16 = u8::from(self.is_bf16);
+        let defines = [("HEAD_DIM", self.head_dim), ("BLOCK_SIZE", self.block_size), ("IS_BF16", bf16.into())];
+        for (name, value) in defines {
+            let _ = writeln!(text, "#define FSA_{name} {value}");
+        }
+        let _ = writeln!(text, "#include \"{file}\"");
+        text.push_str(&params::assertions());
+        for (expression, value) in self.constants() {
+            let _ = writeln!(text, "static_assert({expression} == {value}, \"{expression}\");");
+        }
+        text.push_str("template <class A, class B> struct Same { static constexpr bool value = false; };\n");
+        text.push_str("template <class A> struct Same<A, A> { static constexpr bool value = true; };\n");
+        for (kernel, params) in self.entry_points() {
+            let _ = writeln!(
+                text,
+                "static_assert(Same<decltype({kernel}), void({params})>::value, \"{kernel} takes {params}\");"
+            );
+        }
+        Ok(text)
+    }
+}
+
+impl fmt::Display for Specialisation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kernel, set, head_dim, block_size, .. } = self;
+        match kernel {
+            Kernel::Index => write!(f, "{kernel} block {block_size}"),
+            _ => write!(f, "{kernel}_{set} {} head_dim {head_dim} block {block_size}", self.dtype()),
+        }
+    }
+}
+
+/// The headers that every translation unit may include.
+pub(crate) fn headers() -> &'static [(&'static str, &'static str)] {
+    FILES
+}
+
+/// Every specialisation of `set` that has a kernel file.
+pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
+    let mut all = Vec::new();
+    for kernel in Kernel::ALL {
+        for dtype in [DType::Bf16, DType::F16] {
+            for head_dim in HEAD_DIMS {
+                for block_size in fsa_core::config::BLOCK_SIZES {
+                    all.push(Specialisation::new(kernel, set, dtype, head_dim, block_size));
+                }
+            }
+        }
+    }
+    all.sort_unstable();
+    all.dedup();
+    all.retain(|specialisation| specialisation.file().is_ok());
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_index_is_compiled_once_per_block_size() {
+        let all = specialisations(KernelSet::Sm90);
+        let count = |kernel| all.iter().filter(|specialisation| specialisation.kernel == kernel).count();
+        assert_eq!(count(Kernel::Index), 5);
+        for kernel in [Kernel::Attend, Kernel::Reduce, Kernel::Backward] {
+            assert_eq!(count(kernel), 2 * 5 * 5, "{kernel}");
+        }
+    }
+
+    #[test]
+    fn every_include_is_embedded() {
+        for (path, text) in FILES {
+            for line in text.lines().filter_map(|line| line.strip_prefix("#include \"")) {
+                let name = line.split('"').next().expect("closed");
+                assert!(FILES.iter().any(|(path, _)| *path == name), "{path} includes {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_translation_unit_states_what_the_sides_agree_on() {
+        let attend = Specialisation::new(Kernel::Attend, KernelSet::Sm90, DType::F16, 64, 32);
+        let text = attend.translation_unit().expect("a Hopper kernel");
+        assert!(text.starts_with("#define FSA_HEAD_DIM 64\n#define FSA_BLOCK_SIZE 32\n#define FSA_IS_BF16 0\n"));
+        assert!(text.contains("#include \"attend_sm90.cuh\"\n"));
+        assert!(text.contains("static_assert(Same<decltype(attend), void(AttendParams)>::value"));
+    }
+}

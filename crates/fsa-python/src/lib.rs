@@ -1,0 +1,40 @@
+//! `fsa_rs._native`: the stages of Flash Sparse Attention over memory that NumPy or PyTorch owns.
+//!
+//! The Python package `fsa_rs` is the public face; this module is private to it. Every function takes
+//! its inputs and its outputs as arrays or tensors: Python allocates, so that the outputs are ordinary
+//! objects of the caller's library, and Rust checks and computes. Neither libtorch nor CUDA is linked.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `memory` | address, dtype, shape, strides and device of a Python array; the only `unsafe` code |
+//! | `failure` | errors to Python exceptions, in the argument names of the Python functions |
+//! | `run` | the engine, the release of the interpreter lock, panics to exceptions |
+//! | `attention`, `compress`, `nsa` | the calls |
+//!
+//! A [`memory::Memory`] is a plain description that is made for any device; only [`memory::Memory::view`]
+//! asks for host memory. That is where a call decides: today memory of another device is
+//! [`Unsupported`](fsa::Error::Unsupported) there, and a backend for another device takes the address, the
+//! strides and the caller's stream instead of a view.
+
+mod attention;
+mod compress;
+mod failure;
+mod memory;
+mod nsa;
+mod packed;
+mod run;
+
+use pyo3::prelude::*;
+
+/// The stages over arrays of NumPy and tensors of PyTorch. Private: use `fsa_rs`.
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
+    module.add_function(wrap_pyfunction!(attention::attention_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(attention::select, module)?)?;
+    module.add_function(wrap_pyfunction!(compress::compress, module)?)?;
+    module.add_function(wrap_pyfunction!(compress::compress_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(nsa::nsa, module)?)?;
+    module.add_function(wrap_pyfunction!(nsa::nsa_backward, module)?)
+}
