@@ -33,8 +33,8 @@ class ReduceParams(ctypes.Structure):
 
 class BackwardParams(ctypes.Structure):
     _fields_ = [("layout", Layout), ("index", Index)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [
-        (n, ptr) for n in ("lse", "grad_lse", "row_stats", "grad_query", "grad_key", "grad_value")] + [
-        ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("head", i32)]
+        (n, ptr) for n in ("lse", "grad_lse", "row_stats", "grad_query", "partial")] + [
+        ("grad_query_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("scale_log2", f32), ("scale", f32), ("group_size", i32), ("chunk", i32), ("head", i32)]
 
 
 class ConvertParams(ctypes.Structure):

@@ -144,6 +144,7 @@ class SelectedBackward(Selected):
 
     def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=2048, buffers=2, query_partials=1, **options):
         d, topk = query.shape[2], topk_indices.shape[2]
+        query_partials = query_partials if block_size <= 128 else 0
         chunk_tokens = chunk_tokens or (128 * MIB // (topk * d * 2) if query_partials else 32 * MIB // (d * 4))
         super().__init__(query, key, value, topk_indices, block_size, *args, has_dense=0, chunk_tokens=chunk_tokens, unit_entries=unit_entries, buffers=buffers,
                          defines=dict(FSA_QUERY_PARTIALS=query_partials), **options)

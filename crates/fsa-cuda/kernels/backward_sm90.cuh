@@ -28,6 +28,7 @@ constexpr u32 NO_ENTRY = 0xffffffffu;
 #define FSA_QUERY_PARTIALS 0
 #endif
 constexpr bool QUERY_PARTIALS = FSA_QUERY_PARTIALS != 0;
+static_assert(!QUERY_PARTIALS || BLOCK_SIZE <= 128, "the two parts of a block of 256 would share a slot");
 constexpr int BACKWARD_CTAS = GROUPS == 1 ? 2 : 1;
 
 struct RowStats {

@@ -90,6 +90,16 @@ impl Specialisation {
         })
     }
 
+    /// Dynamic shared memory that a CTA takes where rows list `topk` blocks, the index excepted, which adapts.
+    pub fn smem_bytes(&self, topk: usize) -> usize {
+        match self.kernel {
+            Kernel::Index => 0,
+            Kernel::Attend => crate::attend::smem_bytes(self),
+            Kernel::Reduce => crate::reduce::smem_bytes(self, topk),
+            Kernel::Backward => crate::backward::smem_bytes(self),
+        }
+    }
+
     /// The kernels of the file and the parameter struct that each takes.
     pub(crate) fn entry_points(&self) -> &'static [(&'static str, &'static str)] {
         match self.kernel {
@@ -154,8 +164,8 @@ pub(crate) fn headers() -> &'static [(&'static str, &'static str)] {
     FILES
 }
 
-/// Every specialisation of `set` that has a kernel file.
-pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
+/// Every specialisation of `set` that has a kernel file and fits into `smem_bytes` of shared memory.
+pub fn specialisations(set: KernelSet, smem_bytes: usize) -> Vec<Specialisation> {
     let mut all = Vec::new();
     for kernel in Kernel::ALL {
         for dtype in [DType::Bf16, DType::F16] {
@@ -168,7 +178,7 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
     }
     all.sort_unstable();
     all.dedup();
-    all.retain(|specialisation| specialisation.file().is_ok());
+    all.retain(|specialisation| specialisation.file().is_ok() && specialisation.smem_bytes(1) <= smem_bytes);
     all
 }
 
@@ -178,12 +188,13 @@ mod tests {
 
     #[test]
     fn the_index_is_compiled_once_per_block_size() {
-        let all = specialisations(KernelSet::Sm90);
+        let all = specialisations(KernelSet::Sm90, usize::MAX);
         let count = |kernel| all.iter().filter(|specialisation| specialisation.kernel == kernel).count();
         assert_eq!(count(Kernel::Index), 5);
         for kernel in [Kernel::Attend, Kernel::Reduce, Kernel::Backward] {
             assert_eq!(count(kernel), 2 * 5 * 5, "{kernel}");
         }
+        assert!(specialisations(KernelSet::Sm90, 200 << 10).len() < all.len());
     }
 
     #[test]

@@ -23,6 +23,9 @@ pub trait Arithmetic {
     /// An element of a tensor that the naive evaluation keeps in memory.
     fn store(&self, value: f64) -> f64;
 
+    /// [`Arithmetic::store`] for every element of a tensor.
+    fn store_all(&self, values: &mut [f64]);
+
     /// The inner product of two vectors.
     fn dot(&self, a: &[f64], b: &[f64]) -> f64;
 
@@ -57,6 +60,8 @@ impl Arithmetic for Exact {
         value
     }
 
+    fn store_all(&self, _: &mut [f64]) {}
+
     fn dot(&self, a: &[f64], b: &[f64]) -> f64 {
         sum_in_lanes(a, b, |x, y| x * y)
     }
@@ -79,6 +84,10 @@ impl Arithmetic for Rounded {
 
     fn store(&self, value: f64) -> f64 {
         round_to(self.0, value)
+    }
+
+    fn store_all(&self, values: &mut [f64]) {
+        values.iter_mut().for_each(|value| *value = round_to(self.0, *value));
     }
 
     fn dot(&self, a: &[f64], b: &[f64]) -> f64 {
@@ -130,7 +139,7 @@ impl Noisy {
 
     /// 1 or -1.
     fn draw(&self) -> f64 {
-        if self.places.borrow_mut().next() & 1 == 0 { 1.0 } else { -1.0 }
+        if self.places.borrow_mut().next_u64() & 1 == 0 { 1.0 } else { -1.0 }
     }
 
     /// `len` factors from a random place. (From places at a fixed distance, a long sum would read the whole table in
@@ -147,6 +156,14 @@ impl Arithmetic for Noisy {
 
     fn store(&self, value: f64) -> f64 {
         value * (1.0 + self.store_unit * self.draw())
+    }
+
+    fn store_all(&self, values: &mut [f64]) {
+        let unit = self.store_unit / self.op_unit;
+        for chunk in values.chunks_mut(FACTORS / 4) {
+            let factors = self.factors(chunk.len());
+            chunk.iter_mut().zip(factors).for_each(|(value, factor)| *value *= 1.0 + unit * (factor - 1.0));
+        }
     }
 
     // The rounding error of a sum is relative to its partial sums, for which the sum of magnitudes stands.

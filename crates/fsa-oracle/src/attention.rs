@@ -151,7 +151,7 @@ fn attend_row<'k>(
     for (k, weight) in weights.iter().enumerate() {
         a.add_scaled(&mut out, a.store(a.op(weight / sum)), value(k));
     }
-    out.iter_mut().for_each(|v| *v = a.store(*v));
+    a.store_all(&mut out);
     AttentionRow { keys: keys.to_vec(), logits, out, lse: a.op(max + a.op(sum.ln())) }
 }
 
@@ -218,7 +218,10 @@ pub fn backward(
         }
         grads.query.row_mut(&[place.row, head]).copy_from_slice(&grad_query);
     }
-    let store = |array: Array| array.map(|v| a.store(v));
+    let store = |mut array: Array| {
+        a.store_all(array.data_mut());
+        array
+    };
     AttentionGradients { query: store(grads.query), key: store(grads.key), value: store(grads.value) }
 }
 

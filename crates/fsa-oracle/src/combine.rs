@@ -48,7 +48,8 @@ pub fn forward(a: &dyn Arithmetic, inputs: &CombineInputs) -> Array {
             a.add_scaled(out.row_mut(&[row, head]), gate, branch.row(&[row, head]));
         }
     }
-    out.map(|v| a.store(v))
+    a.store_all(out.data_mut());
+    out
 }
 
 /// Gradients of the gates and of the branches. A gate of a row gets the sum over the heads.
@@ -63,7 +64,10 @@ pub fn backward(a: &dyn Arithmetic, inputs: &CombineInputs, grad_out: &Array) ->
             a.add_scaled(grad_branch.row_mut(&index), inputs.gates.at(&at), grad_out.row(&index));
         }
     }
-    let store = |array: Array| array.map(|v| a.store(v));
+    let store = |mut array: Array| {
+        a.store_all(array.data_mut());
+        array
+    };
     CombineGradients { gates: store(gates), branches: branches.map(store) }
 }
 
@@ -77,4 +81,28 @@ pub fn combine(args: &CombineArgs<'_>) -> Result<Array> {
 pub fn combine_backward(args: &CombineArgs<'_>, grad_out: &TensorView<'_>) -> Result<CombineGradients> {
     args.shape()?;
     Ok(backward(&Exact, &CombineInputs::new(args), &Array::from_view(grad_out)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gates_of_rows_and_of_heads_by_hand() {
+        let branch = |values: [f64; 2]| Array::new(&[1, 2, 1], values.to_vec());
+        let branches = [branch([1.0, 2.0]), branch([10.0, 20.0]), branch([100.0, 200.0])];
+        let per_row = Array::new(&[1, 3], vec![1.0, 2.0, 3.0]);
+        let inputs = CombineInputs { gates: per_row, branches: branches.clone() };
+        assert_eq!(forward(&Exact, &inputs).data(), [321.0, 642.0]);
+        let grads = backward(&Exact, &inputs, &branch([1.0, 10.0]));
+        assert_eq!(grads.gates.data(), [21.0, 210.0, 2100.0]);
+        assert_eq!(grads.branches[2].data(), [3.0, 30.0]);
+        let per_head = Array::new(&[1, 2, 3], vec![1.0, 0.0, 0.0, 0.0, 0.0, 1.0]);
+        let inputs = CombineInputs { gates: per_head, branches };
+        assert_eq!(forward(&Exact, &inputs).data(), [1.0, 200.0]);
+        assert_eq!(
+            backward(&Exact, &inputs, &branch([1.0, 10.0])).gates.data(),
+            [1.0, 10.0, 100.0, 20.0, 200.0, 2000.0]
+        );
+    }
 }

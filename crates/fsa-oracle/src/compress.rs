@@ -29,10 +29,9 @@ impl CompressionInputs {
         match compression {
             Compression::Mean => Self::Mean,
             Compression::Weighted { weight } => Self::Weighted { weight: Array::from_view(weight) },
-            Compression::Linear { weight, position } => Self::Linear {
-                weight: Array::from_view(weight),
-                position: position.as_ref().map(Array::from_view),
-            },
+            Compression::Linear { weight, position } => {
+                Self::Linear { weight: Array::from_view(weight), position: position.as_ref().map(Array::from_view) }
+            }
         }
     }
 }
@@ -132,7 +131,8 @@ impl<'a> CompressInputs<'a> {
         if matches!(self.compression, CompressionInputs::Mean) {
             out.iter_mut().for_each(|v| *v = a.op(*v / self.kernel_size as f64));
         }
-        out.into_iter().map(|v| a.store(v)).collect()
+        a.store_all(&mut out);
+        out
     }
 }
 
@@ -167,7 +167,10 @@ pub fn backward(a: &dyn Arithmetic, inputs: &CompressInputs<'_>, grad_out: &Arra
             }
         }
     }
-    let store = |array: Array| array.map(|v| a.store(v));
+    let store = |mut array: Array| {
+        a.store_all(array.data_mut());
+        array
+    };
     CompressGradients {
         input: store(grads.input),
         weight: grads.weight.map(store),
@@ -223,4 +226,32 @@ pub fn compress(args: &CompressArgs<'_>) -> Result<Array> {
 pub fn compress_backward(args: &CompressArgs<'_>, grad_out: &TensorView<'_>) -> Result<CompressGradients> {
     args.shape()?;
     Ok(backward(&Exact, &CompressInputs::new(args), &Array::from_view(grad_out)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn compressed(lengths: &[usize], compression: CompressionInputs) -> Vec<f64> {
+        let batch = Batch::from_lengths(lengths).expect("valid");
+        let input = Array::new(&[batch.total_kv(), 1, 1], (1..=batch.total_kv()).map(|v| v as f64).collect());
+        let inputs = CompressInputs { input, batch: &batch, kernel_size: 4, kernel_stride: 2, compression };
+        forward(&Exact, &inputs).data().to_vec()
+    }
+
+    #[test]
+    fn windows_are_whole_and_stay_in_their_sequence() {
+        // Sequences 1..=5, then 6..=8 (too short), then 9..=14: windows 1-4, 9-12 and 11-14.
+        assert_eq!(compressed(&[5, 3, 6], CompressionInputs::Mean), [2.5, 10.5, 12.5]);
+        assert_eq!(compressed(&[3, 0], CompressionInputs::Mean), [0.0; 0]);
+    }
+
+    #[test]
+    fn weights_and_positions_by_hand() {
+        let weight = Array::new(&[1, 4], vec![1.0, 10.0, 100.0, 1000.0]);
+        assert_eq!(compressed(&[6], CompressionInputs::Weighted { weight }), [4321.0, 6543.0]);
+        let weight = Array::new(&[1, 4, 1], vec![1.0, 10.0, 100.0, 1000.0]);
+        let position = Some(Array::new(&[1, 4, 1], vec![1.0, 0.0, 0.0, 2.0]));
+        assert_eq!(compressed(&[6], CompressionInputs::Linear { weight, position }), [6322.0, 8544.0]);
+    }
 }

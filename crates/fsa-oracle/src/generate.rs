@@ -58,7 +58,7 @@ pub fn generate(stage: Stage, pass: Pass, dtype: DType, seed: u64, number: usize
     let words = [seed, stage as u64, pass as u64];
     let mut dealer = Dealer { words, number, field: 0 };
     let mut case = Case::new(stage, pass, dtype);
-    case.seed = Random::new(&[seed, stage as u64, pass as u64, number as u64]).next() % 1_000_000;
+    case.seed = Random::new(&[seed, stage as u64, pass as u64, number as u64]).next_u64() % 1_000_000;
     let group = dealer.pick(&GROUP_SIZES);
     case.num_kv_heads = dealer.pick(&[1, 2, 3]).min(MAX_HEADS / group).max(1);
     case.num_q_heads = group * case.num_kv_heads;
@@ -154,8 +154,7 @@ fn set_parameters(case: &mut Case, dealer: &mut Dealer) {
     }
     let attends = !matches!(stage, Stage::Compress | Stage::Rope | Stage::Combine);
     case.softmax_scale = scale.filter(|_| attends);
-    case.grad_lse =
-        grad_lse && case.pass == Pass::Backward && attends && !matches!(stage, Stage::Nsa | Stage::Select);
+    case.grad_lse = grad_lse && case.pass == Pass::Backward && attends && !matches!(stage, Stage::Nsa | Stage::Select);
 }
 
 /// Lengths around the edges that the stage has.

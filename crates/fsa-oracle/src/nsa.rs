@@ -92,7 +92,13 @@ pub fn prepare<'a>(a: &dyn Arithmetic, inputs: &NsaInputs<'a>) -> Prepared<'a> {
     let compressed_key = inputs.rotate(a, compressed_key, &inputs.compressed_positions(), false);
     let (batch, scale) = (inputs.batch, inputs.scale);
     Prepared {
-        compressed: AttentionInputs { query: query.clone(), key: compressed_key, value: compressed_value, batch, scale },
+        compressed: AttentionInputs {
+            query: query.clone(),
+            key: compressed_key,
+            value: compressed_value,
+            batch,
+            scale,
+        },
         tokens: AttentionInputs { query, key, value: inputs.value.clone(), batch, scale },
     }
 }
@@ -151,8 +157,11 @@ pub fn forward(
     let attend = |stage: AttentionStage<'_>, inputs: &AttentionInputs<'_>| -> Result<AttentionForward> {
         Ok(attention::forward(a, inputs, &*attention::visible(&stage, inputs.batch)?))
     };
-    let branches =
-        [attend(compressed, &prepared.compressed)?, attend(selected, &prepared.tokens)?, attend(window, &prepared.tokens)?];
+    let branches = [
+        attend(compressed, &prepared.compressed)?,
+        attend(selected, &prepared.tokens)?,
+        attend(window, &prepared.tokens)?,
+    ];
     let out = combine::forward(a, &combine_inputs(inputs, &branches));
     Ok(NsaResult { out, branches })
 }
@@ -176,8 +185,12 @@ pub fn backward(
     let compressed = branch(0, &prepared.compressed);
     let (selected, window) = (branch(1, &prepared.tokens), branch(2, &prepared.tokens));
     let add = |x: Array, y: &Array| x.zip(y, |x, y| a.op(x + y));
-    let query = add(add(compressed.query, &selected.query), &window.query).map(|v| a.store(v));
-    let key = add(selected.key, &window.key).map(|v| a.store(v));
+    let store = |mut array: Array| {
+        a.store_all(array.data_mut());
+        array
+    };
+    let query = store(add(add(compressed.query, &selected.query), &window.query));
+    let key = store(add(selected.key, &window.key));
     let value = add(selected.value, &window.value);
     let query = inputs.rotate(a, query, &query_positions(inputs.batch), true);
     let key = inputs.rotate(a, key, &kv_positions(inputs.batch), true);
@@ -189,8 +202,8 @@ pub fn backward(
     let values = through(&inputs.value, &inputs.value_compression, &compressed.value);
     NsaGradients {
         query,
-        key: add(key, &keys.input).map(|v| a.store(v)),
-        value: add(value, &values.input).map(|v| a.store(v)),
+        key: store(add(key, &keys.input)),
+        value: store(add(value, &values.input)),
         gates: combined.gates,
         key_compression: [keys.weight, keys.position],
         value_compression: [values.weight, values.position],

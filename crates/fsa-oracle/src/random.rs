@@ -12,13 +12,13 @@ impl Random {
         let mut random = Self { state: 0x5eed };
         for word in words {
             random.state = random.state.wrapping_mul(0xd134_2543_de82_ef95) ^ word;
-            random.next();
+            random.next_u64();
         }
         random
     }
 
     /// 64 random bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn next_u64(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.state;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -28,7 +28,7 @@ impl Random {
 
     /// An integer below `limit`; 0 if `limit` is 0. The bias of the modulus does not matter here.
     pub fn below(&mut self, limit: usize) -> usize {
-        if limit == 0 { 0 } else { (self.next() % limit as u64) as usize }
+        if limit == 0 { 0 } else { (self.next_u64() % limit as u64) as usize }
     }
 
     /// True once in `times`.
@@ -38,7 +38,7 @@ impl Random {
 
     /// Uniform in [0, 1).
     pub fn uniform(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        (self.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// Mean 0, variance 1: a sum of four uniforms, which no platform rounds differently.

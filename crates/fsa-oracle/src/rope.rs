@@ -38,11 +38,12 @@ pub fn rotate(a: &dyn Arithmetic, input: &Array, positions: &[usize], rope: &Rop
             let (cos, sin) = (a.op(angle.cos()), a.op(if inverse { -angle.sin() } else { angle.sin() }));
             for head in 0..heads {
                 let (x, y) = (input.at(&[row, head, k]), input.at(&[row, head, k + half]));
-                *out.at_mut(&[row, head, k]) = a.store(a.op(a.op(x * cos) - a.op(y * sin)));
-                *out.at_mut(&[row, head, k + half]) = a.store(a.op(a.op(x * sin) + a.op(y * cos)));
+                *out.at_mut(&[row, head, k]) = a.op(a.op(x * cos) - a.op(y * sin));
+                *out.at_mut(&[row, head, k + half]) = a.op(a.op(x * sin) + a.op(y * cos));
             }
         }
     }
+    a.store_all(out.data_mut());
     out
 }
 
@@ -54,4 +55,32 @@ pub fn rope(args: &RopeArgs<'_>) -> Array {
 /// Gradient of the input of a call: a rotation is orthogonal, so its transpose rotates back.
 pub fn rope_backward(args: &RopeArgs<'_>, grad_out: &Array) -> Array {
     rotate(&Exact, grad_out, args.positions, args.rope, !args.inverse)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quarter_turn_by_hand() {
+        // Frequency 1 of the first pair, 1/100 of the second; position 1 turns the first by one radian.
+        let input = Array::new(&[1, 1, 4], vec![1.0, 2.0, 0.0, 0.0]);
+        let out = rotate(&Exact, &input, &[1], &Rope::default(), false);
+        let expected = [1.0f64.cos(), 2.0 * 0.01f64.cos(), 1.0f64.sin(), 2.0 * 0.01f64.sin()];
+        let near = out.data().iter().zip(expected).all(|(got, expected)| (got - expected).abs() < 1e-15);
+        assert!(near, "{out:?}");
+    }
+
+    #[test]
+    fn frequencies_are_those_of_the_vocabulary() {
+        let llama3 = crate::case::RopeKind::Llama3.rope().expect("has parameters");
+        for rope in [Rope::default(), llama3] {
+            for head_dim in [8, 64, 128, 256] {
+                for (k, expected) in rope.frequencies(head_dim).into_iter().enumerate() {
+                    let got = frequency(&rope, k, head_dim);
+                    assert!((got / expected - 1.0).abs() < 1e-13, "{k} of {head_dim}: {got} {expected}");
+                }
+            }
+        }
+    }
 }

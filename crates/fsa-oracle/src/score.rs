@@ -6,12 +6,7 @@ use fsa_core::{NsaConfig, ScoreHeads};
 
 /// Scores of blocks `0 .. num_blocks`. `probabilities` holds one vector for every head that votes: the probability of
 /// every compressed key of the sequence, 0 for those that the row does not see.
-pub fn block_scores(
-    a: &dyn Arithmetic,
-    probabilities: &[Vec<f64>],
-    config: &NsaConfig,
-    num_blocks: usize,
-) -> Vec<f64> {
+pub fn block_scores(a: &dyn Arithmetic, probabilities: &[Vec<f64>], config: &NsaConfig, num_blocks: usize) -> Vec<f64> {
     let steps = (config.block_size / config.kernel_stride) as isize;
     let reach = (config.kernel_size / config.kernel_stride) as isize;
     let mut scores = vec![0.0; num_blocks];
@@ -94,11 +89,13 @@ mod tests {
 
     #[test]
     fn weights_of_the_vocabulary_are_the_same_sum() {
-        for (kernel_size, kernel_stride, block_size) in [(32, 16, 64), (16, 16, 64), (64, 16, 16), (32, 8, 16), (4, 2, 16)] {
+        for (kernel_size, kernel_stride, block_size) in
+            [(32, 16, 64), (16, 16, 64), (64, 16, 16), (32, 8, 16), (4, 2, 16)]
+        {
             let config = NsaConfig { kernel_size, kernel_stride, block_size, ..NsaConfig::default() };
             let (steps, reach) = (block_size / kernel_stride, kernel_size / kernel_stride - 1);
             let values: Vec<f64> = (0..4 * steps).map(|i| (i * i % 17) as f64).collect();
-            for (j, score) in block_scores(&Exact, &[values.clone()], &config, 4).into_iter().enumerate() {
+            for (j, score) in block_scores(&Exact, std::slice::from_ref(&values), &config, 4).into_iter().enumerate() {
                 let weighted = config.score_weights().into_iter().enumerate().map(|(k, weight)| {
                     let i = (j * steps + k).checked_sub(reach);
                     f64::from(weight) * i.and_then(|i| values.get(i)).copied().unwrap_or(0.0)

@@ -39,7 +39,10 @@ fn check(name: &str, at: &Array, analytic: &Array, loss: impl Fn(&Array) -> f64)
         };
         let difference = (moved(STEP) - moved(-STEP)) / (2.0 * STEP);
         let got = analytic.data()[place];
-        assert!((got - difference).abs() < 2e-6 * magnitude, "{name}[{place}]: analytic {got}, difference {difference}");
+        assert!(
+            (got - difference).abs() < 2e-6 * magnitude,
+            "{name}[{place}]: analytic {got}, difference {difference}"
+        );
     }
 }
 
@@ -97,10 +100,7 @@ fn attention_stages() {
     attention_gradients(&AttentionStage::Window { window_size: 3 }, -0.5);
     attention_gradients(&AttentionStage::Compressed { kernel_size: 4, kernel_stride: 2 }, 0.35);
     let ids = lists(25, 2, 2);
-    attention_gradients(
-        &AttentionStage::Selected { topk_indices: ids.view(), block_size: 16, validate: false },
-        0.35,
-    );
+    attention_gradients(&AttentionStage::Selected { topk_indices: ids.view(), block_size: 16, validate: false }, 0.35);
 }
 
 fn compressions(heads: usize, size: usize, dim: usize) -> Vec<CompressionInputs> {
@@ -160,12 +160,8 @@ fn compress_stage() {
 }
 
 fn llama3() -> Rope {
-    let scaling = RopeScaling::Llama3 {
-        factor: 8.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_max_position: 128,
-    };
+    let scaling =
+        RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position: 128 };
     Rope { theta: 10_000.0, scaling }
 }
 

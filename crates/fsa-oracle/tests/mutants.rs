@@ -175,7 +175,10 @@ impl Backend for Mutant {
         args: &AttentionArgs<'_>,
         output: &mut AttentionOutput<'_>,
     ) -> Result<()> {
-        assert!(!self.is(Fault::Panic) || args.batch.sequences().iter().all(|s| s.query_len() > 0), "an empty sequence");
+        assert!(
+            !self.is(Fault::Panic) || args.batch.sequences().iter().all(|s| s.query_len() > 0),
+            "an empty sequence"
+        );
         let softmax_scale = if self.is(Fault::IgnoredScale) { None } else { args.softmax_scale };
         let args = &AttentionArgs { softmax_scale, ..*args };
         let mut forward = self.forward(stage, args)?;

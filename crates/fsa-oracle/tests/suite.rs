@@ -50,7 +50,10 @@ fn a_report_is_what_the_command_prints() {
     let mut keys: Vec<_> = report.keys().map(String::as_str).collect();
     keys.sort_unstable();
     assert_eq!(keys, ["cases", "dtype", "failures", "pass", "stage", "worst_ratio"]);
-    assert_eq!((&report["stage"], &report["pass"], &report["dtype"]), (&"selected".into(), &"backward".into(), &"bf16".into()));
+    assert_eq!(
+        (&report["stage"], &report["pass"], &report["dtype"]),
+        (&"selected".into(), &"backward".into(), &"bf16".into())
+    );
     assert!(report["worst_ratio"].is_f64());
 }
 

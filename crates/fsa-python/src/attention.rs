@@ -1,8 +1,8 @@
 //! Stages `dense`, `window`, `compressed`, `selected` and `select`.
 
-use crate::failure::Failure;
+use crate::failure::{Failure, renamed};
 use crate::memory::{Memory, Role, write_views};
-use crate::packed::{Packed, compressed_count, compressed_rows, config};
+use crate::packed::{COMPRESSED, Packed, compressed_count, compressed_rows, config};
 use crate::run::run;
 use fsa::{
     AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionStage, Batch, NsaConfig, Result,
@@ -48,11 +48,14 @@ fn stage_args<'a>(
     batch: &'a Batch,
     scale: Option<f32>,
 ) -> Result<AttentionArgs<'a>> {
-    let args = packed.attention(batch, scale)?;
-    let AttentionStage::Compressed { kernel_size, kernel_stride } = *stage else { return Ok(args) };
+    let AttentionStage::Compressed { kernel_size, kernel_stride } = *stage else {
+        return packed.attention(batch, scale);
+    };
+    let args = packed.named(COMPRESSED, batch, scale)?;
+    let [key, value] = COMPRESSED;
     Ok(AttentionArgs {
-        key: compressed_rows("k", args.key, batch, kernel_size, kernel_stride)?,
-        value: compressed_rows("v", args.value, batch, kernel_size, kernel_stride)?,
+        key: compressed_rows(key, args.key, batch, kernel_size, kernel_stride)?,
+        value: compressed_rows(value, args.value, batch, kernel_size, kernel_stride)?,
         ..args
     })
 }
@@ -148,7 +151,8 @@ pub fn select(
     ];
     let ([out, lse, mut topk_indices], []) = write_views(&inputs.memories(), required, [])?;
     let (args, mut output) = (SelectArgs { attention, config: &config }, AttentionOutput { out, lse });
-    run(py, |engine| engine.select_into(&args, &mut output, &mut topk_indices))
+    let names = [("key", COMPRESSED[0]), ("value", COMPRESSED[1])];
+    run(py, |engine| engine.select_into(&args, &mut output, &mut topk_indices).map_err(|error| renamed(error, &names)))
 }
 
 fn compressed_stage(config: &NsaConfig) -> AttentionStage<'static> {

@@ -1,6 +1,6 @@
 //! Stage `compress`.
 
-use crate::failure::{Failure, rename_compression};
+use crate::failure::{Failure, renamed};
 use crate::memory::{Memory, Role, write_views};
 use crate::packed::{compressed_count, prefix_sums};
 use crate::run::run;
@@ -57,7 +57,9 @@ fn compress_args<'a>(
     let compression = compression(parameters, name)?;
     let args =
         CompressArgs { input: input.0.view(name, Role::Number)?, batch, kernel_size, kernel_stride, compression };
-    args.shape().map_err(|error| rename_compression(error, name))?;
+    let (weight, position) = (format!("{name}_weight"), format!("{name}_position"));
+    let names = [("input", name), ("weight", &weight), ("position", &position)];
+    args.shape().map_err(|error| renamed(error, &names))?;
     Ok(args)
 }
 

@@ -57,15 +57,13 @@ fn exception(error: Error) -> PyErr {
     }
 }
 
-/// Puts the names of a call in the place of `input`, `weight` and `position`, as stage `compress` says them.
-pub fn rename_compression(error: Error, name: &str) -> Error {
+/// Puts the names of a call in the place of those that a stage uses.
+pub fn renamed(error: Error, names: &[(&str, &str)]) -> Error {
     match error {
         Error::Input(mut input) => {
-            input.argument = match input.argument.as_str() {
-                "input" => name.to_string(),
-                "weight" | "position" => format!("{name}_{}", input.argument),
-                _ => input.argument,
-            };
+            if let Some((_, name)) = names.iter().find(|(stage, _)| *stage == input.argument) {
+                input.argument = (*name).to_string();
+            }
             Error::Input(input)
         }
         other => other,

@@ -4,6 +4,11 @@ use crate::memory::{Memory, Role};
 use fsa::{AttentionArgs, Batch, Error, NsaConfig, Result, Rope, RopeScaling, ScoreHeads, TensorView};
 use pyo3::FromPyObject;
 
+/// Names of the keys and values that a call takes.
+const ORIGINAL: [&str; 2] = ["k", "v"];
+/// Their names where they are compressed.
+pub const COMPRESSED: [&str; 2] = ["k_cmp", "v_cmp"];
+
 /// `(q, k, v, cu_seqlens_q, cu_seqlens_k)`.
 #[derive(FromPyObject)]
 pub struct Packed<'py>(pub Memory<'py>, pub Memory<'py>, pub Memory<'py>, pub Memory<'py>, pub Memory<'py>);
@@ -21,10 +26,20 @@ impl<'py> Packed<'py> {
 
     /// Arguments of an attention stage over the original keys.
     pub fn attention<'a>(&'a self, batch: &'a Batch, softmax_scale: Option<f32>) -> Result<AttentionArgs<'a>> {
+        self.named(ORIGINAL, batch, softmax_scale)
+    }
+
+    /// [`Packed::attention`] over keys and values with other names.
+    pub fn named<'a>(
+        &'a self,
+        [key, value]: [&str; 2],
+        batch: &'a Batch,
+        softmax_scale: Option<f32>,
+    ) -> Result<AttentionArgs<'a>> {
         Ok(AttentionArgs {
             query: self.0.view("q", Role::Number)?,
-            key: self.1.view("k", Role::Number)?,
-            value: self.2.view("v", Role::Number)?,
+            key: self.1.view(key, Role::Number)?,
+            value: self.2.view(value, Role::Number)?,
             batch,
             softmax_scale,
         })

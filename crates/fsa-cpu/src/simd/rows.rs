@@ -137,7 +137,8 @@ kernel! {
         if steps == 4 {
             // The default geometry, with a length that the compiler can unroll.
             let (whole, tail) = rest.as_chunks::<4>();
-            for (block, [a, b, c, d]) in blocks.by_ref().zip(whole) {
+            // `whole` first: zip would take a block from `blocks` before it finds `whole` at its end.
+            for ([a, b, c, d], block) in whole.iter().zip(blocks.by_ref()) {
                 *block += (a + b) + (c + d);
             }
             if let (Some(block), false) = (blocks.next(), tail.is_empty()) {

@@ -118,3 +118,33 @@ fn transposes_and_row_kernels_equal_plain_loops() {
         assert!(!all_finite(isa, &c));
     }
 }
+
+#[test]
+fn moving_sums_over_tiles_equal_the_definition() {
+    for isa in Isa::available() {
+        for (steps, reach) in [(4, 1), (4, 0), (4, 3), (1, 0), (2, 5), (16, 1), (3, 2)] {
+            for (first, lengths) in [(0, [64, 64, 32]), (48, [16, 64, 48]), (5, [16, 16, 32])] {
+                let p = values(lengths.iter().sum(), 11);
+                let mut blocks = vec![0.0f32; (first + p.len()) / steps + reach + 2];
+                let mut start = 0;
+                for length in lengths {
+                    let tile = &p[start..start + length];
+                    let key = first + start;
+                    let mut u = vec![f32::NAN; length + reach];
+                    sum_windows(isa, &mut u, tile, reach, key % steps, steps, &mut blocks[key / steps..]);
+                    start += length;
+                }
+                for (j, block) in blocks.iter().enumerate() {
+                    let pairs =
+                        (0..steps).flat_map(|m| (0..=reach).map(move |n| (j * steps + m) as isize - n as isize));
+                    let at = |i: isize| usize::try_from(i - first as isize).ok().and_then(|i| p.get(i)).copied();
+                    let expected: f32 = pairs.filter_map(at).sum();
+                    assert!(
+                        (block - expected).abs() < 1e-4,
+                        "{isa:?} steps {steps} reach {reach} first {first} block {j}"
+                    );
+                }
+            }
+        }
+    }
+}

@@ -126,11 +126,7 @@ const CHUNK: usize = 16;
 
 /// Runs the suite. Cases run in the current rayon pool; `progress` hears of them in their order, which does not
 /// depend on the number of threads.
-pub fn run(
-    backend: &dyn Backend,
-    options: &CheckOptions,
-    progress: &mut dyn FnMut(&CaseOutcome),
-) -> Vec<StageReport> {
+pub fn run(backend: &dyn Backend, options: &CheckOptions, progress: &mut dyn FnMut(&CaseOutcome)) -> Vec<StageReport> {
     let mut reports = Vec::new();
     for (stage, pass, dtype) in options.groups() {
         let mut report = StageReport {

@@ -69,14 +69,16 @@ fn broken_rule(row: &[i32], candidates: usize, config: &NsaConfig) -> Option<Str
     if listed.windows(2).any(|pair| pair[0] >= pair[1]) {
         return Some("expected ascending ids".into());
     }
-    let missing = (0..candidates).find(|block| is_forced(*block, candidates, config) && !listed.contains(&(*block as i32)));
+    let missing =
+        (0..candidates).find(|block| is_forced(*block, candidates, config) && !listed.contains(&(*block as i32)));
     missing.map(|block| format!("block {block} is forced and missing"))
 }
 
 fn wrong_id(row: &[i32], verdicts: &[Option<bool>], bounded: &BoundedScores) -> Option<String> {
-    let wrong = verdicts.iter().enumerate().find(|(block, verdict)| {
-        verdict.is_some_and(|listed| listed != row.contains(&(*block as i32)))
-    });
+    let wrong = verdicts
+        .iter()
+        .enumerate()
+        .find(|(block, verdict)| verdict.is_some_and(|listed| listed != row.contains(&(*block as i32))));
     wrong.map(|(block, verdict)| {
         let word = if *verdict == Some(true) { "missing" } else { "too many" };
         format!("block {block} is {word}, scores {:?}, errors at most {:?}", bounded.scores, bounded.errors)

@@ -1,0 +1,129 @@
+//! The kernels of a device: compiled or read from the cache on first use, loaded once.
+
+use crate::arch::KernelSet;
+use crate::attend::AttendKernel;
+use crate::backward::BackwardKernels;
+use crate::driver::{Device, Module};
+use crate::environment::Environment;
+use crate::error::Result as CudaResult;
+use crate::index::IndexKernels;
+use crate::jit::Compiler;
+use crate::lanes::Lanes;
+use crate::reduce::ReduceKernel;
+use crate::source::{Kernel, Specialisation};
+use fsa_core::Result;
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// A loaded kernel file.
+#[derive(Debug, Clone)]
+pub(crate) enum Loaded {
+    Index(Arc<IndexKernels>),
+    Attend(Arc<AttendKernel>),
+    Reduce(Arc<ReduceKernel>),
+    Backward(Arc<BackwardKernels>),
+}
+
+impl Loaded {
+    fn new(module: &Arc<Module>, specialisation: &Specialisation) -> CudaResult<Self> {
+        Ok(match specialisation.kernel {
+            Kernel::Index => Self::Index(Arc::new(IndexKernels::load(module)?)),
+            Kernel::Attend => Self::Attend(Arc::new(AttendKernel::load(module, specialisation)?)),
+            Kernel::Reduce => Self::Reduce(Arc::new(ReduceKernel::load(module, specialisation)?)),
+            Kernel::Backward => Self::Backward(Arc::new(BackwardKernels::load(module, specialisation)?)),
+        })
+    }
+}
+
+/// A device, its compiler, and what was loaded so far.
+#[derive(Debug)]
+pub struct Kernels {
+    device: Arc<Device>,
+    compiler: Compiler,
+    set: KernelSet,
+    loaded: RwLock<HashMap<Specialisation, Loaded>>,
+    lanes: Lanes,
+}
+
+impl Kernels {
+    /// Opens the device that the environment names.
+    ///
+    /// # Errors
+    /// No driver or device, or one that is too old. NVRTC is looked for when a kernel is not in the cache.
+    pub fn open(environment: &Environment) -> Result<Arc<Self>> {
+        let device = Device::open(environment.device)?;
+        let own = device.facts().arch.kernels();
+        // Kernels for newer devices than this one cannot be had; older ones can.
+        let set = environment.kernels.map_or(own, |asked| asked.min(own));
+        let lanes = Lanes::new(&device)?;
+        let compiler = Compiler::new(environment);
+        Ok(Arc::new(Self { device, compiler, set, loaded: RwLock::default(), lanes }))
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// The compiler and its cache.
+    pub fn compiler(&self) -> &Compiler {
+        &self.compiler
+    }
+
+    /// Which kernels are used: the device's own, or older ones that were asked for.
+    pub fn set(&self) -> KernelSet {
+        self.set
+    }
+
+    pub(crate) fn lanes(&self) -> &Lanes {
+        &self.lanes
+    }
+
+    fn find(&self, specialisation: &Specialisation) -> Option<Loaded> {
+        self.loaded.read().unwrap_or_else(PoisonError::into_inner).get(specialisation).cloned()
+    }
+
+    /// The kernels of `specialisations`, in their order. What is not loaded is compiled side by side.
+    pub(crate) fn get<const N: usize>(&self, specialisations: [Specialisation; N]) -> Result<[Loaded; N]> {
+        let found = specialisations.map(|specialisation| self.find(&specialisation));
+        if let [Some(_), ..] = found
+            && found.iter().all(Option::is_some)
+        {
+            return Ok(found.map(|loaded| loaded.unwrap_or_else(|| unreachable!("all were found"))));
+        }
+        let results: Vec<Result<Loaded>> = std::thread::scope(|scope| {
+            let start = |specialisation: Specialisation| scope.spawn(move || self.load(&specialisation));
+            let threads: Vec<_> = specialisations.into_iter().map(start).collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Loaded>>| match thread.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            };
+            threads.into_iter().map(join).collect()
+        });
+        let mut results = results.into_iter();
+        let mut first_error = None;
+        let loaded = specialisations.map(|_| match results.next() {
+            Some(Ok(loaded)) => Some(loaded),
+            Some(Err(error)) => {
+                first_error.get_or_insert(error);
+                None
+            }
+            None => None,
+        });
+        match first_error {
+            Some(error) => Err(error),
+            None => Ok(loaded.map(|loaded| loaded.unwrap_or_else(|| unreachable!("one result per specialisation")))),
+        }
+    }
+
+    fn load(&self, specialisation: &Specialisation) -> Result<Loaded> {
+        if let Some(loaded) = self.find(specialisation) {
+            return Ok(loaded);
+        }
+        let cubin = self.compiler.cubin(specialisation, self.device.facts().arch)?;
+        let loaded = Loaded::new(&Module::load(&self.device, &cubin.image)?, specialisation)?;
+        // Another thread may have been faster: everyone gets the first.
+        let mut all = self.loaded.write().unwrap_or_else(PoisonError::into_inner);
+        Ok(all.entry(*specialisation).or_insert(loaded).clone())
+    }
+}

@@ -1,0 +1,211 @@
+//! The tables of the inverse index.
+
+use super::{MAX_CHUNK_TILES, Problem, STATIC_SMEM_BYTES, Slot, Workspace, bound};
+use crate::driver::{Address, DeviceBatch, DeviceFacts, DeviceSpan};
+use crate::params::{Index, Layout, RECORD_BYTES, TILE_ROWS};
+use serde::Serialize;
+
+/// Least and most tiles of a piece, what one CTA of the index handles; the plane of counts has a row per piece.
+const MIN_SUB_TILES: usize = 8;
+/// The plane is kept below this: larger pieces mean fewer rows of it, and fewer CTAs.
+const PLANE_BYTES: usize = 12 << 20;
+/// Blocks that one CTA counts at most: 192 KB of counters on Hopper.
+const MAX_WINDOW_BLOCKS: usize = 48 << 10;
+/// Warps of a scattering CTA; each has counters of its own.
+const MAX_SCATTER_WARPS: usize = 8;
+/// Lanes of a warp.
+const LANES: usize = 32;
+
+/// Sizes of the index of some kv heads and all chunks of query tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct IndexPlan {
+    /// The first block and the local ones are left to the reduce kernel.
+    pub has_dense: bool,
+    /// Partials that a row has room for.
+    pub slots: usize,
+    /// Bound on query tiles.
+    pub max_tiles: usize,
+    /// Bound on blocks.
+    pub max_blocks: usize,
+    /// Tiles of a piece.
+    pub sub_tiles: usize,
+    /// Pieces.
+    pub num_subs: usize,
+    /// Tiles of a chunk, a multiple of `sub_tiles`.
+    pub chunk_tiles: usize,
+    /// Chunks.
+    pub num_chunks: usize,
+    /// Entries of a full unit.
+    pub unit_entries: usize,
+    /// Bound on the full units of a chunk.
+    pub full_units: usize,
+    /// Blocks that one CTA counts.
+    pub window_blocks: usize,
+    /// Warps of a scattering CTA.
+    pub scatter_warps: usize,
+    regions: Regions,
+}
+
+/// Places of the tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+struct Regions {
+    tile_base: Slot,
+    block_base: Slot,
+    chunk_token: Slot,
+    tiles: Slot,
+    plane: Slot,
+    entries: Slot,
+    row_info: Slot,
+    units: Slot,
+    unit_counts: Slot,
+}
+
+/// What the passes choose.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct IndexInput {
+    pub has_dense: bool,
+    pub kv_heads: usize,
+    pub sub_tiles: usize,
+    pub chunk_tiles: usize,
+    pub unit_entries: usize,
+}
+
+/// Tiles of a piece such that the plane of `kv_heads` kv heads stays small, a power of two.
+pub(super) fn sub_tiles(problem: &Problem, kv_heads: usize) -> usize {
+    let tiles = max_tiles(problem);
+    let row_bytes = kv_heads * bound(problem.total_kv, problem.sequences, problem.block_size) * size_of::<i32>();
+    let fits = |sub: &usize| *sub >= tiles || tiles.div_ceil(*sub) * row_bytes <= PLANE_BYTES;
+    std::iter::successors(Some(MIN_SUB_TILES), |sub| Some(2 * sub)).find(fits).unwrap_or(MIN_SUB_TILES)
+}
+
+/// Bound on the query tiles, at least 1 so that tables have a size.
+pub(super) fn max_tiles(problem: &Problem) -> usize {
+    bound(problem.total_q, problem.sequences, TILE_ROWS).max(1)
+}
+
+/// Partials of a row: one of its blocks is dense, if there are such, as the own block is among them.
+pub(super) fn slots(problem: &Problem, has_dense: bool) -> usize {
+    if has_dense { (problem.topk - 1).max(1) } else { problem.topk }
+}
+
+impl IndexPlan {
+    pub(super) fn new(problem: &Problem, facts: &DeviceFacts, input: &IndexInput, workspace: &mut Workspace) -> Self {
+        let IndexInput { has_dense, kv_heads, sub_tiles, chunk_tiles, unit_entries } = *input;
+        let (max_tiles, slots) = (max_tiles(problem), slots(problem, has_dense));
+        let max_blocks = bound(problem.total_kv, problem.sequences, problem.block_size).max(1);
+        let chunk_tiles = chunk_tiles.min(MAX_CHUNK_TILES / sub_tiles * sub_tiles);
+        let smem_bytes = facts.smem_per_cta_bytes.saturating_sub(STATIC_SMEM_BYTES);
+        let counters = smem_bytes / size_of::<i32>();
+        let window_blocks = max_blocks.min(MAX_WINDOW_BLOCKS).min(counters.next_multiple_of(8192) - 8192);
+        let mut plan = Self {
+            has_dense,
+            slots,
+            max_tiles,
+            max_blocks,
+            sub_tiles,
+            num_subs: max_tiles.div_ceil(sub_tiles),
+            chunk_tiles,
+            num_chunks: max_tiles.div_ceil(chunk_tiles),
+            unit_entries,
+            full_units: chunk_tiles * TILE_ROWS * slots / unit_entries,
+            window_blocks,
+            scatter_warps: (counters / window_blocks).clamp(1, MAX_SCATTER_WARPS.min(sub_tiles)),
+            regions: Regions::default(),
+        };
+        plan.regions = plan.place(problem, kv_heads, workspace);
+        plan
+    }
+
+    fn place(&self, problem: &Problem, kv_heads: usize, workspace: &mut Workspace) -> Regions {
+        let word = size_of::<i32>();
+        let rows = kv_heads * problem.total_q;
+        let lists = kv_heads * self.num_chunks;
+        Regions {
+            tile_base: workspace.add("tile_base", (problem.sequences + 1) * word),
+            block_base: workspace.add("block_base", (problem.sequences + 1) * word),
+            chunk_token: workspace.add("chunk_token", (self.num_chunks + 1) * word),
+            tiles: workspace.add("tiles", self.max_tiles * RECORD_BYTES),
+            plane: workspace.add("plane", kv_heads * self.num_subs * self.max_blocks * word),
+            entries: workspace.add("entries", rows * self.slots * word),
+            row_info: workspace.add("row_info", if self.has_dense { rows * word } else { 0 }),
+            units: workspace.add("units", lists * self.max_units() * RECORD_BYTES),
+            unit_counts: workspace.add("unit_counts", 2 * lists * word),
+        }
+    }
+
+    /// Bound on the units of a chunk: full ones, and a remainder per block.
+    pub(crate) fn max_units(&self) -> usize {
+        self.full_units + self.max_blocks
+    }
+
+    /// Rows of a chunk, at most.
+    pub(crate) fn chunk_rows(&self, problem: &Problem) -> usize {
+        (self.chunk_tiles * TILE_ROWS).min(problem.total_q)
+    }
+
+    /// The kernels' view of the layout.
+    pub(crate) fn layout(&self, problem: &Problem, batch: &DeviceBatch<'_>, workspace: &DeviceSpan<'_>) -> Layout {
+        let [cu_seqlens_q, cu_seqlens_kv] = batch.spans().map(|span| span.address());
+        let regions = &self.regions;
+        Layout {
+            cu_seqlens_q,
+            cu_seqlens_kv,
+            tile_base: regions.tile_base.address(workspace),
+            block_base: regions.block_base.address(workspace),
+            chunk_token: self.chunk_token(0, workspace),
+            tiles: regions.tiles.address(workspace),
+            batch: problem.sequences as i32,
+            total_q: problem.total_q as i32,
+            num_chunks: self.num_chunks as i32,
+            chunk_tiles: self.chunk_tiles as i32,
+            max_tiles: self.max_tiles as i32,
+        }
+    }
+
+    /// Where the first token of a chunk stands.
+    pub(crate) fn chunk_token(&self, chunk: usize, workspace: &DeviceSpan<'_>) -> Address {
+        self.regions.chunk_token.address(workspace).offset(chunk * size_of::<i32>())
+    }
+
+    /// The kernels' view of the index of the kv heads from `first_kv_head` on.
+    ///
+    /// The kernels number kv heads from 0, the tables hold those of one pass: they are given where the table of kv
+    /// head 0 would start. No address before a table is ever used.
+    pub(crate) fn index(
+        &self,
+        problem: &Problem,
+        topk_indices: &DeviceSpan<'_>,
+        first_kv_head: usize,
+        workspace: &DeviceSpan<'_>,
+    ) -> (Index, Index) {
+        let regions = &self.regions;
+        let word = size_of::<i32>();
+        let built = Index {
+            topk_indices: topk_indices.address().offset(first_kv_head * problem.total_q * problem.topk * word),
+            plane: regions.plane.address(workspace),
+            entries: regions.entries.address(workspace),
+            row_info: regions.row_info.address(workspace),
+            units: regions.units.address(workspace),
+            unit_counts: regions.unit_counts.address(workspace),
+            topk: problem.topk as i32,
+            slots: self.slots as i32,
+            lanes_per_row: problem.topk.next_power_of_two().min(LANES) as i32,
+            has_dense: i32::from(self.has_dense),
+            num_subs: self.num_subs as i32,
+            sub_tiles: self.sub_tiles as i32,
+            max_blocks: self.max_blocks as i32,
+            window_blocks: self.window_blocks as i32,
+            unit_entries: self.unit_entries as i32,
+            full_units: self.full_units as i32,
+        };
+        let back = |address: Address, bytes: usize| Address(address.0.wrapping_sub((first_kv_head * bytes) as u64));
+        let used = Index {
+            entries: back(built.entries, problem.total_q * self.slots * word),
+            row_info: back(built.row_info, problem.total_q * word),
+            units: back(built.units, self.num_chunks * self.max_units() * RECORD_BYTES),
+            unit_counts: back(built.unit_counts, 2 * self.num_chunks * word),
+            ..built
+        };
+        (built, used)
+    }
+}

@@ -1,0 +1,188 @@
+//! Plans of stage `selected`: chunks, grids and workspace, from shapes and facts about the device alone.
+//!
+//! The number of (row, block) pairs is known from shapes; which blocks are popular is not, and changes no size: long
+//! lists are cut into units on the device, and the tables hold as many units as there could be.
+
+mod backward;
+mod forward;
+mod index;
+mod workspace;
+
+#[cfg(test)]
+mod tests;
+
+pub use backward::BackwardPlan;
+pub use forward::ForwardPlan;
+pub use index::IndexPlan;
+pub use workspace::{Slot, Workspace};
+
+use crate::arch::KernelSet;
+use crate::driver::DeviceFacts;
+use crate::source::{HEAD_DIMS, Kernel, Specialisation};
+use fsa_core::config::BLOCK_SIZES;
+use fsa_core::{AttentionShape, DType, Error, Result};
+use serde::Serialize;
+use std::fmt;
+
+/// Scratch memory besides one copy of `topk_indices`, if the caller does not say.
+pub const DEFAULT_BUDGET_BYTES: usize = 256 << 20;
+
+/// Most blocks that a row may list: an entry names a slot of the row in 6 bits.
+pub const MAX_TOPK: usize = 64;
+
+/// Most blocks of all sequences: an id has 19 bits in a row's word, two values are taken.
+const MAX_BLOCKS: usize = (1 << 19) - 2;
+
+/// Rows of a chunk that an entry can name: 24 bits.
+const MAX_CHUNK_TILES: usize = (1 << 24) / crate::params::TILE_ROWS;
+
+/// Shared memory of a CTA that is left alone: what kernels declare in their code, and the system's kilobyte.
+const STATIC_SMEM_BYTES: usize = 4 << 10;
+
+/// Shared memory of a tile of `rows`: halves of 64 columns, 128 bytes a row.
+pub(crate) fn tile_bytes(rows: usize, head_dim: usize) -> usize {
+    rows * 128 * head_dim.div_ceil(64)
+}
+
+/// Sizes of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+pub struct Problem {
+    /// Rows of `query`.
+    pub total_q: usize,
+    /// Rows of `key` and `value`.
+    pub total_kv: usize,
+    /// Sequences, empty ones included.
+    pub sequences: usize,
+    /// Query heads.
+    pub num_q_heads: usize,
+    /// Key and value heads.
+    pub num_kv_heads: usize,
+    /// Elements of a query, key or value vector.
+    pub head_dim: usize,
+    /// Keys of a block.
+    pub block_size: usize,
+    /// Blocks that a row may list.
+    pub topk: usize,
+    /// Type of the tensors.
+    pub dtype: DType,
+}
+
+impl Problem {
+    /// The sizes of a checked call; `head_dim` is the kernels', which may be larger than the call's.
+    pub fn new(shape: &AttentionShape, sequences: usize, head_dim: usize, block_size: usize, topk: usize) -> Self {
+        Self {
+            total_q: shape.total_q,
+            total_kv: shape.total_keys,
+            sequences,
+            num_q_heads: shape.num_q_heads,
+            num_kv_heads: shape.num_kv_heads,
+            head_dim,
+            block_size,
+            topk,
+            dtype: shape.dtype,
+        }
+    }
+
+    /// Query heads that share one kv head.
+    pub fn gqa_group_size(&self) -> usize {
+        self.num_q_heads / self.num_kv_heads.max(1)
+    }
+
+    /// Size of `topk_indices`.
+    pub fn topk_indices_bytes(&self) -> usize {
+        self.num_kv_heads * self.total_q * self.topk * size_of::<i32>()
+    }
+
+    /// Checks what the kernels support on a device.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] that names the constraint.
+    pub fn check(&self, facts: &DeviceFacts, kernels: &[Specialisation]) -> Result<()> {
+        require(self.dtype == DType::Bf16 || self.dtype == DType::F16, "dtype on CUDA", &self.dtype, "bf16, f16")?;
+        let dims = "64, 96, 128, 192, 256";
+        require(HEAD_DIMS.contains(&self.head_dim), "head_dim of the CUDA kernels", &self.head_dim, dims)?;
+        require(BLOCK_SIZES.contains(&self.block_size), "block_size", &self.block_size, "16, 32, 64, 128, 256")?;
+        require((1..=MAX_TOPK).contains(&self.topk), "topk on CUDA", &self.topk, "1 to 64")?;
+        let heads = format!("{} on {} heads", self.num_q_heads, self.num_kv_heads);
+        let divides = self.num_kv_heads > 0 && self.num_q_heads > 0 && self.num_q_heads.is_multiple_of(self.num_kv_heads);
+        let multiple = "at most 65535 query heads, a multiple of the kv heads";
+        require(divides && self.num_q_heads < 1 << 16, "heads", &heads, multiple)?;
+        let blocks = bound(self.total_kv, self.sequences, self.block_size);
+        require(blocks <= MAX_BLOCKS, "blocks of all sequences", &blocks, &format!("at most {MAX_BLOCKS}"))?;
+        let tokens = "totals below 2^31";
+        require(self.total_q.max(self.total_kv) < 1 << 31, "tokens", &self.total_q.max(self.total_kv), tokens)?;
+        for kernel in kernels {
+            let (needed, most) = (kernel.smem_bytes(self.topk), facts.smem_per_cta_bytes.saturating_sub(STATIC_SMEM_BYTES));
+            let what = format!("kernel `{kernel}` on {}", facts.name);
+            let got = format!("{needed} bytes of shared memory");
+            require(needed <= most, &what, &got, &format!("at most {most} bytes"))?;
+        }
+        Ok(())
+    }
+
+    /// The specialisation of a kernel for this call.
+    pub fn specialisation(&self, kernel: Kernel, set: KernelSet) -> Specialisation {
+        Specialisation::new(kernel, set, self.dtype, self.head_dim, self.block_size)
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { total_q, total_kv, sequences, num_q_heads, num_kv_heads, head_dim, block_size, topk, dtype } = self;
+        write!(
+            f,
+            "{total_q} rows, {total_kv} keys in {sequences} sequences, {num_q_heads}/{num_kv_heads} heads, \
+             head_dim {head_dim}, {dtype}; blocks of {block_size}, top {topk}"
+        )
+    }
+}
+
+fn require(holds: bool, constraint: &str, got: &dyn fmt::Display, supported: &str) -> Result<()> {
+    if holds {
+        return Ok(());
+    }
+    Err(Error::Unsupported { constraint: constraint.into(), got: got.to_string(), supported: supported.into() })
+}
+
+/// What a caller may choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlanOptions {
+    /// Scratch memory besides one copy of `topk_indices`.
+    pub budget_bytes: usize,
+}
+
+impl Default for PlanOptions {
+    fn default() -> Self {
+        Self { budget_bytes: DEFAULT_BUDGET_BYTES }
+    }
+}
+
+/// Most pieces of `size` that sequences of together `total` rows can have.
+fn bound(total: usize, sequences: usize, size: usize) -> usize {
+    if sequences <= 1 { total.div_ceil(size) } else { total / size + sequences }
+}
+
+/// Numbers of kv heads that share one index, most first: the fewer, the smaller its tables.
+fn kv_heads_per_pass(num_kv_heads: usize) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(num_kv_heads), |heads| (*heads > 1).then(|| heads.div_ceil(2)))
+}
+
+/// The first candidate whose scratch is within the budget and one copy of `topk_indices`, else the smallest.
+fn choose<P>(
+    problem: &Problem,
+    options: &PlanOptions,
+    candidates: impl Iterator<Item = P>,
+    bytes: impl Fn(&P) -> usize,
+) -> Option<P> {
+    let most = options.budget_bytes + problem.topk_indices_bytes();
+    let mut smallest: Option<P> = None;
+    for plan in candidates {
+        if bytes(&plan) <= most {
+            return Some(plan);
+        }
+        if smallest.as_ref().is_none_or(|other| bytes(&plan) < bytes(other)) {
+            smallest = Some(plan);
+        }
+    }
+    smallest
+}

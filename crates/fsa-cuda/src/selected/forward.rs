@@ -1,0 +1,180 @@
+//! Forward of stage `selected`: index, then per chunk the gathered blocks and the merge.
+
+use super::{ForwardTensors, LOG2_E, LaunchContext, check_batch, check_scale};
+use crate::attend::AttendKernel;
+use crate::driver::{DeviceBatch, Stream};
+use crate::index::IndexKernels;
+use crate::kernels::{Kernels, Loaded};
+use crate::lanes::LaneSet;
+use crate::params::{AttendParams, Index, IndexParams, Layout, ReduceParams};
+use crate::plan::{ForwardPlan, PlanOptions, Problem};
+use crate::reduce::ReduceKernel;
+use crate::source::Kernel;
+use fsa_core::{Error, Result};
+use std::sync::Arc;
+
+/// A planned forward with its kernels.
+#[derive(Debug)]
+pub struct SelectedForward {
+    kernels: Arc<Kernels>,
+    plan: ForwardPlan,
+    index: Arc<IndexKernels>,
+    attend: Arc<AttendKernel>,
+    reduce: Arc<ReduceKernel>,
+}
+
+/// What the launches of one pass share.
+struct Pass<'a> {
+    tensors: &'a ForwardTensors<'a>,
+    context: &'a LaunchContext<'a>,
+    layout: Layout,
+    index: Index,
+    scale_log2: f32,
+}
+
+impl SelectedForward {
+    /// Plans a call and makes its kernels ready; compiles those that this process and the cache lack.
+    ///
+    /// # Errors
+    /// The kernels do not support the problem, or cannot be had.
+    pub fn plan(kernels: &Arc<Kernels>, problem: &Problem, options: &PlanOptions) -> Result<Self> {
+        let names = [Kernel::Index, Kernel::Attend, Kernel::Reduce];
+        let specialisations = names.map(|kernel| problem.specialisation(kernel, kernels.set()));
+        let facts = kernels.device().facts();
+        problem.check(facts, &specialisations)?;
+        let plan = ForwardPlan::new(problem, facts, options);
+        match kernels.get(specialisations)? {
+            [Loaded::Index(index), Loaded::Attend(attend), Loaded::Reduce(reduce)] => {
+                Ok(Self { kernels: Arc::clone(kernels), plan, index, attend, reduce })
+            }
+            other => unreachable!("kernels come in the order in which they were asked for: {other:?}"),
+        }
+    }
+
+    /// Chunks and workspace.
+    pub fn plan_value(&self) -> &ForwardPlan {
+        &self.plan
+    }
+
+    /// Size of the workspace that a launch needs.
+    pub fn workspace_bytes(&self) -> usize {
+        self.plan.workspace.size_bytes()
+    }
+
+    /// Gives the forward to the stream.
+    ///
+    /// # Errors
+    /// A tensor or the workspace is smaller than planned for; nothing was launched. Or the driver fails.
+    pub fn launch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &ForwardTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let problem = &self.plan.problem;
+        check_scale(softmax_scale)?;
+        check_batch(batch, problem)?;
+        tensors.check(problem)?;
+        self.plan.workspace.check(&context.workspace)?;
+        if problem.total_q == 0 {
+            return Ok(());
+        }
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        let layout = self.plan.index.layout(problem, batch, &context.workspace);
+        for first in (0..problem.num_kv_heads).step_by(self.plan.kv_heads) {
+            let (kv_heads, heads) = self.plan.pass(first);
+            let indices = &tensors.topk_indices;
+            let (built, index) = self.plan.index.index(problem, indices, first, &context.workspace);
+            let params = IndexParams { layout, index: built };
+            self.index.launch(context.stream, &self.plan.index, kv_heads, &params)?;
+            let pass = Pass { tensors, context, layout, index, scale_log2: softmax_scale * LOG2_E };
+            self.launch_pass(&pass, heads)?;
+        }
+        Ok(())
+    }
+
+    /// Attends and reduces all chunks of some heads, two chunks under way at a time if there are as many.
+    fn launch_pass(&self, pass: &Pass<'_>, heads: std::ops::Range<usize>) -> Result<()> {
+        let chunks = self.plan.index.num_chunks;
+        let starts = heads.clone().step_by(self.plan.heads);
+        let steps = starts.flat_map(|head| (0..chunks).map(move |chunk| (head, chunk)));
+        let stream = pass.context.stream;
+        if self.plan.steps(heads.len()) == 1 {
+            // Nothing overlaps: the side streams would only cost their events.
+            return steps.into_iter().try_for_each(|step| {
+                let count = (heads.end - step.0).min(self.plan.heads);
+                self.attend(pass, stream, step, count, 0)?;
+                self.reduce(pass, stream, step, count, 0)
+            });
+        }
+        let set = self.kernels.lanes().take(stream)?;
+        set.fork(stream, self.plan.buffers)?;
+        for (number, step) in steps.enumerate() {
+            let count = (heads.end - step.0).min(self.plan.heads);
+            self.launch_step(pass, &set, number % self.plan.buffers, step, count)?;
+        }
+        Ok(set.join(stream, self.plan.buffers)?)
+    }
+
+    /// The reduce of a chunk goes ahead of the waiting CTAs of the next attend: it waits for memory, they multiply.
+    fn launch_step(&self, pass: &Pass<'_>, set: &LaneSet, buffer: usize, step: (usize, usize), heads: usize) -> Result<()> {
+        let lane = &set.lanes[buffer];
+        self.attend(pass, &lane.main, step, heads, buffer)?;
+        lane.to_urgent()?;
+        self.reduce(pass, &lane.urgent, step, heads, buffer)?;
+        Ok(lane.to_main()?)
+    }
+
+    fn attend(
+        &self,
+        pass: &Pass<'_>,
+        stream: &Stream,
+        (head, chunk): (usize, usize),
+        heads: usize,
+        buffer: usize,
+    ) -> Result<()> {
+        let (partial, partial_lse) = self.plan.buffer(buffer);
+        let params = AttendParams {
+            layout: pass.layout,
+            index: pass.index,
+            query: pass.tensors.query.params(),
+            key: pass.tensors.key.params(),
+            value: pass.tensors.value.params(),
+            partial: partial.address(&pass.context.workspace),
+            partial_lse: partial_lse.address(&pass.context.workspace),
+            scale_log2: pass.scale_log2,
+            group_size: self.plan.problem.gqa_group_size() as i32,
+            chunk: chunk as i32,
+            first_head: head as i32,
+        };
+        Ok(self.attend.launch(stream, &self.plan.index, heads, &params)?)
+    }
+
+    fn reduce(
+        &self,
+        pass: &Pass<'_>,
+        stream: &Stream,
+        (head, chunk): (usize, usize),
+        heads: usize,
+        buffer: usize,
+    ) -> Result<()> {
+        let (partial, partial_lse) = self.plan.buffer(buffer);
+        let params = ReduceParams {
+            layout: pass.layout,
+            index: pass.index,
+            query: pass.tensors.query.params(),
+            key: pass.tensors.key.params(),
+            value: pass.tensors.value.params(),
+            out: pass.tensors.out.params(),
+            partial: partial.address(&pass.context.workspace),
+            partial_lse: partial_lse.address(&pass.context.workspace),
+            lse: pass.tensors.lse.address(),
+            scale_log2: pass.scale_log2,
+            group_size: self.plan.problem.gqa_group_size() as i32,
+            chunk: chunk as i32,
+            first_head: head as i32,
+        };
+        Ok(self.reduce.launch(stream, &self.plan.index, heads, &params)?)
+    }
+}

@@ -1,0 +1,117 @@
+"""The whole operation on PyTorch tensors: ``torch.ops.fsa_rs.nsa`` and its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+# What both operators take: packed inputs, gates, the parameters of the compressions, the options.
+ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor gates, "
+    "Tensor? k_weight, Tensor? k_position, Tensor? v_weight, Tensor? v_position, "
+    "int[] sizes, float[]? rope, float? softmax_scale"
+)
+#: Where in ARGUMENTS the tensors are that have gradients.
+DIFFERENTIABLE = (0, 1, 2, 5, 6, 7, 8, 9)
+INPUTS = 10
+
+
+def _native_arguments(arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Options and inputs as the extension takes them."""
+    sizes, rope, softmax_scale = arguments[10:13]
+    inputs = (arguments[:5], arguments[5], arguments[6:8], arguments[8:10])
+    return (sizes, rope or [], softmax_scale), inputs
+
+
+def _allocate(*arguments: Any) -> list[Tensor]:
+    """``out``, ``topk_indices`` and, if the last argument asks for it, the state for the backward."""
+    q, k, v = arguments[:3]
+    sizes, rope, save = arguments[10], arguments[11], arguments[13]
+    shape = (*q.shape[:-1], *v.shape[-1:])
+    outputs = [q.new_empty(shape), q.new_empty((*k.shape[1:2], *q.shape[:1], sizes[3]), dtype=torch.int32)]
+    if save:
+        rows = k.shape[0] // max(sizes[1], 1)
+        compressed = [x.new_zeros((rows, *x.shape[1:])) for x in (k, v)]
+        branches = [q.new_empty(shape) for _ in range(3)]
+        lse = [q.new_empty((*q.shape[1:2], *q.shape[:1]), dtype=torch.float32) for _ in range(3)]
+        rotated = [x.new_empty(x.shape) for x in (q, k)] if rope else []
+        outputs += compressed + branches + lse + rotated
+    return outputs
+
+
+def _nsa(*arguments: Any) -> list[Tensor]:
+    outputs = _allocate(*arguments)
+    options, inputs = _native_arguments(arguments)
+    _native.nsa(options, inputs, (outputs[0], outputs[1]), outputs[2:])
+    return outputs
+
+
+def _allocate_grads(*arguments: Any) -> list[Tensor]:
+    given = (arguments[at] for at in DIFFERENTIABLE)
+    return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in given if x is not None]
+
+
+def _nsa_backward(*arguments: Any) -> list[Tensor]:
+    grads = _allocate_grads(*arguments)
+    options, inputs = _native_arguments(arguments)
+    topk_indices, state, grad_out = arguments[13:]
+    by_input = _spread(arguments, grads)
+    parameters = (by_input[6:8], by_input[8:10])
+    required = (*by_input[:3], by_input[5])
+    _native.nsa_backward(options, inputs, (topk_indices, state), grad_out, (required, *parameters))
+    return grads
+
+
+def _spread(inputs: tuple[Any, ...], grads: list[Tensor]) -> tuple[Any, ...]:
+    """Gradients at the places of their inputs, ``None`` at the others."""
+    remaining = iter(grads)
+    given = [at for at in DIFFERENTIABLE if inputs[at] is not None]
+    return tuple(next(remaining) if at in given else None for at in range(INPUTS))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.options, ctx.save = inputs[10:13], inputs[13]
+    if ctx.save:
+        ctx.save_for_backward(*inputs[:INPUTS], *output[1:])
+
+
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    if not ctx.save:
+        raise RuntimeError("fsa_rs::nsa kept no state for the backward: call it with save=True")
+    inputs, (topk_indices, *state) = ctx.saved_tensors[:INPUTS], ctx.saved_tensors[INPUTS:]
+    found = _NSA_BACKWARD(*inputs, *ctx.options, topk_indices, state, grads[0])
+    return (*_spread(inputs, found), None, None, None, None)
+
+
+_NSA = torch.library.custom_op(
+    "fsa_rs::nsa", _nsa, mutates_args=(), schema=f"({ARGUMENTS}, bool save) -> Tensor[]"
+)
+_NSA.register_fake(_allocate)
+_NSA.register_autograd(_differentiate, setup_context=_save)
+
+_NSA_BACKWARD = torch.library.custom_op(
+    "fsa_rs::nsa_backward",
+    _nsa_backward,
+    mutates_args=(),
+    schema=f"({ARGUMENTS}, Tensor topk_indices, Tensor[] state, Tensor grad_out) -> Tensor[]",
+)
+_NSA_BACKWARD.register_fake(_allocate_grads)
+
+
+def nsa(
+    options: tuple[list[int], list[float], float | None],
+    packed: tuple[Tensor, ...],
+    gates: Tensor,
+    parameters: tuple[Tensor | None, ...],
+) -> tuple[Tensor, Tensor]:
+    """``out`` and ``topk_indices`` of the whole operation."""
+    differentiable = (*packed[:3], gates, *parameters)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
+    sizes, rope, softmax_scale = options
+    # An empty list among the arguments would be one of tensors to autograd.
+    out, topk_indices, *_ = _NSA(*packed, gates, *parameters, sizes, rope or None, softmax_scale, save)
+    return out, topk_indices
