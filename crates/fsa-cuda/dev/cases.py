@@ -39,6 +39,21 @@ def select(cu_q, cu_kv, hk, topk, block_size, kind="random", seed=0, device="cud
     return out
 
 
+def select_strata(tokens, hk, topk, block_size, seed=0, device="cuda"):
+    """Cheap selection for very long sequences: sink, own and previous block, and one random block in each of topk - 3 strata of the past."""
+    gen = torch.Generator(device=device).manual_seed(seed)
+    own = torch.arange(tokens, device=device) // block_size
+    out = torch.empty(hk, tokens, topk, dtype=torch.int32, device=device)
+    strata, past = topk - 3, (own - 2).clamp(min=0)         # blocks 1 .. own - 2
+    low = past[:, None] * torch.arange(strata, device=device) // strata
+    high = past[:, None] * torch.arange(1, strata + 1, device=device) // strata
+    for h in range(hk):
+        pick = low + 1 + (torch.rand(tokens, strata, generator=gen, device=device) * (high - low)).long()
+        pick = torch.where(high > low, pick, -1)
+        out[h] = torch.cat([torch.zeros_like(own)[:, None], pick, torch.where(own > 1, own - 1, -1)[:, None], torch.where(own > 0, own, -1)[:, None]], 1).int()
+    return out
+
+
 def hostile(topk_indices, seed=0):
     """Shuffles each row's ids and mixes in absent ones: -1, far negative, far future, absurd."""
     gen = torch.Generator(device=topk_indices.device).manual_seed(seed)

@@ -18,7 +18,7 @@ class Index(ctypes.Structure):
 
 
 class IndexParams(ctypes.Structure):
-    _fields_ = [("layout", Layout), ("index", Index)]
+    _fields_ = [("layout", Layout), ("index", Index), ("first_kv_head", i32)]
 
 
 class AttendParams(ctypes.Structure):
@@ -34,8 +34,8 @@ class ReduceParams(ctypes.Structure):
 class BackwardParams(ctypes.Structure):
     _fields_ = [("layout", Layout), ("index", Index)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [
         (n, ptr) for n in ("lse", "grad_lse", "row_stats", "grad_query", "partial")] + [
-        ("grad_query_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("scale_log2", f32), ("scale", f32), ("group_size", i32), ("chunk", i32), ("head", i32)]
+        ("grad_query_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("total_kv", i64), ("scale_log2", f32), ("scale", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32), ("rows", i32)]
 
 
 class ConvertParams(ctypes.Structure):
-    _fields_ = [("source", ptr), ("target", Tensor), ("first_row", ptr), ("end_row", ptr), ("rows", i32), ("head", i32), ("scale", f32)]
+    _fields_ = [("source", ptr), ("source_stride", i64), ("target", Tensor), ("first_row", ptr), ("end_row", ptr), ("rows", i32), ("first_head", i32), ("scale", f32)]

@@ -1,30 +1,37 @@
-"""Development harness of the CUDA kernels.  run.py compile | check | bench [...]
+"""Development harness of the CUDA kernels.  run.py COMMAND...
 
-compile   every kernel for every supported constant, without a GPU: registers, spills, shared memory
-check     small full cases, hostile cases, sampled rows of large ones, against float64
-bench     medians of graph replays, index building included
+compile                   every kernel for every supported constant, without a GPU: registers, spills
+check, check_backward     small full cases, hostile cases, sampled rows of large ones, against float64
+bench, bench_wide         medians of graph replays, index building included
+repeat                    bitwise repeatability
+million                   1,048,576 tokens: time, memory, sampled rows
+tune, tune_backward       one change at a time
 """
 import faulthandler, statistics, sys, time
 import nvrtc
 
 
+STAGES = {"index.cuh": [{}], "attend_sm90.cuh": [{}], "reduce_sm90.cuh": [{}], "backward_sm90.cuh": [{}, {"FSA_QUERY_PARTIALS": 1}]}
+
+
 def compile_all(arch="sm_90a"):
-    stages = ["index.cuh", "attend_sm90.cuh", "reduce_sm90.cuh"]
-    print(f"{'stage':22s} {'dtype':5s} {'head_dim':>8s} {'block':>5s} {'kernel':16s} {'registers':>9s} {'spills':>6s} {'static smem':>11s}  notes")
-    for stage in stages:
-        for is_bf16 in (1, 0):
-            for head_dim in (64, 96, 128, 192, 256):
-                for block_size in (16, 32, 64, 128, 256):
-                    if stage == "index.cuh" and head_dim != 128:
-                        continue
-                    try:
-                        _, log = nvrtc.compile_cubin(stage, dict(FSA_HEAD_DIM=head_dim, FSA_BLOCK_SIZE=block_size, FSA_IS_BF16=is_bf16), arch)
-                    except RuntimeError as error:
-                        print(f"{stage:22s} {head_dim} {block_size} FAILED {error}")
-                        continue
-                    note = "wgmma serialised" if "serialized" in log else ""
-                    for kernel, (registers, spills, shared) in sorted(nvrtc.resources(log).items()):
-                        print(f"{stage:22s} {'bf16' if is_bf16 else 'f16':5s} {head_dim:8d} {block_size:5d} {kernel:16s} {registers:9d} {spills:6d} {shared:11d}  {note}")
+    print(f"{'stage':18s} {'variant':20s} {'dtype':5s} {'head_dim':>8s} {'block':>5s} {'kernel':16s} {'registers':>9s} {'spilled bytes':>13s}  notes")
+    for stage, variants in STAGES.items():
+        for variant in variants:
+            for is_bf16 in (1, 0):
+                for head_dim in (64, 96, 128, 192, 256):
+                    for block_size in (16, 32, 64, 128, 256):
+                        if stage == "index.cuh" and head_dim != 128 or variant and block_size == 256:
+                            continue
+                        where = f"{stage:18s} {' '.join(variant):20s} {'bf16' if is_bf16 else 'f16':5s} {head_dim:8d} {block_size:5d}"
+                        try:
+                            _, log = nvrtc.compile_cubin(stage, dict(FSA_HEAD_DIM=head_dim, FSA_BLOCK_SIZE=block_size, FSA_IS_BF16=is_bf16, **variant), arch)
+                        except RuntimeError as error:
+                            print(where, "not compiled:", next((line for line in str(error).splitlines() if "error" in line and "static" in line), str(error)[:200]))
+                            continue
+                        note = "wgmma serialised" if "serialized" in log else ""
+                        for kernel, (registers, spills, _) in sorted(nvrtc.resources(log).items()):
+                            print(f"{where} {kernel:16s} {registers:9d} {spills:13d}  {note}".rstrip())
 
 
 def make(cu_q, cu_kv, hq, hk, d, dtype, seed=0):
@@ -88,8 +95,8 @@ def check_all_backward():
     ok &= check_backward("block 256", [0, 1500], [0, 1500], 2, 1, block_size=256, topk=4)
     for d in (64, 96, 192, 256):
         ok &= check_backward(f"head_dim {d}", [0, 700], [0, 700], 2, 1, d=d, topk=6) if d <= 128 else True
-    ok &= check_backward("added in f32", [0, 2048], [0, 2048], 3, 1, topk=8, query_partials=0)
-    ok &= check_backward("added in f32, block 128", [0, 2048], [0, 2048], 2, 1, block_size=128, topk=8, query_partials=0)
+    ok &= check_backward("partials", [0, 2048], [0, 2048], 3, 1, topk=8, query_partials=1)
+    ok &= check_backward("partials, block 128", [0, 2048], [0, 2048], 2, 1, block_size=128, topk=8, query_partials=1)
     ok &= check_backward("chunks", [0, 4000], [0, 4000], 4, 2, topk=8, chunk_tokens=1024, unit_entries=128)
     print("backward all ok" if ok else "BACKWARD SOME FAILED", flush=True)
     return ok
@@ -167,13 +174,16 @@ def bench(configs, breakdown=True, phases=("forward", "backward"), **options):
     for tokens, hq, hk, block_size, topk, kind in configs:
         cu = [0, tokens]
         q, k, v = make(cu, cu, hq, hk, 128, torch.bfloat16)
-        ids = cases.select(cu, cu, hk, topk, block_size, kind)
+        ids = cases.select(cu, cu, hk, topk, block_size, "random" if kind == "one block" else kind)
+        if kind == "one block":     # every row that can lists block 5 as well
+            ids = torch.where(ids == 5, -1, ids)
+            ids[:, 1024:, 3] = 5
         op = Selected(q, k, v, ids, block_size, **options)
         out, lse = torch.empty_like(q), torch.empty(hq, tokens, device="cuda")
         line = f"fwd N={tokens:7d} {hq}/{hk} ({block_size},{topk}) {kind:9s} total {time_graph(lambda: op.forward(out, lse)):7.3f} ms"
         if breakdown:
             stages = op.stage_launches(out, lse)
-            line += f" | index {time_graph(op.build_index):6.3f} attend {time_graph(lambda: [s[1]() for s in stages]):6.3f} reduce {time_graph(lambda: [s[2]() for s in stages]):6.3f}"
+            line += f" | index {time_graph(op.build_index):6.3f} attend {time_graph(lambda: [s[2]() for s in stages]):6.3f} reduce {time_graph(lambda: [s[3]() for s in stages]):6.3f}"
         if "backward" in phases:
             bop = SelectedBackward(q, k, v, ids, block_size, **options)
             grad_out, grads = torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]
@@ -192,7 +202,7 @@ BENCH = [(65536, 32, 32, 64, 16, "random"), (65536, 32, 8, 64, 16, "random"), (6
 def tune():
     """One change at a time on two shapes."""
     two = [BENCH[1], BENCH[5]]
-    for options in (dict(), dict(priority=False), dict(unit_entries=2048), dict(buffers=3), dict(buffers=4)):
+    for options in (dict(), dict(index_parts=1), dict(index_parts=8), dict(unit_entries=768)):
         print(options)
         bench(two, **options)
 
@@ -200,16 +210,59 @@ def tune():
 def tune_backward():
     import torch, cases
     from selected import Selected, SelectedBackward
-    for tokens, hq, hk, block_size, topk, kind in (BENCH[0], BENCH[1], BENCH[5]):
+    for tokens, hq, hk, block_size, topk, kind in (BENCH[1], BENCH[5], BENCH[6], BENCH[7]):
         cu = [0, tokens]
         q, k, v = make(cu, cu, hq, hk, 128, torch.bfloat16)
         ids = cases.select(cu, cu, hk, topk, block_size, kind)
         out, lse = Selected(q, k, v, ids, block_size).forward()
         grad_out, grads = torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]
-        for options in (dict(), dict(query_partials=0), dict(buffers=1), dict(chunk_tokens=16384), dict(chunk_tokens=65536, buffers=1), dict(unit_entries=1024)):
+        for options in (dict(), dict(index_parts=1), dict(unit_entries=1024)):
             op = SelectedBackward(q, k, v, ids, block_size, **options)
             print(f"bwd {hq}/{hk} ({block_size},{topk}) {options} {time_graph(lambda: op.backward(out, lse, grad_out, grads), 5):.3f} ms scratch {op.backward_scratch_bytes / 2**20:.0f} MiB", flush=True)
             del op
+
+
+WIDE = [(65536, 32, 16, 64, 16, "random"), (65536, 40, 8, 64, 16, "random"), (65536, 32, 4, 64, 16, "random"), (65536, 32, 32, 64, 16, "clustered"),
+        (16384, 32, 8, 64, 16, "random"), (32768, 32, 8, 64, 16, "random"), (65536, 32, 8, 64, 16, "one block")]
+
+
+def repeat():
+    """Bitwise repeatability: forward, and backward with partials; how far the f32 sums of the default backward move."""
+    import torch, cases
+    from selected import Selected, SelectedBackward
+    cu = [0, 8192]
+    q, k, v = make(cu, cu, 32, 8, 128, torch.bfloat16)
+    ids = cases.select(cu, cu, 8, 16, 64)
+    runs = [[x.clone() for x in Selected(q, k, v, ids, 64).forward()] for _ in range(20)]
+    print("forward, 20 runs bitwise equal:", all(torch.equal(a, b) for r in runs for a, b in zip(r, runs[0])))
+    (out, lse), grad_out = runs[0], torch.randn_like(q)
+    for partials in (0, 1):
+        op = SelectedBackward(q, k, v, ids, 64, query_partials=partials)
+        runs = [[x.clone() for x in op.backward(out, lse, grad_out, [torch.empty_like(x) for x in (q, k, v)])] for _ in range(5)]
+        same = [all(torch.equal(r[i], runs[0][i]) for r in runs) for i in range(3)]
+        print(f"backward, query_partials={partials}, 5 runs bitwise equal (query, key, value): {same}")
+
+
+def million():
+    """1,048,576 tokens, 32 / 8 heads: time and peak memory beyond inputs and outputs, sampled rows against float64."""
+    import torch, cases
+    from selected import Selected, SelectedBackward
+    tokens, hq, hk = 1 << 20, 32, 8
+    cu = [0, tokens]
+    q, k, v = make(cu, cu, hq, hk, 128, torch.bfloat16)
+    ids = cases.select_strata(tokens, hk, 16, 64)
+    out, lse = torch.empty_like(q), torch.empty(hq, tokens, device="cuda")
+    torch.cuda.synchronize(); base = torch.cuda.memory_allocated(); torch.cuda.reset_peak_memory_stats()
+    op = Selected(q, k, v, ids, 64)
+    print(f"1M forward {time_graph(lambda: op.forward(out, lse), 3):.1f} ms, peak {(torch.cuda.max_memory_allocated() - base) / 2**20:.0f} MiB, topk_indices {ids.numel() * 4 / 2**20:.0f} MiB", flush=True)
+    rows = torch.randint(0, tokens, (12,))
+    want, want_lse = cases.reference_rows(q, k, v, ids, 64, cu, cu, rows, op.scale)
+    cases.compare("1M out", out[rows.cuda()], want, 6e-3), cases.compare("1M lse", lse.T[rows.cuda()], want_lse, 1e-4)
+    del op; torch.cuda.empty_cache()
+    grad_out, grads = torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]
+    base = torch.cuda.memory_allocated(); torch.cuda.reset_peak_memory_stats()
+    op = SelectedBackward(q, k, v, ids, 64, buffers=1)
+    print(f"1M backward {time_graph(lambda: op.backward(out, lse, grad_out, grads), 3):.1f} ms, peak {(torch.cuda.max_memory_allocated() - base) / 2**20:.0f} MiB", flush=True)
 
 
 if __name__ == "__main__":
@@ -217,5 +270,5 @@ if __name__ == "__main__":
         faulthandler.dump_traceback_later(150, exit=True)   # a hung kernel must not hold the machine
     for command in sys.argv[1:] or ["compile"]:
         started = time.time()
-        {"compile": compile_all, "check": check, "bench": lambda: bench(BENCH), "tune": tune, "check_backward": check_all_backward, "tune_backward": tune_backward}[command]()
+        {"compile": compile_all, "check": check, "bench": lambda: bench(BENCH), "tune": tune, "check_backward": check_all_backward, "tune_backward": tune_backward, "bench_wide": lambda: bench(WIDE, breakdown=False), "repeat": repeat, "million": million}[command]()
         print(f"[{command}: {time.time() - started:.1f} s]", flush=True)

@@ -60,7 +60,7 @@ def tensor(x):
 class Selected:
     """One problem: owns its scratch; forward() only launches."""
 
-    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=True, **plan_options):
+    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=False, index_parts=1, **plan_options):
         dev, (total_q, self.hq, d), (total_kv, self.hk, _) = query.device, query.shape, key.shape
         cu = lambda x, n: torch.tensor([0, n], dtype=torch.int32, device=dev) if x is None else x
         self.cu_q, self.cu_kv = cu(cu_seqlens_q, total_q), cu(cu_seqlens_kv, total_kv)
@@ -82,25 +82,38 @@ class Selected:
         lanes = min(32, 1 << (topk - 1).bit_length())
         self.index = P.Index(topk_indices.data_ptr(), ptr("plane"), ptr("entries"), ptr("row_info"), ptr("units"), ptr("unit_counts"), topk, p.slots, lanes, p.has_dense,
                              p.num_subs, p.sub_tiles, p.max_blocks, p.window_blocks, p.unit_entries, p.full_units)
+        self.index_parts, self.index_stream = index_parts, torch.cuda.Stream()
         self.side = [torch.cuda.Stream(priority=0) for _ in range(p.buffers)]
         self.fast = [torch.cuda.Stream(priority=-5 if priority else 0) for _ in range(p.buffers)]
 
-    def build_index(self):
-        p, module = self.plan, Module.get("index.cuh", self.defines)
-        params = P.IndexParams(self.layout, self.index)
-        windows = ceil_div(p.max_blocks, p.window_blocks)
-        grid = (p.num_subs, self.hk, windows)
-        module.launch("index_prepare", (1, 1, 1), 1024, 0, params)
-        module.launch("index_count", grid, 256, 4 * p.window_blocks, params)
-        module.launch("index_scan", (p.num_chunks, self.hk, 1), 1024, 0, params)
+    def build_index(self, first=0, heads=None, stream=None):
+        """The index of some kv heads; the first call also prepares the layout."""
+        p, module, heads = self.plan, Module.get("index.cuh", self.defines), heads or self.hk - first
+        params = P.IndexParams(self.layout, self.index, first)
+        grid = (p.num_subs, heads, ceil_div(p.max_blocks, p.window_blocks))
+        if first == 0:
+            module.launch("index_prepare", (1, 1, 1), 1024, 0, params, stream)
+        module.launch("index_count", grid, 256, 4 * p.window_blocks, params, stream)
+        module.launch("index_scan", (p.num_chunks, heads, 1), 1024, 0, params, stream)
         warps = max(1, min(8, p.sub_tiles, 200 * 1024 // (4 * p.window_blocks)))
-        module.launch("index_scatter", grid, 32 * warps, 4 * p.window_blocks * warps, params)
+        module.launch("index_scatter", grid, 32 * warps, 4 * p.window_blocks * warps, params, stream)
+
+    def index_ahead(self, main):
+        """Builds the index on a stream of its own, a few kv heads at a time; returns a function that makes a stream wait for a kv head."""
+        step = max(1, self.hk // self.index_parts)
+        self.index_stream.wait_stream(main)
+        events = []
+        for first in range(0, self.hk, step):
+            self.build_index(first, min(step, self.hk - first), self.index_stream)
+            events.append(torch.cuda.Event())
+            events[-1].record(self.index_stream)
+        return lambda stream, kv_head: stream.wait_event(events[kv_head // step])
 
     def tile_bytes(self, rows):
         return rows * 128 * ceil_div(self.d, 64)
 
     def stage_launches(self, out, lse):
-        """[(buffer, attend thunk, reduce thunk)] for every chunk of heads and tiles."""
+        """[(buffer, last kv head, attend thunk, reduce thunk)] for every chunk of heads and tiles."""
         p, d = self.plan, self.defines
         attend, reduce = Module.get("attend_sm90.cuh", d), Module.get("reduce_sm90.cuh", d)
         scale_log2, group = self.scale * math.log2(math.e), self.hq // self.hk
@@ -116,7 +129,7 @@ class Selected:
                 a = P.AttendParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), partial, partial_lse, scale_log2, group, chunk, head)
                 r = P.ReduceParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), tensor(out), partial, partial_lse, lse.data_ptr(),
                                    scale_log2, group, chunk, head)
-                launches.append((buffer,
+                launches.append((buffer, (head + heads - 1) // group,
                                  lambda s=None, a=a, h=heads: attend.launch("attend", (p.full_units + p.max_blocks, h, 1), 128, attend_bytes, a, s),
                                  lambda s=None, r=r, h=heads: reduce.launch("reduce", (p.chunk_tiles, h, 1), 128, reduce_bytes, r, s)))
         return launches
@@ -124,17 +137,18 @@ class Selected:
     def forward(self, out=None, lse=None):
         out = torch.empty_like(self.q) if out is None else out
         lse = torch.empty(self.hq, self.total_q, dtype=torch.float32, device=self.q.device) if lse is None else lse
-        self.build_index()
         main = torch.cuda.current_stream()
         for stream in self.side + self.fast:
             stream.wait_stream(main)
-        for buffer, attend, reduce in self.stage_launches(out, lse):
+        wait_index = self.index_ahead(main)
+        for buffer, last_kv_head, attend, reduce in self.stage_launches(out, lse):
+            wait_index(self.side[buffer], last_kv_head)
             # The reduce of one buffer goes ahead of the queued ctas of the next attend: it waits on memory, they multiply.
             self.side[buffer].wait_stream(self.fast[buffer])
             attend(self.side[buffer])
             self.fast[buffer].wait_stream(self.side[buffer])
             reduce(self.fast[buffer])
-        for stream in self.side + self.fast:
+        for stream in self.side + self.fast + [self.index_stream]:
             main.wait_stream(stream)
         return out, lse
 
@@ -142,18 +156,25 @@ class Selected:
 class SelectedBackward(Selected):
     """Head by head: row statistics, one KV-major pass, grad_query to 16 bit; grad_key and grad_value per kv head."""
 
-    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=2048, buffers=2, query_partials=1, **options):
+    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=None, buffers=2, query_partials=0, **options):
         d, topk = query.shape[2], topk_indices.shape[2]
         query_partials = query_partials if block_size <= 128 else 0
-        chunk_tokens = chunk_tokens or (128 * MIB // (topk * d * 2) if query_partials else 32 * MIB // (d * 4))
+        unit_entries = unit_entries or 32 * max(block_size, 64)     # 2048 rows of 64 keys, 4096 of 128: longer units were no faster
+        row_bytes = topk * d * 2 if query_partials else d * 4
+        budget = (128 if query_partials else 32) * MIB
+        chunk_tokens = chunk_tokens or budget // row_bytes
         super().__init__(query, key, value, topk_indices, block_size, *args, has_dense=0, chunk_tokens=chunk_tokens, unit_entries=unit_entries, buffers=buffers,
                          defines=dict(FSA_QUERY_PARTIALS=query_partials), **options)
         p, f32 = self.plan, dict(dtype=torch.float32, device=query.device)
         self.query_partials, self.rows = query_partials, min(p.chunk_tiles * TILE, query.shape[0])
-        self.row_stats = [torch.empty(self.rows, 2, **f32) for _ in range(buffers)]
-        row_floats = topk * d // 2 if query_partials else d
-        self.acc_query = [torch.empty(self.rows, row_floats, **f32) for _ in range(buffers)]
-        self.acc_kv = [torch.empty(2, key.shape[0], d, **f32) for _ in range(buffers)]
+        # Heads of one launch: their grad_query stays within the budget, and so do the sums of their kv heads.
+        group, kv_bytes = self.hq // self.hk, key.shape[0] * d * 8
+        heads = max(1, budget // (self.rows * row_bytes))
+        self.kv_heads = max(1, min(heads // group, 64 * MIB // kv_bytes, self.hk))
+        self.heads = min(heads, group) if heads < group else group * self.kv_heads
+        self.row_stats = [torch.empty(self.heads, self.rows, 2, **f32) for _ in range(buffers)]
+        self.acc_query = [torch.empty(self.heads, self.rows, row_bytes // 4, **f32) for _ in range(buffers)]
+        self.acc_kv = [torch.empty(2, self.kv_heads, key.shape[0], d, **f32) for _ in range(buffers)]
 
     @property
     def backward_scratch_bytes(self):
@@ -161,38 +182,45 @@ class SelectedBackward(Selected):
 
     def backward(self, out, lse, grad_out, grads, grad_lse=None):
         p, group, module = self.plan, self.hq // self.hk, Module.get("backward_sm90.cuh", self.defines)
-        self.build_index()
         main = torch.cuda.current_stream()
-        cta_keys = 64 if self.block_size <= 64 else 128
+        cta_keys, total_kv = 64 if self.block_size <= 64 else 128, self.k.shape[0]
         shared = 2 * self.tile_bytes(cta_keys) + 4 * self.tile_bytes(TILE) + cta_keys // 64 * 8192
-        for b in range(p.buffers):
-            self.side[b].wait_stream(main)
-            with torch.cuda.stream(self.side[b]):
-                self.acc_kv[b].zero_()
-                if not self.query_partials:
-                    self.acc_query[b].zero_()
+        for stream in self.side:
+            stream.wait_stream(main)
+        wait_index = self.index_ahead(main)
 
-        def convert(source, target, tokens, rows, head, scale, stream):
-            c = P.ConvertParams(source.data_ptr(), tensor(target), tokens, tokens + 4 if tokens else None, rows, head, scale)
-            module.launch("backward_convert", (ceil_div(rows * self.d // 4, 256), 1, 1), 256, 0, c, stream)
+        def clear(buffer, stream):
+            with torch.cuda.stream(stream):
+                buffer.zero_()
 
-        for kv_head in range(self.hk):
-            b = kv_head % p.buffers
+        def convert(source, target, tokens, rows, first_head, heads, scale, stream):
+            c = P.ConvertParams(source.data_ptr(), source.stride(0), tensor(target), tokens, tokens + 4 if tokens else None, rows, first_head, scale)
+            module.launch("backward_convert", (ceil_div(rows * self.d // 4, 256), heads, 1), 256, 0, c, stream)
+
+        for turn, kv_head in enumerate(range(0, self.hk, self.kv_heads)):
+            b, kv_heads = turn % p.buffers, min(self.kv_heads, self.hk - kv_head)
             stream = self.side[b]
-            for head in range(kv_head * group, (kv_head + 1) * group):
+            clear(self.acc_kv[b], stream)
+            wait_index(stream, kv_head + kv_heads - 1)
+            end = (kv_head + kv_heads) * group
+            for head in range(kv_head * group, end, self.heads):
+                heads = min(self.heads, end - head)
                 for chunk in range(p.num_chunks):
                     acc = self.acc_query[b].data_ptr()
+                    if not self.query_partials:
+                        clear(self.acc_query[b], stream)
                     a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
                                          grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, tensor(grads[0]),
-                                         self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(), self.scale * math.log2(math.e), self.scale, group, chunk, head)
-                    module.launch("backward_delta", (ceil_div(self.rows, 8), 1, 1), 256, 0, a, stream)
-                    module.launch("backward", (p.full_units + p.max_blocks, ceil_div(self.block_size, 128), 1), 128 * (cta_keys // 64), shared, a, stream)
+                                         self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(), total_kv, self.scale * math.log2(math.e), self.scale, group,
+                                         chunk, head, self.rows)
+                    module.launch("backward_delta", (ceil_div(self.rows, 8), heads, 1), 256, 0, a, stream)
+                    module.launch("backward", (p.full_units + p.max_blocks, ceil_div(self.block_size, 128), heads), 128 * (cta_keys // 64), shared, a, stream)
                     if self.query_partials:
-                        module.launch("backward_merge", (ceil_div(self.rows, 256 // (self.d // 8)), 1, 1), 256, 0, a, stream)
+                        module.launch("backward_merge", (ceil_div(self.rows, 256 // (self.d // 8)), heads, 1), 256, 0, a, stream)
                     else:
-                        convert(self.acc_query[b], grads[0], self.scratch["chunk_token"].data_ptr() + 4 * chunk, self.rows, head, self.scale, stream)
+                        convert(self.acc_query[b], grads[0], self.scratch["chunk_token"].data_ptr() + 4 * chunk, self.rows, head, heads, self.scale, stream)
             for i, scale in ((0, self.scale), (1, 1.0)):
-                convert(self.acc_kv[b][i], grads[1 + i], None, self.k.shape[0], kv_head, scale, stream)
-        for stream in self.side:
+                convert(self.acc_kv[b][i], grads[1 + i], None, total_kv, kv_head, kv_heads, scale, stream)
+        for stream in self.side + [self.index_stream]:
             main.wait_stream(stream)
         return grads

@@ -34,14 +34,14 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
     const int head = p.first_head + blockIdx.y, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
     const int unit_number = blockIdx.x;
-    const i32* unit_counts = index.unit_counts + list * 2;
-    if (unit_number < index.full_units ? unit_number >= unit_counts[0] : unit_number - index.full_units >= unit_counts[1]) return;
+    // All three loads at once: the latency of a unit's start is not hidden by much.
     const Unit unit = index.units[list * (index.full_units + index.max_blocks) + unit_number];
     const int chunk_token = p.layout.chunk_token[p.chunk];
+    if (!unit_exists(index, list, unit_number)) return;
     const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int low = lane / 4;               // this thread's rows of its warp's 16: low and low + 8
-    const i64 query_row_bytes = p.query.row_stride * ELEMENT_BYTES;
+    const u32 query_row_bytes = (u32)p.query.row_stride * ELEMENT_BYTES;
     const char* queries = tensor_row(p.query, chunk_token, head);
     const i64 head_slots = (i64)blockIdx.y * p.layout.chunk_tiles * TILE_ROWS * index.slots;
     char* partials = (char*)p.partial + head_slots * ROW_BYTES;
@@ -52,13 +52,12 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
     auto gather = [&](u32 tile, u32 entry) { gather_rows<16, false>(tile, queries, query_row_bytes, nullptr, 0, (int)(entry & 0xffffffu), warp * 16); };
 
     const u32 key_tile = shared_address(shared), value_tile = key_tile + KeyTile::BYTES, query_tiles = value_tile + KeyTile::BYTES;
-    u32 entry = tile_entry(0);
+    u32 entry = tile_entry(0), next_entry = tile_entry(TILE_ROWS);
     copy_rows<BLOCK_SIZE>(key_tile, p.key, kv_head, unit.kv_row, unit.valid_keys);
     gather(query_tiles, entry);
     copy_commit();
     copy_rows<BLOCK_SIZE>(value_tile, p.value, kv_head, unit.kv_row, unit.valid_keys);
     copy_commit();
-    u32 next_entry = tile_entry(TILE_ROWS);
     const int tiles = ceil_div(unit.entry_count, TILE_ROWS);
     FSA_NO_UNROLL for (int tile = 0; tile < tiles; ++tile) {
         const u32 query_tile = query_tiles + (QUERY_STAGES == 2 ? (tile & 1) * QueryTile::BYTES : 0);

@@ -1,7 +1,7 @@
 // WHAT   Selected attention backward, KV-major, five products in one pass: scores and probabilities are computed again, keys as
 //        rows, so that P^T and dS^T stay in registers as A operands of grad_value += P^T dO and grad_key += dS^T Q;
 //        only dS goes through shared memory, for grad_query = dS K, which is added to f32 rows in L2.
-// GRID   (units of the chunk, parts of a block of 128 keys). One query head per launch, so that its f32 grad_query stays in L2.
+// GRID   (units of the chunk, parts of a block of 128 keys, query heads). As many heads per launch as keep their f32 grad_query in L2.
 // ROLES  One warpgroup per 64 keys; all share the gathered query and grad_out tiles; each computes its share of the
 //        columns of grad_query over all keys of the cta.
 // SMEM   key and value tiles, two stages of query and grad_out tiles with row statistics, one dS tile per warpgroup.
@@ -86,8 +86,9 @@ extern "C" __global__ void __launch_bounds__(256) backward_delta(const __grid_co
     const int chunk_token = p.layout.chunk_token[p.chunk], end = p.layout.chunk_token[p.chunk + 1];
     const int token = chunk_token + blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (token >= end) return;
-    const u32* out = (const u32*)tensor_row(p.out, token, p.head);
-    const u32* grad = (const u32*)tensor_row(p.grad_out, token, p.head);
+    const int head = p.first_head + blockIdx.y;
+    const u32* out = (const u32*)tensor_row(p.out, token, head);
+    const u32* grad = (const u32*)tensor_row(p.grad_out, token, head);
     f32 sum = 0.0f;
     FSA_UNROLL for (int i = 0; i < (HEAD_DIM / 2 + 31) / 32; ++i)
         if (i * 32 + lane < HEAD_DIM / 2) {
@@ -96,10 +97,11 @@ extern "C" __global__ void __launch_bounds__(256) backward_delta(const __grid_co
         }
     FSA_UNROLL for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
     if (lane == 0) {
-        const i64 at = (i64)p.head * p.layout.total_q + token;
+        const i64 at = (i64)head * p.layout.total_q + token;
         if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
-        p.row_stats[2 * (token - chunk_token)] = p.lse[at] * LOG2_E;
-        p.row_stats[2 * (token - chunk_token) + 1] = sum;
+        f32* stats = p.row_stats + 2 * ((i64)blockIdx.y * p.rows + token - chunk_token);
+        stats[0] = p.lse[at] * LOG2_E;
+        stats[1] = sum;
     }
 }
 
@@ -111,18 +113,14 @@ extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_
     const int column = (int)(n % (HEAD_DIM / 4)) * 4, t = threadIdx.x & 3;
     const bool present = first + row < end;
     Vec4 v = {0, 0, 0, 0};
-    if (present) {
-        Vec4* source = (Vec4*)(p.source + row * HEAD_DIM + column);
-        v = *source;
-        *source = Vec4{0, 0, 0, 0};
-    }
+    if (present) v = load_global_once(p.source + (i64)blockIdx.y * p.source_stride + row * HEAD_DIM + column);
     // Columns 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t of the sixteen; an even lane takes the first pair of its neighbour, an odd one
     // the second, so that each stores 8 bytes.
     const u32 lower = pack2(__uint_as_float(v.x) * p.scale, __uint_as_float(v.y) * p.scale);
     const u32 upper = pack2(__uint_as_float(v.z) * p.scale, __uint_as_float(v.w) * p.scale);
     const u32 received = __shfl_xor_sync(0xffffffffu, t & 1 ? lower : upper, 1);
     if (!present) return;
-    char* target = (char*)tensor_row(p.target, first + row, p.head) + (column & ~15) * ELEMENT_BYTES;
+    char* target = (char*)tensor_row(p.target, first + row, p.first_head + blockIdx.y) + (column & ~15) * ELEMENT_BYTES;
     if (t & 1) store_global8(target + 16 + (t & 2) * 4, received, upper);
     else store_global8(target + (t & 2) * 4, lower, received);
 }
@@ -133,9 +131,10 @@ extern "C" __global__ void __launch_bounds__(256) backward_merge(const __grid_co
     const int chunk_token = p.layout.chunk_token[p.chunk], rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
     const int row = blockIdx.x * ROWS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const bool present = threadIdx.x < ROWS * LANES && row < rows;
+    const int head = p.first_head + blockIdx.y;
     RowInfo info = {0};
-    if (present) info.word = p.index.row_info[(i64)(p.head / p.group_size) * p.layout.total_q + chunk_token + row];
-    const char* source = (const char*)p.partial + (i64)row * p.index.slots * ROW_BYTES + lane * 16;
+    if (present) info.word = p.index.row_info[(i64)(head / p.group_size) * p.layout.total_q + chunk_token + row];
+    const char* source = (const char*)p.partial + ((i64)blockIdx.y * p.rows + row) * p.index.slots * ROW_BYTES + lane * 16;
     f32 sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     for (int first = 0; first < info.partials(); first += AHEAD) {
         Vec4 v[AHEAD];
@@ -151,64 +150,75 @@ extern "C" __global__ void __launch_bounds__(256) backward_merge(const __grid_co
     u32 w[4];
     FSA_UNROLL for (int j = 0; j < 4; ++j) w[j] = pack2(sum[2 * j] * p.scale, sum[2 * j + 1] * p.scale);
     const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
-    if (present) store_global((char*)tensor_row(p.grad_query_out, chunk_token + row, p.head) + lane * 16, natural);
+    if (present) store_global((char*)tensor_row(p.grad_query_out, chunk_token + row, head) + lane * 16, natural);
 }
+
+// Statistics of the two neighbouring rows that a thread meets in columns 8 i + 2 t and + 1 of a tile: one 16-byte load.
+struct __align__(16) StatsPair {
+    RowStats first, second;
+};
 
 // Probabilities from scores, in place: column c of the tile is gathered row c; keys above its limit do not count.
 template <bool MASKED>
 FSA_DEVICE void probabilities(f32 (&s)[32], const RowStats* stats, const i32* limits, int key_low, f32 scale_log2) {
     const int t = threadIdx.x & 3;
-    FSA_UNROLL for (int i = 0; i < 8; ++i)
+    FSA_UNROLL for (int i = 0; i < 8; ++i) {
+        const StatsPair pair = *(const StatsPair*)(stats + 8 * i + 2 * t);
         FSA_UNROLL for (int e = 0; e < 2; ++e) {
-            const int column = 8 * i + 2 * t + e;
-            const f32 lse = stats[column].lse;
+            const f32 lse = e == 0 ? pair.first.lse : pair.second.lse;
             s[4 * i + e] = exp2_fast(fmaf(s[4 * i + e], scale_log2, -lse));
             s[4 * i + 2 + e] = exp2_fast(fmaf(s[4 * i + 2 + e], scale_log2, -lse));
             if (MASKED) {
-                if (key_low > limits[column]) s[4 * i + e] = 0.0f;
-                if (key_low + 8 > limits[column]) s[4 * i + 2 + e] = 0.0f;
+                const int limit = limits[8 * i + 2 * t + e];
+                if (key_low > limit) s[4 * i + e] = 0.0f;
+                if (key_low + 8 > limit) s[4 * i + 2 + e] = 0.0f;
             }
         }
+    }
 }
 // dS = P (dP - delta), zero where P was masked even if dP is not finite.
 template <bool MASKED>
 FSA_DEVICE void score_gradients(f32 (&dp)[32], const f32 (&probability)[32], const RowStats* stats, const i32* limits, int key_low) {
     const int t = threadIdx.x & 3;
-    FSA_UNROLL for (int i = 0; i < 8; ++i)
+    FSA_UNROLL for (int i = 0; i < 8; ++i) {
+        const StatsPair pair = *(const StatsPair*)(stats + 8 * i + 2 * t);
         FSA_UNROLL for (int e = 0; e < 2; ++e) {
-            const int column = 8 * i + 2 * t + e;
-            const f32 delta = stats[column].delta;
+            const f32 delta = e == 0 ? pair.first.delta : pair.second.delta;
             dp[4 * i + e] = probability[4 * i + e] * (dp[4 * i + e] - delta);
             dp[4 * i + 2 + e] = probability[4 * i + 2 + e] * (dp[4 * i + 2 + e] - delta);
             if (MASKED) {
-                if (key_low > limits[column]) dp[4 * i + e] = 0.0f;
-                if (key_low + 8 > limits[column]) dp[4 * i + 2 + e] = 0.0f;
+                const int limit = limits[8 * i + 2 * t + e];
+                if (key_low > limit) dp[4 * i + e] = 0.0f;
+                if (key_low + 8 > limit) dp[4 * i + 2 + e] = 0.0f;
             }
         }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(const __grid_constant__ BackwardParams p) {
     extern __shared__ __align__(1024) char shared[];
-    __shared__ RowStats stats[2][TILE_ROWS];
+    __shared__ __align__(16) RowStats stats[2][TILE_ROWS];
     __shared__ i32 limits[2][TILE_ROWS];
     __shared__ u32 targets[2][TILE_ROWS];     // row of grad_query, or slot of the partial
     const Index& index = p.index;
-    const int kv_head = p.head / p.group_size;
+    const int head = p.first_head + blockIdx.z, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
     const int unit_number = blockIdx.x;
-    const i32* unit_counts = index.unit_counts + list * 2;
-    if (unit_number < index.full_units ? unit_number >= unit_counts[0] : unit_number - index.full_units >= unit_counts[1]) return;
+    // All loads at once: the latency of a unit's start is not hidden by much.
     const Unit unit = index.units[list * (index.full_units + index.max_blocks) + unit_number];
+    const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
+    if (!unit_exists(index, list, unit_number)) return;
     const int part = blockIdx.y * KEYS_PER_PART, keys = min_i(KEYS_PER_PART, unit.valid_keys - part);
     if (keys <= 0) return;
-    const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
     const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = threadIdx.x / WARPGROUP;
-    const char *queries = tensor_row(p.query, chunk_token, p.head), *grads = tensor_row(p.grad_out, chunk_token, p.head);
-    const i64 query_row_bytes = p.query.row_stride * ELEMENT_BYTES, grad_row_bytes = p.grad_out.row_stride * ELEMENT_BYTES;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = GROUPS == 1 ? 0 : __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
+    const char *queries = tensor_row(p.query, chunk_token, head), *grads = tensor_row(p.grad_out, chunk_token, head);
+    const u32 query_row_bytes = (u32)p.query.row_stride * ELEMENT_BYTES, grad_row_bytes = (u32)p.grad_out.row_stride * ELEMENT_BYTES;
     const u32 key_tile = shared_address(shared), value_tile = key_tile + KeyTile::BYTES, stages = value_tile + KeyTile::BYTES;
     const u32 ds_tiles = stages + 2 * STAGE_BYTES;
 
+    const i64 head_row = (i64)blockIdx.z * p.rows;
+    const f32* row_stats = p.row_stats + 2 * head_row;
     auto tile_entry = [&](int first) {  // of row lane % WARP_ROWS of this warp's rows; unpacked when used, so that nothing waits here
         const int row = first + warp * WARP_ROWS + lane % WARP_ROWS;
         return row < unit.entry_count ? __ldg(entries + row) : NO_ENTRY;
@@ -220,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         const int row = warp * WARP_ROWS + lane;
         int limit = CTA_KEYS;
         if (lane < WARP_ROWS) {
-            if (token >= 0) copy_async8(shared_address(&stats[stage][row]), p.row_stats + 2 * token);
+            if (token >= 0) copy_async8(shared_address(&stats[stage][row]), row_stats + 2 * token);
             else stats[stage][row] = {__int_as_float(0x7f800000), 0.0f};   // probability 2^-inf
             limit = min_i(token + chunk_token - unit.first_token - part, keys - 1);
             if (token < 0) limit = CTA_KEYS;
@@ -232,27 +242,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         return limit < CTA_KEYS - 1;
     };
 
+    const u32 first_entry = tile_entry(0);
+    u32 next_entry = tile_entry(TILE_ROWS);
     copy_rows<CTA_KEYS, THREADS>(key_tile, p.key, kv_head, unit.kv_row + part, keys);
     copy_rows<CTA_KEYS, THREADS>(value_tile, p.value, kv_head, unit.kv_row + part, keys);
-    bool masked = start_tile(0, tile_entry(0));
-    u32 next_entry = tile_entry(TILE_ROWS);
+    bool masked = start_tile(0, first_entry), keys_clean = false;
     Piece grad_key[PIECES], grad_value[PIECES];
     FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
         FSA_UNROLL for (int i = 0; i < PIECE_COLUMNS / 2; ++i) grad_key[piece][i] = grad_value[piece][i] = 0.0f;
     const int key_low = group * 64 + (warp & 3) * 16 + lane / 4;
     const u32 ds_tile = ds_tiles + group * DS_BYTES, my_keys = key_tile + group * 64 * 128, my_values = value_tile + group * 64 * 128;
     const int lane_floats = (lane & 3) * 4;
+    f32* grad_query = p.grad_query + head_row * HEAD_DIM;
+    char* partials = (char*)p.partial + head_row * index.slots * ROW_BYTES;
     const int tiles = ceil_div(unit.entry_count, TILE_ROWS);
 
     FSA_NO_UNROLL for (int tile = 0; tile < tiles; ++tile) {
         const int stage = tile & 1;
         const u32 query_tile = stages + stage * STAGE_BYTES, grad_tile = query_tile + RowTile::BYTES;
         copy_wait<0>();
-        // A key that is not finite makes log2-sum-exp, and so everything, NaN for the rows that see it; the others must not
-        // meet it in dS K, where their dS is zero.
-        if (tile == 0) clean_rows<CTA_KEYS, THREADS>(key_tile);
         fence_async_proxy();
         const bool any_masked = __syncthreads_or(masked);
+        if (any_masked && !keys_clean) {
+            // A key that is not finite makes log2-sum-exp, and so everything, NaN for the rows that see it; the others must
+            // not meet it in dS K, where their dS is zero.
+            clean_rows<CTA_KEYS, THREADS>(key_tile);
+            keys_clean = true;
+            fence_async_proxy();
+            __syncthreads();
+        }
         f32 s[32], dp[32];
         wgmma_fence();
         FSA_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k)
@@ -297,13 +315,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         const u32 target_low = targets[stage][row], target_high = targets[stage][row + 8];
         QueryRows rows;
         if constexpr (QUERY_PARTIALS) {
-            rows.partial_low = fragment_rows((char*)p.partial, target_low, target_low != NO_ENTRY);
-            rows.partial_high = fragment_rows((char*)p.partial, target_high, target_high != NO_ENTRY);
+            rows.partial_low = fragment_rows(partials, target_low, target_low != NO_ENTRY);
+            rows.partial_high = fragment_rows(partials, target_high, target_high != NO_ENTRY);
         } else {
             // A row that does not exist has probability zero and adds zeros to some row, another one for every unit (the same row for
             // all made the pass 1.6x slower): cheaper than a branch around every addition.
-            rows.low = p.grad_query + (i64)target_low * HEAD_DIM + lane_floats;
-            rows.high = p.grad_query + (i64)target_high * HEAD_DIM + lane_floats;
+            rows.low = grad_query + (i64)target_low * HEAD_DIM + lane_floats;
+            rows.high = grad_query + (i64)target_high * HEAD_DIM + lane_floats;
         }
         if (GROUPS == 1 || group == 0) query_gradients<0, GROUP_PIECES>(ds_tiles, key_tile, rows);
         else if (GROUP_PIECES < PIECES) query_gradients<GROUP_PIECES, PIECES>(ds_tiles, key_tile, rows);
@@ -311,7 +329,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) { wgmma_pin(grad_key[piece]); wgmma_pin(grad_value[piece]); }
     }
 
-    const i64 first = (i64)(unit.kv_row + part + key_low) * HEAD_DIM + lane_floats;
+    const i64 launch_kv_head = kv_head - p.first_head / p.group_size;
+    const i64 first = (launch_kv_head * p.total_kv + unit.kv_row + part + key_low) * HEAD_DIM + lane_floats;
     if (key_low + 8 < keys) {
         add_all_rows(p.grad_key + first, p.grad_key + first + 8 * HEAD_DIM, grad_key);
         add_all_rows(p.grad_value + first, p.grad_value + first + 8 * HEAD_DIM, grad_value);

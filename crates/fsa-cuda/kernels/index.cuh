@@ -36,23 +36,24 @@ FSA_DEVICE void for_each_entry(const IndexParams& p, int kv_head, int tile, F f,
         FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
             if (step_row + a * rows_per_step >= t.rows) break;
             const int row = step_row + a * rows_per_step + sub_row;
-            const int own = (t.position + row) / BLOCK_SIZE;
-            int rank_base = 0, id = loaded[a];
+            const int own = row < t.rows ? (t.position + row) / BLOCK_SIZE : -1;
+            int rank_base = 0;
             u32 info = 0;
-            FSA_NO_UNROLL for (int slot = first_slot;;) {
-                const bool listed = row < t.rows && id >= 0 && id <= own, gathered = listed && !is_dense(rule, id);
+            auto visit = [&](int id) {      // the id of this lane's slot, 32 slots at a time
+                const bool listed = id >= 0 && id <= own, gathered = listed && !is_dense(rule, id);
                 const u32 vote = __ballot_sync(ALL_LANES, gathered) & row_lanes;
                 const int rank = rank_base + __popc(vote & lanes_below);
                 f(gathered && rank < index.slots, t.block_base + id, rank, t.token + row);
-                rank_base += __popc(vote);
-                if (WITH_ROWS && listed) {
-                    if (!gathered) info |= dense_bit(rule, id);
-                    else if (rank >= index.slots) info |= (u32)(id + 1) << RowInfo::SPILLED_SHIFT;
+                if (WITH_ROWS) {
+                    rank_base += __popc(vote);
+                    if (listed && !gathered) info |= dense_bit(rule, id);
+                    if (gathered && rank >= index.slots) info |= (u32)(id + 1) << RowInfo::SPILLED_SHIFT;
+                } else if (topk > 32) {
+                    rank_base += __popc(vote);
                 }
-                if (topk <= 32 || slot >= 32) break;    // topk <= 64: at most two passes
-                slot += 32;
-                id = row < t.rows && slot < topk ? ids[(i64)row * topk + slot] : -1;
-            }
+            };
+            visit(loaded[a]);
+            if (topk > 32) visit(row < t.rows && first_slot + 32 < topk ? ids[(i64)row * topk + first_slot + 32] : -1);
             if (WITH_ROWS) {
                 for (int delta = 1; delta < lanes; delta *= 2) info |= __shfl_xor_sync(ALL_LANES, info, delta);
                 if (first_slot == 0 && row < t.rows) g(t.token + row, info | (u32)min_i(rank_base, index.slots) << RowInfo::PARTIALS_SHIFT);
@@ -101,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(1024) index_prepare(const __grid_co
 
 extern "C" __global__ void __launch_bounds__(256) index_count(const __grid_constant__ IndexParams p) {
     extern __shared__ i32 histogram[];
-    const int piece = blockIdx.x, kv_head = blockIdx.y, window = blockIdx.z * p.index.window_blocks;
+    const int piece = blockIdx.x, kv_head = p.first_kv_head + blockIdx.y, window = blockIdx.z * p.index.window_blocks;
     const int blocks = min_i(p.index.window_blocks, p.index.max_blocks - window);
     for (int i = threadIdx.x; i < blocks; i += blockDim.x) histogram[i] = 0;
     __syncthreads();
@@ -177,7 +178,7 @@ FSA_DEVICE void write_units(const IndexParams& p, Unit* units, int block, int be
 
 extern "C" __global__ void __launch_bounds__(1024) index_scan(const __grid_constant__ IndexParams p) {
     const Index& index = p.index;
-    const int chunk = blockIdx.x, kv_head = blockIdx.y;
+    const int chunk = blockIdx.x, kv_head = p.first_kv_head + blockIdx.y;
     const int pieces_per_chunk = p.layout.chunk_tiles / index.sub_tiles;
     const int first = chunk * pieces_per_chunk, last = min_i(index.num_subs, first + pieces_per_chunk);
     i32* plane = index.plane + (i64)kv_head * index.num_subs * index.max_blocks;
@@ -212,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(1024) index_scan(const __grid_const
 extern "C" __global__ void __launch_bounds__(256) index_scatter(const __grid_constant__ IndexParams p) {
     extern __shared__ i32 next[];       // [warps, blocks]
     const Index& index = p.index;
-    const int piece = blockIdx.x, kv_head = blockIdx.y, window = blockIdx.z * index.window_blocks;
+    const int piece = blockIdx.x, kv_head = p.first_kv_head + blockIdx.y, window = blockIdx.z * index.window_blocks;
     const int blocks = min_i(index.window_blocks, index.max_blocks - window);
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
     for (int i = threadIdx.x; i < warps * blocks; i += blockDim.x) next[i] = 0;

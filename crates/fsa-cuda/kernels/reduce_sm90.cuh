@@ -78,8 +78,14 @@ FSA_DEVICE void dense_blocks(TileState& state, const ReduceParams& p, const Dens
         wgmma_pin(s);
         __syncthreads();
         copy_step(c.key_tile, p.key, n + 1);
-        const f32 carry_low = softmax_step<STEP_KEYS, false, true>(s, state.low, p.scale_log2, false, limit_low);
-        const f32 carry_high = softmax_step<STEP_KEYS, true, true>(s, state.high, p.scale_log2, false, limit_high);
+        f32 carry_low, carry_high;
+        if (__all_sync(0xffffffffu, min_i(limit_low, limit_high) >= STEP_KEYS - 1)) {     // no row of the warp has a mask
+            carry_low = softmax_step<STEP_KEYS, false, false>(s, state.low, p.scale_log2, false, limit_low);
+            carry_high = softmax_step<STEP_KEYS, true, false>(s, state.high, p.scale_log2, false, limit_high);
+        } else {
+            carry_low = softmax_step<STEP_KEYS, false, true>(s, state.low, p.scale_log2, false, limit_low);
+            carry_high = softmax_step<STEP_KEYS, true, true>(s, state.high, p.scale_log2, false, limit_high);
+        }
         u32 a[STEP_KEYS / 16][4];
         FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
         copy_wait<1>();
@@ -148,24 +154,21 @@ FSA_DEVICE void load_partial(Vec4 (&v)[HEAD_DIM / 32], const char* row, bool pre
     }
 }
 
-// Adds all partials of the thread's two rows; a warp runs as long as its longest row. Two slots are in flight: one
-// arrives while the other is added.
+// Adds all partials of the thread's two rows, two slots at a time; a warp runs as long as its longest row.
 FSA_DEVICE void merge_partials(Piece (&out)[PIECES], const char* low, const char* high, int count_low, int count_high, const f32* weights_low,
                                const f32* weights_high) {
     const int count = __reduce_max_sync(0xffffffffu, max_i(count_low, count_high));
-    Vec4 v[2][2][HEAD_DIM / 32];
-    FSA_UNROLL for (int ahead = 0; ahead < 2; ++ahead) {
-        load_partial(v[ahead][0], low + ahead * ROW_BYTES, ahead < count_low);
-        load_partial(v[ahead][1], high + ahead * ROW_BYTES, ahead < count_high);
+    FSA_NO_UNROLL for (int slot = 0; slot < count; slot += 2) {
+        Vec4 v[4][HEAD_DIM / 32];
+        load_partial(v[0], low + slot * ROW_BYTES, slot < count_low);
+        load_partial(v[1], high + slot * ROW_BYTES, slot < count_high);
+        load_partial(v[2], low + (slot + 1) * ROW_BYTES, slot + 1 < count_low);
+        load_partial(v[3], high + (slot + 1) * ROW_BYTES, slot + 1 < count_high);
+        merge_partial<false>(out, v[0], slot < count_low ? weights_low[slot] : 0.0f);
+        merge_partial<true>(out, v[1], slot < count_high ? weights_high[slot] : 0.0f);
+        merge_partial<false>(out, v[2], slot + 1 < count_low ? weights_low[slot + 1] : 0.0f);
+        merge_partial<true>(out, v[3], slot + 1 < count_high ? weights_high[slot + 1] : 0.0f);
     }
-    FSA_NO_UNROLL for (int first = 0; first < count; first += 2)
-        FSA_UNROLL for (int ahead = 0; ahead < 2; ++ahead) {
-            const int slot = first + ahead;
-            merge_partial<false>(out, v[ahead][0], slot < count_low ? weights_low[slot] : 0.0f);
-            load_partial(v[ahead][0], low + (slot + 2) * ROW_BYTES, slot + 2 < count_low);
-            merge_partial<true>(out, v[ahead][1], slot < count_high ? weights_high[slot] : 0.0f);
-            load_partial(v[ahead][1], high + (slot + 2) * ROW_BYTES, slot + 2 < count_high);
-        }
 }
 
 // Rows whose id found no slot: their blocks one at a time, lowest first. Rare.

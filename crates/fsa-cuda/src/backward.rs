@@ -10,8 +10,12 @@ use crate::source::Specialisation;
 use std::sync::Arc;
 
 /// Kernels of the file and what they take.
-pub(crate) const ENTRY_POINTS: &[(&str, &str)] =
-    &[("backward_delta", "BackwardParams"), ("backward", "BackwardParams"), ("backward_convert", "ConvertParams")];
+pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
+    ("backward_delta", "BackwardParams"),
+    ("backward", "BackwardParams"),
+    ("backward_merge", "BackwardParams"),
+    ("backward_convert", "ConvertParams"),
+];
 
 /// Keys of a warpgroup.
 const GROUP_KEYS: usize = 64;
@@ -19,9 +23,10 @@ const GROUP_KEYS: usize = 64;
 const MAX_CTA_KEYS: usize = 128;
 /// Rows that a CTA of `backward_delta` takes, one per warp.
 const DELTA_ROWS: usize = 8;
-/// Elements that a thread of `backward_convert` takes.
-const CONVERT_ELEMENTS: usize = 16;
-/// Threads of the two small kernels.
+/// Elements that a thread of `backward_merge` and of `backward_convert` takes.
+const MERGE_ELEMENTS: usize = 8;
+const CONVERT_ELEMENTS: usize = 4;
+/// Threads of the small kernels.
 const SMALL_THREADS: usize = 256;
 
 fn cta_keys(block_size: usize) -> usize {
@@ -52,6 +57,7 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
 pub(crate) struct BackwardKernels {
     delta: Function<BackwardParams>,
     backward: Function<BackwardParams>,
+    merge: Function<BackwardParams>,
     convert: Function<ConvertParams>,
     specialisation: Specialisation,
 }
@@ -61,12 +67,13 @@ impl BackwardKernels {
         Ok(Self {
             delta: module.function("backward_delta")?,
             backward: module.function("backward")?,
+            merge: module.function("backward_merge")?,
             convert: module.function("backward_convert")?,
             specialisation: *specialisation,
         })
     }
 
-    /// Row statistics of the chunk, then its sums, for one query head.
+    /// Row statistics of the chunk, then its sums, for one query head; with partials, their merge.
     pub(crate) fn launch(&self, stream: &Stream, plan: &IndexPlan, rows: usize, params: &BackwardParams) -> Result<()> {
         let ctas = rows.div_ceil(DELTA_ROWS) as u32;
         let dims = LaunchDims { grid: [ctas, 1, 1], threads: SMALL_THREADS as u32, smem_bytes: 0 };
@@ -77,13 +84,23 @@ impl BackwardKernels {
             threads: (128 * cta_keys(block_size) / GROUP_KEYS) as u32,
             smem_bytes: smem_bytes(&self.specialisation) as u32,
         };
-        self.backward.launch(stream, dims, params)
+        self.backward.launch(stream, dims, params)?;
+        if !self.specialisation.query_partials() {
+            return Ok(());
+        }
+        let rows_per_cta = SMALL_THREADS / (self.specialisation.head_dim / MERGE_ELEMENTS);
+        let grid = [rows.div_ceil(rows_per_cta) as u32, 1, 1];
+        self.merge.launch(stream, LaunchDims { grid, threads: SMALL_THREADS as u32, smem_bytes: 0 }, params)
     }
 
     /// f32 sums of up to `rows` rows to the dtype; clears them.
     pub(crate) fn convert(&self, stream: &Stream, rows: usize, params: &ConvertParams) -> Result<()> {
         let threads = rows * (self.specialisation.head_dim / CONVERT_ELEMENTS);
         let ctas = threads.div_ceil(SMALL_THREADS) as u32;
-        self.convert.launch(stream, LaunchDims { grid: [ctas, 1, 1], threads: SMALL_THREADS as u32, smem_bytes: 0 }, params)
+        self.convert.launch(
+            stream,
+            LaunchDims { grid: [ctas, 1, 1], threads: SMALL_THREADS as u32, smem_bytes: 0 },
+            params,
+        )
     }
 }

@@ -100,7 +100,9 @@ pub enum CudaError {
 impl From<CudaError> for Error {
     fn from(error: CudaError) -> Self {
         match error {
-            CudaError::OutOfMemory { what, bytes } => Error::OutOfMemory { what: format!("{what} on the device"), bytes },
+            CudaError::OutOfMemory { what, bytes } => {
+                Error::OutOfMemory { what: format!("{what} on the device"), bytes }
+            }
             other => Error::Backend { backend: "cuda".into(), message: other.to_string() },
         }
     }

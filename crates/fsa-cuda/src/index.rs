@@ -42,7 +42,13 @@ impl IndexKernels {
     }
 
     /// Builds the index of `kv_heads` kv heads.
-    pub(crate) fn launch(&self, stream: &Stream, plan: &IndexPlan, kv_heads: usize, params: &IndexParams) -> Result<()> {
+    pub(crate) fn launch(
+        &self,
+        stream: &Stream,
+        plan: &IndexPlan,
+        kv_heads: usize,
+        params: &IndexParams,
+    ) -> Result<()> {
         let windows = plan.max_blocks.div_ceil(plan.window_blocks);
         let pieces = [plan.num_subs as u32, kv_heads as u32, windows as u32];
         let counters_bytes = 4 * plan.window_blocks as u32;

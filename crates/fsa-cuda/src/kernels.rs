@@ -14,6 +14,7 @@ use crate::source::{Kernel, Specialisation};
 use fsa_core::Result;
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::thread::ScopedJoinHandle;
 
 /// A loaded kernel file.
 #[derive(Debug, Clone)]
@@ -84,36 +85,21 @@ impl Kernels {
     }
 
     /// The kernels of `specialisations`, in their order. What is not loaded is compiled side by side.
-    pub(crate) fn get<const N: usize>(&self, specialisations: [Specialisation; N]) -> Result<[Loaded; N]> {
-        let found = specialisations.map(|specialisation| self.find(&specialisation));
-        if let [Some(_), ..] = found
-            && found.iter().all(Option::is_some)
-        {
-            return Ok(found.map(|loaded| loaded.unwrap_or_else(|| unreachable!("all were found"))));
+    pub(crate) fn get(&self, specialisations: &[Specialisation]) -> Result<Vec<Loaded>> {
+        let found: Option<Vec<Loaded>> =
+            specialisations.iter().map(|specialisation| self.find(specialisation)).collect();
+        if let Some(found) = found {
+            return Ok(found);
         }
-        let results: Vec<Result<Loaded>> = std::thread::scope(|scope| {
-            let start = |specialisation: Specialisation| scope.spawn(move || self.load(&specialisation));
-            let threads: Vec<_> = specialisations.into_iter().map(start).collect();
-            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Loaded>>| match thread.join() {
+        std::thread::scope(|scope| {
+            let start = |specialisation| scope.spawn(move || self.load(specialisation));
+            let threads: Vec<_> = specialisations.iter().map(start).collect();
+            let join = |thread: ScopedJoinHandle<'_, Result<Loaded>>| match thread.join() {
                 Ok(result) => result,
                 Err(panic) => std::panic::resume_unwind(panic),
             };
             threads.into_iter().map(join).collect()
-        });
-        let mut results = results.into_iter();
-        let mut first_error = None;
-        let loaded = specialisations.map(|_| match results.next() {
-            Some(Ok(loaded)) => Some(loaded),
-            Some(Err(error)) => {
-                first_error.get_or_insert(error);
-                None
-            }
-            None => None,
-        });
-        match first_error {
-            Some(error) => Err(error),
-            None => Ok(loaded.map(|loaded| loaded.unwrap_or_else(|| unreachable!("one result per specialisation")))),
-        }
+        })
     }
 
     fn load(&self, specialisation: &Specialisation) -> Result<Loaded> {

@@ -137,7 +137,7 @@ device_structs! {
         first_head: i32,
     }
 
-    /// Parameters of `backward` and `backward_delta`.
+    /// Parameters of `backward_delta`, `backward` and `backward_merge`.
     struct BackwardParams {
         layout: Layout,
         index: Index,
@@ -150,9 +150,12 @@ device_structs! {
         grad_lse: Address,
         row_stats: Address,
         grad_query: Address,
+        partial: Address,
+        grad_query_out: Tensor,
         grad_key: Address,
         grad_value: Address,
         scale_log2: f32,
+        scale: f32,
         group_size: i32,
         chunk: i32,
         head: i32,

@@ -2,6 +2,8 @@
 
 use crate::arch::KernelSet;
 use crate::params;
+use crate::plan::MAX_CTA_SMEM_BYTES;
+use fsa_core::config::BLOCK_SIZES;
 use fsa_core::{DType, Error};
 use serde::Serialize;
 use std::fmt::{self, Write};
@@ -76,6 +78,12 @@ impl Specialisation {
         if self.is_bf16 { DType::Bf16 } else { DType::F16 }
     }
 
+    /// Backward only: gradients of a query are added up from one partial per block, as the forward merges, instead of
+    /// in f32 in memory. Repeatable, and faster; needs a block to be one CTA's.
+    pub(crate) fn query_partials(&self) -> bool {
+        self.block_size <= 128
+    }
+
     /// Path of its kernel file below `kernels/`: one for all architectures, or the one of its set.
     ///
     /// # Errors
@@ -132,6 +140,9 @@ impl Specialisation {
         for (name, value) in defines {
             let _ = writeln!(text, "#define FSA_{name} {value}");
         }
+        if self.kernel == Kernel::Backward {
+            let _ = writeln!(text, "#define FSA_QUERY_PARTIALS {}", u8::from(self.query_partials()));
+        }
         let _ = writeln!(text, "#include \"{file}\"");
         text.push_str(&params::assertions());
         for (expression, value) in self.constants() {
@@ -164,13 +175,13 @@ pub(crate) fn headers() -> &'static [(&'static str, &'static str)] {
     FILES
 }
 
-/// Every specialisation of `set` that has a kernel file and fits into `smem_bytes` of shared memory.
-pub fn specialisations(set: KernelSet, smem_bytes: usize) -> Vec<Specialisation> {
+/// Every specialisation of `set` that has a kernel file and fits into the shared memory of a CTA.
+pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
     let mut all = Vec::new();
     for kernel in Kernel::ALL {
         for dtype in [DType::Bf16, DType::F16] {
             for head_dim in HEAD_DIMS {
-                for block_size in fsa_core::config::BLOCK_SIZES {
+                for block_size in BLOCK_SIZES {
                     all.push(Specialisation::new(kernel, set, dtype, head_dim, block_size));
                 }
             }
@@ -178,7 +189,19 @@ pub fn specialisations(set: KernelSet, smem_bytes: usize) -> Vec<Specialisation>
     }
     all.sort_unstable();
     all.dedup();
-    all.retain(|specialisation| specialisation.file().is_ok() && specialisation.smem_bytes(1) <= smem_bytes);
+    all.retain(|specialisation| specialisation.file().is_ok() && specialisation.smem_bytes(1) <= MAX_CTA_SMEM_BYTES);
+    all
+}
+
+/// The specialisations of the committed resource table: every block size at head_dim 128, every head_dim at blocks of
+/// 64, bf16; the other dtype once.
+pub fn tabled(set: KernelSet) -> Vec<Specialisation> {
+    let mut all = specialisations(set);
+    all.retain(|Specialisation { is_bf16, head_dim, block_size, .. }| match (head_dim, block_size) {
+        (128, 64) => true,
+        (128, _) | (_, 64) => *is_bf16,
+        _ => false,
+    });
     all
 }
 
@@ -188,13 +211,14 @@ mod tests {
 
     #[test]
     fn the_index_is_compiled_once_per_block_size() {
-        let all = specialisations(KernelSet::Sm90, usize::MAX);
+        let all = specialisations(KernelSet::Sm90);
         let count = |kernel| all.iter().filter(|specialisation| specialisation.kernel == kernel).count();
         assert_eq!(count(Kernel::Index), 5);
         for kernel in [Kernel::Attend, Kernel::Reduce, Kernel::Backward] {
-            assert_eq!(count(kernel), 2 * 5 * 5, "{kernel}");
+            // Large blocks of large heads do not fit.
+            assert!((2 * 20..=2 * 25).contains(&count(kernel)), "{kernel}: {}", count(kernel));
         }
-        assert!(specialisations(KernelSet::Sm90, 200 << 10).len() < all.len());
+        assert!(all.iter().all(|specialisation| specialisation.smem_bytes(1) <= MAX_CTA_SMEM_BYTES));
     }
 
     #[test]

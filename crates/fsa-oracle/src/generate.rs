@@ -203,6 +203,14 @@ fn set_lengths(case: &mut Case, dealer: &mut Dealer) {
         _ => vec![(0, 0), (3, 3), (1, 2), (0, 1), (n, n)],
     };
     (case.query_lens, case.kv_lens) = lengths.into_iter().unzip();
+    if case.stage == Stage::Select && case.hostile == Hostile::Peaked {
+        // All scores but those around the peak are 0, and far more blocks than slots: ties decide.
+        let config = &mut case.config;
+        config.block_size = config.block_size.min(32);
+        config.topk = config.topk.min(config.init_blocks + config.local_blocks + 2).max(1);
+        case.kv_lens = vec![12 * config.block_size + 5];
+        case.query_lens = case.kv_lens.clone();
+    }
 }
 
 /// Takes query rows from the longest sequence, then dimensions, until the case is cheap.

@@ -5,6 +5,7 @@ use crate::buffer::Buffer;
 use crate::case::{Case, Hostile};
 use crate::random::Random;
 use fsa_core::{AttentionArgs, AttentionStage, Batch, DType, Error, Result, Stage};
+use std::ops::Range;
 
 /// Which stream of random numbers a tensor takes.
 #[derive(Debug, Clone, Copy)]
@@ -152,25 +153,41 @@ impl AttentionData {
         })
     }
 
+    /// Rows of `key` of every sequence.
+    fn key_rows(&self) -> Vec<Range<usize>> {
+        let config = &self.case.config;
+        let (l, s) = (config.kernel_size, config.kernel_stride.max(1));
+        match self.case.stage {
+            Stage::Compressed | Stage::Select => {
+                self.batch.compressed_offsets(l, s).windows(2).map(|pair| pair[0]..pair[1]).collect()
+            }
+            _ => self.batch.sequences().iter().map(|sequence| sequence.kv_rows.clone()).collect(),
+        }
+    }
+
     /// One key row in the first half of every sequence.
     fn peaks(&self) -> Vec<usize> {
         let mut random = random(&self.case, Stream::Poison);
-        let config = &self.case.config;
-        let (l, s) = (config.kernel_size, config.kernel_stride.max(1));
-        let offsets = match self.case.stage {
-            Stage::Compressed | Stage::Select => self.batch.compressed_offsets(l, s),
-            _ => self.batch.sequences().iter().map(|s| s.kv_rows.start).chain([self.batch.total_kv()]).collect(),
-        };
-        offsets.windows(2).map(|pair| pair[0] + random.below((pair[1] - pair[0]).div_ceil(2))).collect()
+        let rows = self.key_rows().into_iter();
+        rows.map(|rows| rows.start + random.below(rows.len().div_ceil(2))).collect()
+    }
+
+    /// A key row that some queries see and others, before it, do not: in the later half of a sequence with queries.
+    fn future(&self) -> Option<usize> {
+        let mut random = random(&self.case, Stream::Poison);
+        let sequences = self.batch.sequences().iter().zip(self.key_rows());
+        let rows = sequences.filter(|(sequence, _)| sequence.query_len() > 0).map(|(_, rows)| rows);
+        let rows = rows.max_by_key(ExactSizeIterator::len).filter(|rows| !rows.is_empty())?;
+        Some(rows.end - 1 - random.below(rows.len().div_ceil(2)))
     }
 
     /// Puts NaN and infinities where the hostile kind says.
     fn poison(&mut self) -> Result<()> {
         let rows: Vec<[usize; 2]> = match self.case.hostile {
             Hostile::NanUnseen => self.unseen()?,
-            Hostile::NanFuture if self.key.shape()[0] > 0 => {
-                let row = random(&self.case, Stream::Poison).below(self.key.shape()[0]);
-                (0..self.case.num_kv_heads).map(|head| [row, head]).collect()
+            Hostile::NanFuture => {
+                let row = self.future();
+                (0..self.case.num_kv_heads).filter_map(|head| row.map(|row| [row, head])).collect()
             }
             _ => return Ok(()),
         };

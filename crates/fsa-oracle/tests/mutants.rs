@@ -387,9 +387,13 @@ fn choose(fault: Fault, scores: &[f64], config: &NsaConfig) -> Vec<usize> {
 
 /// Every one of `stages`, with pass, in which the suite finds the fault in f32.
 fn caught(fault: Fault, stages: &[Stage]) -> BTreeSet<(Stage, Pass)> {
+    caught_in(DType::F32, fault, stages)
+}
+
+fn caught_in(dtype: DType, fault: Fault, stages: &[Stage]) -> BTreeSet<(Stage, Pass)> {
     let backend = Mutant { fault, calls: AtomicUsize::new(0) };
-    let dtypes = vec![DType::F32];
-    let options = CheckOptions { cases: 40, stages: stages.to_vec(), dtypes, ..CheckOptions::default() };
+    let dtypes = vec![dtype];
+    let options = CheckOptions { cases: 24, stages: stages.to_vec(), dtypes, ..CheckOptions::default() };
     let reports = run(&backend, &options, &mut |_| {});
     reports.iter().filter(|report| report.failures > 0).map(|report| (report.stage, report.pass)).collect()
 }
@@ -456,4 +460,15 @@ fn wrong_small_stages_are_caught() {
     assert_eq!(caught(Fault::CoarseAngle, &SMALL), both(&[Stage::Rope]));
     assert_eq!(caught(Fault::SwappedGates, &SMALL), forward(&[Stage::Combine]));
     assert_eq!(caught(Fault::NoRope, &[Stage::Nsa]), both(&[Stage::Nsa]));
+}
+
+/// The tolerance of bf16 is wide, but not as wide as a fault.
+#[test]
+fn faults_are_caught_in_bf16_too() {
+    for fault in [Fault::LateEdge, Fault::EarlyEdge, Fault::BaseTwoMerge] {
+        assert_eq!(caught_in(DType::Bf16, fault, &ATTENTION), both(&ATTENTION), "{fault:?}");
+    }
+    assert_eq!(caught_in(DType::Bf16, Fault::DroppedBlock, &ATTENTION), both(&[Stage::Selected]));
+    assert_eq!(caught_in(DType::Bf16, Fault::OneHeadOfGroup, &ATTENTION), backward(&ATTENTION));
+    assert_eq!(caught_in(DType::Bf16, Fault::TieToHigher, &[Stage::Select]), forward(&[Stage::Select]));
 }

@@ -20,12 +20,12 @@ fn passes(backend: &NaiveBackend, cases: usize, seed: u64) {
 
 #[test]
 fn the_naive_evaluation_passes() {
-    passes(&NaiveBackend::default(), 40, 0);
+    passes(&NaiveBackend::default(), 24, 0);
 }
 
 #[test]
 fn f32_sums_in_another_order_pass() {
-    passes(&NaiveBackend::reordered(), 40, 1);
+    passes(&NaiveBackend::reordered(), 24, 1);
 }
 
 #[test]

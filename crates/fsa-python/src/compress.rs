@@ -41,8 +41,9 @@ fn without_position<'a>(compression: Compression<'a>, position: bool, name: &str
 /// `(input, cu_seqlens_k)`.
 type Input<'py> = (Memory<'py>, Memory<'py>);
 
-fn batch_of(cu_seqlens_k: &Memory<'_>) -> Result<Batch> {
-    let sums = prefix_sums("cu_seqlens_kv", cu_seqlens_k)?;
+fn batch_of(name: &str, (input, cu_seqlens_k): &Input<'_>) -> Result<Batch> {
+    input.check_host(name)?;
+    let sums = prefix_sums("cu_seqlens_k", cu_seqlens_k)?;
     Batch::from_cu_seqlens(&vec![0; sums.len()], &sums)
 }
 
@@ -73,7 +74,7 @@ pub fn compress(
     parameters: Parameters<'_>,
     mut out: Memory<'_>,
 ) -> Result<(), Failure> {
-    let batch = batch_of(&input.1)?;
+    let batch = batch_of(name, &input)?;
     let args = compress_args(&input, &batch, geometry, &parameters, name)?;
     let (weight, position) = &parameters;
     let read: Vec<_> = [&input.0, &input.1].into_iter().chain(weight).chain(position).collect();
@@ -96,7 +97,7 @@ pub fn compress_backward(
     grad_out: Memory<'_>,
     mut grads: Grads<'_>,
 ) -> Result<(), Failure> {
-    let batch = batch_of(&input.1)?;
+    let batch = batch_of(name, &input)?;
     let args = compress_args(&input, &batch, geometry, &parameters, name)?;
     let rows = compressed_count("grad_out", grad_out.shape(), &batch, geometry.0, geometry.1)?;
     let grad = grad_out.view("grad_out", Role::Number)?.slice_axis("grad_out", 0, 0..rows)?;

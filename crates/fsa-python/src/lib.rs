@@ -9,12 +9,12 @@
 //! | `memory` | address, dtype, shape, strides and device of a Python array; the only `unsafe` code |
 //! | `failure` | errors to Python exceptions, in the argument names of the Python functions |
 //! | `run` | the engine, the release of the interpreter lock, panics to exceptions |
+//! | `packed` | what the calls share: packed inputs, prefix sums, parameters |
 //! | `attention`, `compress`, `nsa` | the calls |
 //!
-//! A [`memory::Memory`] is a plain description that is made for any device; only [`memory::Memory::view`]
-//! asks for host memory. That is where a call decides: today memory of another device is
-//! [`Unsupported`](fsa::Error::Unsupported) there, and a backend for another device takes the address, the
-//! strides and the caller's stream instead of a view.
+//! A `Memory` is a plain description, made for any device; only `Memory::view` asks for host memory. That is
+//! where a call decides: today memory of another device is [`Unsupported`](fsa::Error::Unsupported) there; a
+//! backend for another device takes the address, the strides and the caller's stream instead of a view.
 
 mod attention;
 mod compress;

@@ -163,14 +163,21 @@ impl Memory<'_> {
         }
     }
 
-    fn host_dtype(&self, argument: &str, role: Role) -> Result<DType> {
-        if self.device != "cpu" {
-            return Err(Error::Unsupported {
-                constraint: format!("device of {argument}"),
-                got: self.device.clone(),
-                supported: "cpu".into(),
-            });
+    /// Refuses memory of a device other than the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] that names the device.
+    pub fn check_host(&self, argument: &str) -> Result<()> {
+        if self.device == "cpu" {
+            return Ok(());
         }
+        let (constraint, got) = (format!("device of {argument}"), self.device.clone());
+        Err(Error::Unsupported { constraint, got, supported: "cpu".into() })
+    }
+
+    fn host_dtype(&self, argument: &str, role: Role) -> Result<DType> {
+        self.check_host(argument)?;
         match (role, self.dtype.as_str()) {
             (Role::Number, "float32") => Ok(DType::F32),
             (Role::Number, "bfloat16") => Ok(DType::Bf16),

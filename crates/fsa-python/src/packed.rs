@@ -19,9 +19,10 @@ impl<'py> Packed<'py> {
         [&self.0, &self.1, &self.2, &self.3, &self.4]
     }
 
-    /// The checked batch.
+    /// The checked batch. The first check of a call: that of the device, by the name of `q`.
     pub fn batch(&self) -> Result<Batch> {
-        Batch::from_cu_seqlens(&prefix_sums("cu_seqlens_q", &self.3)?, &prefix_sums("cu_seqlens_kv", &self.4)?)
+        self.0.check_host("q")?;
+        Batch::from_cu_seqlens(&prefix_sums("cu_seqlens_q", &self.3)?, &prefix_sums("cu_seqlens_k", &self.4)?)
     }
 
     /// Arguments of an attention stage over the original keys.
@@ -46,13 +47,16 @@ impl<'py> Packed<'py> {
     }
 }
 
-/// The elements of `cu_seqlens_q` or `cu_seqlens_kv`.
+/// The elements of `cu_seqlens_q` or `cu_seqlens_k`; at least one.
 pub fn prefix_sums(argument: &str, memory: &Memory<'_>) -> Result<Vec<i32>> {
     let view = memory.view(argument, Role::Index)?;
     if view.shape().len() != 1 {
         return Err(Error::input(argument, "shape [batch + 1]", format!("shape {:?}", view.shape())));
     }
     let sums = view.typed::<i32>(argument)?;
+    if sums.shape()[0] == 0 {
+        return Err(Error::input(argument, "batch + 1 prefix sums", "no element"));
+    }
     Ok((0..sums.shape()[0]).map(|i| sums.at(&[i])).collect())
 }
 

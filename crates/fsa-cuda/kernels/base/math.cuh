@@ -41,6 +41,15 @@ FSA_DEVICE f32 unpack_hi(u32 word) {
     }
 }
 
+// sum + word * 0 in the storage type: turns a half into NaN for ever once a NaN or infinity was met.
+FSA_DEVICE u32 taint(u32 sum, u32 word) {
+    u32 out;
+    if constexpr (IS_BF16)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(word), "r"(0u), "r"(sum));
+    else
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(word), "r"(0u), "r"(sum));
+    return out;
+}
 FSA_DEVICE bool has_nonfinite(u32 word) {
     constexpr u32 LOW = IS_BF16 ? 0x7f80u : 0x7c00u, HIGH = LOW << 16;
     return (word & LOW) == LOW || (word & HIGH) == HIGH;

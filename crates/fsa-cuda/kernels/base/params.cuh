@@ -71,6 +71,7 @@ struct Index {
 struct IndexParams {
     Layout layout;
     Index index;
+    i32 first_kv_head;          // kv head of blockIdx.y = 0: the index of later heads is built while earlier ones are attended
 };
 
 struct AttendParams {
@@ -106,26 +107,29 @@ struct BackwardParams {
     Tensor out, grad_out;       // out only for backward_delta
     const f32* lse;             // [num_q_heads, total_q], natural log
     const f32* grad_lse;        // the same shape, or null
-    f32* row_stats;             // [rows in chunk, 2] log2-sum-exp and delta of the head in the launch
-    f32* grad_query;            // [rows in chunk, HEAD_DIM] f32, fragment order, zero before the launch
-    void* partial;              // [rows in chunk, slots, HEAD_DIM] instead, with FSA_QUERY_PARTIALS
+    f32* row_stats;             // [heads in launch, rows, 2] log2-sum-exp and delta
+    f32* grad_query;            // [heads in launch, rows, HEAD_DIM] f32, fragment order, zero before the launch
+    void* partial;              // [heads in launch, rows, slots, HEAD_DIM] instead, with FSA_QUERY_PARTIALS
     Tensor grad_query_out;      // target of backward_merge
-    f32* grad_key;              // [total_kv, HEAD_DIM] f32 of the kv head, fragment order, zero before its first launch
+    f32* grad_key;              // [kv heads in launch, total_kv, HEAD_DIM] f32, fragment order, zero before their first launch
     f32* grad_value;            // the same
+    i64 total_kv;
     f32 scale_log2;
     f32 scale;
     i32 group_size;
     i32 chunk;
-    i32 head;                   // query head
+    i32 first_head;             // query head of the launch's first
+    i32 rows;                   // rows that one head has in row_stats, grad_query and partial
 };
 
-// f32 accumulators in fragment order to rows of one head in the storage type; clears the accumulators behind itself.
+// f32 accumulators in fragment order to rows of one head in the storage type.
 struct ConvertParams {
-    f32* source;                // [rows, HEAD_DIM]
+    const f32* source;          // [heads, source_stride], each head [rows, HEAD_DIM]
+    i64 source_stride;
     Tensor target;
     const i32* first_row;       // null: 0
     const i32* end_row;         // null: rows
     i32 rows;
-    i32 head;
+    i32 first_head;
     f32 scale;
 };

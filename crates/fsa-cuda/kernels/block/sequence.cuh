@@ -52,3 +52,10 @@ struct RowInfo {
     static constexpr int PARTIALS_SHIFT = 7, SPILLED_SHIFT = 14;
 };
 FSA_DEVICE u32 dense_bit(const DenseRule& rule, int id) { return 1u << (id == 0 ? 0 : id - rule.first_local + 1); }
+
+// Whether unit `number` of a (kv head, chunk) list was written: full units come first, remainders after their bound.
+FSA_DEVICE bool unit_exists(const Index& index, i64 list, int number) {
+    const i32* counts = index.unit_counts + list * 2;
+    const int full = counts[0], rest = counts[1];
+    return number < index.full_units ? number < full : number - index.full_units < rest;
+}

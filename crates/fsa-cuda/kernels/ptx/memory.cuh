@@ -40,6 +40,9 @@ FSA_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::ct
 FSA_DEVICE void copy_async(u32 shared, const void* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
+FSA_DEVICE void copy_async(u32 shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
 FSA_DEVICE void copy_async8(u32 shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
 }

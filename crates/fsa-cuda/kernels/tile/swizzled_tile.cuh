@@ -19,10 +19,11 @@ struct SwizzledTile {
 constexpr int PIECES_PER_ROW = HEAD_DIM / 8;    // 16-byte pieces
 
 // wgmma matrix descriptor of a 128-byte-swizzled tile at `tile` + `offset`; the tile is 1024-byte aligned and `offset` a
-// compile-time constant that stays inside the swizzle atom. Written as a sum, so that a step of the contraction costs
-// one addition: shared addresses end far below the 18 bits of the field.
+// compile-time constant that stays inside the swizzle atom. Shared addresses end far below the 18 bits of the field, so
+// a step of the contraction costs one 32-bit addition; the upper half is a constant.
 FSA_DEVICE u64 wgmma_descriptor(u32 tile, u32 offset, u32 leading_bytes, u32 stride_bytes) {
-    return (u64)(tile >> 4) + ((u64)(offset >> 4) | (u64)(leading_bytes >> 4) << 16 | (u64)(stride_bytes >> 4) << 32 | 1ull << 62);
+    const u32 low = (tile >> 4) + ((offset >> 4) | (leading_bytes >> 4) << 16), high = (stride_bytes >> 4) | 1u << 30;
+    return (u64)high << 32 | low;
 }
 // Contraction over columns: step `k` of 16 columns, rows from `row` on (a multiple of 8) as M or N.
 template <int ROWS>
@@ -54,31 +55,55 @@ FSA_DEVICE void copy_rows(u32 tile, const Tensor& source, int head, i64 first_ro
 
 // Starts the gather of WARP_ROWS rows of a 64-row tile by one warp, from one tensor or from two at once (the second tile follows
 // the first). Lane i holds the row number, relative to the bases, of row i % WARP_ROWS, or -1 for a row of zeros.
+// Row strides are below 2^32 bytes. What does not depend on the data is computed once: 5 instructions per pair of copies
+// where the obvious code took 16, and two warps per scheduler do not hide instructions.
 template <int WARP_ROWS, bool TWO>
-FSA_DEVICE void gather_rows(u32 tile, const char* base, i64 row_bytes, const char* second, i64 second_row_bytes, int row_of_lane, int first_row) {
+FSA_DEVICE void gather_rows(u32 tile, const char* base, u32 row_bytes, const char* second, u32 second_row_bytes, int row_of_lane, int first_row) {
+    constexpr int COPIES = WARP_ROWS * PIECES_PER_ROW / 32, BYTES = SwizzledTile<TILE_ROWS>::BYTES;
+    constexpr int STEP = 32 / PIECES_PER_ROW;   // rows per warp-wide copy, where lanes divide evenly into rows
     const int lane = threadIdx.x & 31;
-    FSA_UNROLL for (int i = 0; i < WARP_ROWS * PIECES_PER_ROW / 32; ++i) {
-        const int n = lane + i * 32, row = n / PIECES_PER_ROW, piece = n % PIECES_PER_ROW;
-        const int source = __shfl_sync(0xffffffffu, row_of_lane, row);
-        const int bytes = source < 0 ? 0 : 16;
-        const u32 at = tile + SwizzledTile<TILE_ROWS>::offset(first_row + row, piece);
-        copy_async(at, base + (i64)max_i(source, 0) * row_bytes + piece * 16, bytes);
-        if (TWO) copy_async(at + SwizzledTile<TILE_ROWS>::BYTES, second + (i64)max_i(source, 0) * second_row_bytes + piece * 16, bytes);
+    const bool complete = __all_sync(0xffffffffu, row_of_lane >= 0);
+    if (32 % PIECES_PER_ROW == 0 && complete) {
+        const int row = lane / PIECES_PER_ROW, piece = lane % PIECES_PER_ROW;
+        const u32 at = tile + SwizzledTile<TILE_ROWS>::offset(first_row + row, piece);     // first_row is a multiple of 8
+        base += piece * 16;
+        second += piece * 16;
+        FSA_UNROLL for (int i = 0; i < COPIES; ++i) {
+            const u32 source = (u32)__shfl_sync(0xffffffffu, row_of_lane, row + i * STEP);
+            const u32 target = (at ^ ((i * STEP & 7) << 4)) + i * STEP * 128;
+            copy_async(target, base + (u64)source * row_bytes);
+            if (TWO) copy_async(target + BYTES, second + (u64)source * second_row_bytes);
+        }
+    } else {
+        FSA_UNROLL for (int i = 0; i < COPIES; ++i) {
+            const int n = lane + i * 32, row = n / PIECES_PER_ROW, piece = n % PIECES_PER_ROW;
+            const int source = __shfl_sync(0xffffffffu, row_of_lane, row);
+            const int bytes = source < 0 ? 0 : 16;
+            const u32 at = tile + SwizzledTile<TILE_ROWS>::offset(first_row + row, piece);
+            copy_async(at, base + (u64)(u32)max_i(source, 0) * row_bytes + piece * 16, bytes);
+            if (TWO) copy_async(at + BYTES, second + (u64)(u32)max_i(source, 0) * second_row_bytes + piece * 16, bytes);
+        }
     }
 }
 
-// Clears NaN and infinity in the pieces that this thread copied with copy_rows; true if there were some.
+// Clears NaN and infinity in the pieces that this thread copied with copy_rows; true if there were some. The test costs one
+// packed fma per word, and the rest runs only if it is needed.
 template <int ROWS, int THREADS = WARPGROUP>
 FSA_DEVICE bool clean_rows(u32 tile) {
-    bool dirty = false;
-    FSA_UNROLL for (int i = 0; i < ROWS * PIECES_PER_ROW / THREADS; ++i) {
+    constexpr int COUNT = ROWS * PIECES_PER_ROW / THREADS;
+    auto address = [&](int i) {
         const int n = threadIdx.x + i * THREADS;
-        const u32 address = tile + SwizzledTile<ROWS>::offset(n / PIECES_PER_ROW, n % PIECES_PER_ROW);
-        const Vec4 v = load_shared(address);
-        if (has_nonfinite(v.x) | has_nonfinite(v.y) | has_nonfinite(v.z) | has_nonfinite(v.w)) {
-            store_shared(address, Vec4{finite_or_zero(v.x), finite_or_zero(v.y), finite_or_zero(v.z), finite_or_zero(v.w)});
-            dirty = true;
-        }
+        return tile + SwizzledTile<ROWS>::offset(n / PIECES_PER_ROW, n % PIECES_PER_ROW);
+    };
+    u32 sum[4] = {0, 0, 0, 0};
+    FSA_UNROLL for (int i = 0; i < COUNT; ++i) {
+        const Vec4 v = load_shared(address(i));
+        sum[0] = taint(sum[0], v.x); sum[1] = taint(sum[1], v.y); sum[2] = taint(sum[2], v.z); sum[3] = taint(sum[3], v.w);
     }
-    return dirty;
+    if (!(has_nonfinite(sum[0]) | has_nonfinite(sum[1]) | has_nonfinite(sum[2]) | has_nonfinite(sum[3]))) return false;
+    FSA_NO_UNROLL for (int i = 0; i < COUNT; ++i) {
+        const Vec4 v = load_shared(address(i));
+        store_shared(address(i), Vec4{finite_or_zero(v.x), finite_or_zero(v.y), finite_or_zero(v.z), finite_or_zero(v.w)});
+    }
+    return true;
 }

@@ -38,6 +38,15 @@ impl DeviceSpan<'_> {
         Self { address: Address(address), bytes, owner: PhantomData }
     }
 
+    /// `bytes` bytes from `offset` on.
+    ///
+    /// # Panics
+    /// If they do not lie inside.
+    pub fn part(&self, offset: usize, bytes: usize) -> Self {
+        assert!(offset + bytes <= self.bytes, "{bytes} bytes at {offset} of {}", self.bytes);
+        Self { address: self.address.offset(offset), bytes, owner: PhantomData }
+    }
+
     /// Where it starts.
     pub fn address(&self) -> Address {
         self.address

@@ -10,8 +10,14 @@ type Program = *mut c_void;
 type Status = c_int;
 type GetSize = unsafe extern "C" fn(Program, *mut usize) -> Status;
 type GetBytes = unsafe extern "C" fn(Program, *mut c_char) -> Status;
-type Create =
-    unsafe extern "C" fn(*mut Program, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char) -> Status;
+type Create = unsafe extern "C" fn(
+    *mut Program,
+    *const c_char,
+    *const c_char,
+    c_int,
+    *const *const c_char,
+    *const *const c_char,
+) -> Status;
 
 /// The functions of the library that are used.
 struct Functions {
@@ -266,12 +272,20 @@ impl Nvrtc {
         let count = headers.len() as c_int;
         // SAFETY: every pointer is to a terminated string that is dropped after the last use below.
         let created = unsafe {
-            (functions.create)(&mut raw, pointers[0], pointers[1], count, text_pointers.as_ptr(), name_pointers.as_ptr())
+            (functions.create)(
+                &mut raw,
+                pointers[0],
+                pointers[1],
+                count,
+                text_pointers.as_ptr(),
+                name_pointers.as_ptr(),
+            )
         };
         status(created).map_err(|status| describe(status, String::new()))?;
         let program = ProgramGuard { functions, raw };
         // SAFETY: the program was created, and the options are terminated strings.
-        let compiled = unsafe { (functions.compile)(program.raw, flag_pointers.len() as c_int, flag_pointers.as_ptr()) };
+        let compiled =
+            unsafe { (functions.compile)(program.raw, flag_pointers.len() as c_int, flag_pointers.as_ptr()) };
         status(compiled).map_err(|status| describe(status, program.log()))?;
         drop((owned, names, texts, flags));
         let fetch = |size, bytes| program.bytes(size, bytes).map_err(|status| describe(status, program.log()));

@@ -3,8 +3,10 @@
 //! Nothing here needs a device. The architecture is a value, so any machine with NVRTC can compile for any.
 
 mod resources;
+mod table;
 
 pub use resources::{Resources, parse as parse_resources};
+pub use table::resource_table;
 
 use crate::arch::Arch;
 use crate::cache::KernelCache;

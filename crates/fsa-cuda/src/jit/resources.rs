@@ -29,7 +29,8 @@ pub fn parse(log: &str) -> BTreeMap<String, Resources> {
         }
         if line.contains("bytes stack frame") {
             current.stack_bytes = number_before(line, " bytes stack frame");
-            current.spill_bytes = number_before(line, " bytes spill stores") + number_before(line, " bytes spill loads");
+            current.spill_bytes =
+                number_before(line, " bytes spill stores") + number_before(line, " bytes spill loads");
         }
         if line.contains("Used ") && line.contains(" registers") {
             current.registers = number_before(line, " registers");
@@ -73,7 +74,8 @@ ptxas info    : Function properties for reduce
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, used 0 barriers";
         let kernels = parse(log);
-        let attend = Resources { registers: 168, stack_bytes: 8, spill_bytes: 40, static_smem_bytes: 64, serialised: true };
+        let attend =
+            Resources { registers: 168, stack_bytes: 8, spill_bytes: 40, static_smem_bytes: 64, serialised: true };
         assert_eq!(kernels["attend"], attend);
         assert_eq!(kernels["reduce"], Resources { registers: 40, ..Resources::default() });
         assert_eq!(kernels.len(), 2);

@@ -127,7 +127,7 @@ impl IndexPlan {
             tiles: workspace.add("tiles", self.max_tiles * RECORD_BYTES),
             plane: workspace.add("plane", kv_heads * self.num_subs * self.max_blocks * word),
             entries: workspace.add("entries", rows * self.slots * word),
-            row_info: workspace.add("row_info", if self.has_dense { rows * word } else { 0 }),
+            row_info: workspace.add("row_info", rows * word),
             units: workspace.add("units", lists * self.max_units() * RECORD_BYTES),
             unit_counts: workspace.add("unit_counts", 2 * lists * word),
         }

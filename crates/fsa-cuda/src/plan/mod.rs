@@ -39,6 +39,9 @@ const MAX_CHUNK_TILES: usize = (1 << 24) / crate::params::TILE_ROWS;
 /// Shared memory of a CTA that is left alone: what kernels declare in their code, and the system's kilobyte.
 const STATIC_SMEM_BYTES: usize = 4 << 10;
 
+/// Dynamic shared memory that a CTA can have on Hopper.
+pub(crate) const MAX_CTA_SMEM_BYTES: usize = (227 << 10) - STATIC_SMEM_BYTES;
+
 /// Shared memory of a tile of `rows`: halves of 64 columns, 128 bytes a row.
 pub(crate) fn tile_bytes(rows: usize, head_dim: usize) -> usize {
     rows * 128 * head_dim.div_ceil(64)
@@ -104,7 +107,8 @@ impl Problem {
         require(BLOCK_SIZES.contains(&self.block_size), "block_size", &self.block_size, "16, 32, 64, 128, 256")?;
         require((1..=MAX_TOPK).contains(&self.topk), "topk on CUDA", &self.topk, "1 to 64")?;
         let heads = format!("{} on {} heads", self.num_q_heads, self.num_kv_heads);
-        let divides = self.num_kv_heads > 0 && self.num_q_heads > 0 && self.num_q_heads.is_multiple_of(self.num_kv_heads);
+        let divides =
+            self.num_kv_heads > 0 && self.num_q_heads > 0 && self.num_q_heads.is_multiple_of(self.num_kv_heads);
         let multiple = "at most 65535 query heads, a multiple of the kv heads";
         require(divides && self.num_q_heads < 1 << 16, "heads", &heads, multiple)?;
         let blocks = bound(self.total_kv, self.sequences, self.block_size);
@@ -112,7 +116,8 @@ impl Problem {
         let tokens = "totals below 2^31";
         require(self.total_q.max(self.total_kv) < 1 << 31, "tokens", &self.total_q.max(self.total_kv), tokens)?;
         for kernel in kernels {
-            let (needed, most) = (kernel.smem_bytes(self.topk), facts.smem_per_cta_bytes.saturating_sub(STATIC_SMEM_BYTES));
+            let (needed, most) =
+                (kernel.smem_bytes(self.topk), facts.smem_per_cta_bytes.saturating_sub(STATIC_SMEM_BYTES));
             let what = format!("kernel `{kernel}` on {}", facts.name);
             let got = format!("{needed} bytes of shared memory");
             require(needed <= most, &what, &got, &format!("at most {most} bytes"))?;

@@ -17,6 +17,11 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Its memory in `workspace`.
+    pub(crate) fn span<'a>(&self, workspace: &DeviceSpan<'a>) -> DeviceSpan<'a> {
+        workspace.part(self.offset, self.bytes)
+    }
+
     /// Its address in `workspace`.
     pub(crate) fn address(&self, workspace: &DeviceSpan<'_>) -> Address {
         workspace.address().offset(self.offset)
@@ -57,7 +62,11 @@ impl Workspace {
         }
         if !memory.address().0.is_multiple_of(ALIGNMENT as u64) {
             let got = format!("{:#x}", memory.address().0);
-            return Err(fsa_core::Error::input("workspace", format!("an address that is a multiple of {ALIGNMENT}"), got));
+            return Err(fsa_core::Error::input(
+                "workspace",
+                format!("an address that is a multiple of {ALIGNMENT}"),
+                got,
+            ));
         }
         Ok(())
     }

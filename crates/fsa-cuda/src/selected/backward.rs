@@ -35,14 +35,18 @@ impl SelectedBackward {
     /// # Errors
     /// The kernels do not support the problem, or cannot be had.
     pub fn plan(kernels: &Arc<Kernels>, problem: &Problem, options: &PlanOptions) -> Result<Self> {
-        let specialisations = [Kernel::Index, Kernel::Backward].map(|kernel| problem.specialisation(kernel, kernels.set()));
+        let specialisations =
+            [Kernel::Index, Kernel::Backward].map(|kernel| problem.specialisation(kernel, kernels.set()));
         let facts = kernels.device().facts();
         problem.check(facts, &specialisations)?;
         let plan = BackwardPlan::new(problem, facts, options);
-        match kernels.get(specialisations)? {
-            [Loaded::Index(index), Loaded::Backward(backward)] => {
-                Ok(Self { kernels: Arc::clone(kernels), plan, index, backward })
-            }
+        match &kernels.get(&specialisations)?[..] {
+            [Loaded::Index(index), Loaded::Backward(backward)] => Ok(Self {
+                kernels: Arc::clone(kernels),
+                plan,
+                index: Arc::clone(index),
+                backward: Arc::clone(backward),
+            }),
             other => unreachable!("kernels come in the order in which they were asked for: {other:?}"),
         }
     }
@@ -103,10 +107,10 @@ impl SelectedBackward {
     /// Zeroes the sums of a lane; every conversion leaves them zero for the next.
     fn clear(&self, lane: usize, pass: &Pass<'_>, stream: &Stream) -> Result<()> {
         let sums = self.plan.sums(lane);
-        for slot in [sums.grad_query, sums.grad_key, sums.grad_value] {
-            slot.span(&pass.workspace).fill(0, stream)?;
-        }
-        Ok(())
+        let partials = BackwardPlan::has_partials(&self.plan.problem);
+        let grad_query = (!partials).then_some(sums.grad_query);
+        let slots = [sums.grad_key, sums.grad_value].into_iter().chain(grad_query);
+        slots.into_iter().try_for_each(|slot| Ok(slot.span(&pass.workspace).fill(0, stream)?))
     }
 
     fn launch_kv_head(&self, pass: &Pass<'_>, stream: &Stream, lane: usize, kv_head: usize) -> Result<()> {
@@ -151,14 +155,20 @@ impl SelectedBackward {
             grad_lse: tensors.grad_lse.map_or(Address::default(), |grad| grad.address()),
             row_stats: sums.row_stats.address(&pass.workspace),
             grad_query: sums.grad_query.address(&pass.workspace),
+            partial: sums.grad_query.address(&pass.workspace),
+            grad_query_out: tensors.grad_query.params(),
             grad_key: sums.grad_key.address(&pass.workspace),
             grad_value: sums.grad_value.address(&pass.workspace),
             scale_log2: pass.softmax_scale * LOG2_E,
+            scale: pass.softmax_scale,
             group_size: self.plan.problem.gqa_group_size() as i32,
             chunk: chunk as i32,
             head: head as i32,
         };
         self.backward.launch(stream, plan, rows, &params)?;
+        if BackwardPlan::has_partials(&self.plan.problem) {
+            return Ok(());
+        }
         let params = ConvertParams {
             source: params.grad_query,
             target: tensors.grad_query.params(),

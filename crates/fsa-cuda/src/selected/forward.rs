@@ -43,10 +43,14 @@ impl SelectedForward {
         let facts = kernels.device().facts();
         problem.check(facts, &specialisations)?;
         let plan = ForwardPlan::new(problem, facts, options);
-        match kernels.get(specialisations)? {
-            [Loaded::Index(index), Loaded::Attend(attend), Loaded::Reduce(reduce)] => {
-                Ok(Self { kernels: Arc::clone(kernels), plan, index, attend, reduce })
-            }
+        match &kernels.get(&specialisations)?[..] {
+            [Loaded::Index(index), Loaded::Attend(attend), Loaded::Reduce(reduce)] => Ok(Self {
+                kernels: Arc::clone(kernels),
+                plan,
+                index: Arc::clone(index),
+                attend: Arc::clone(attend),
+                reduce: Arc::clone(reduce),
+            }),
             other => unreachable!("kernels come in the order in which they were asked for: {other:?}"),
         }
     }
@@ -118,7 +122,14 @@ impl SelectedForward {
     }
 
     /// The reduce of a chunk goes ahead of the waiting CTAs of the next attend: it waits for memory, they multiply.
-    fn launch_step(&self, pass: &Pass<'_>, set: &LaneSet, buffer: usize, step: (usize, usize), heads: usize) -> Result<()> {
+    fn launch_step(
+        &self,
+        pass: &Pass<'_>,
+        set: &LaneSet,
+        buffer: usize,
+        step: (usize, usize),
+        heads: usize,
+    ) -> Result<()> {
         let lane = &set.lanes[buffer];
         self.attend(pass, &lane.main, step, heads, buffer)?;
         lane.to_urgent()?;

@@ -55,7 +55,11 @@ impl<'a> TensorSpan<'a> {
 /// Checks size and alignment of a piece of memory.
 pub(super) fn check_span(name: &str, span: &DeviceSpan<'_>, bytes: usize) -> Result<()> {
     if span.size_bytes() < bytes {
-        return Err(Error::input(name, format!("{bytes} bytes of device memory"), format!("{} bytes", span.size_bytes())));
+        return Err(Error::input(
+            name,
+            format!("{bytes} bytes of device memory"),
+            format!("{} bytes", span.size_bytes()),
+        ));
     }
     if !span.address().0.is_multiple_of(VECTOR_BYTES as u64) {
         let got = format!("{:#x}", span.address().0);

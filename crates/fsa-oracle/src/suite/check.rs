@@ -3,7 +3,7 @@
 use crate::arithmetic::{Arithmetic, Exact, Noisy, Rounded};
 use crate::array::Array;
 use crate::buffer::{Buffer, unravel};
-use crate::case::Case;
+use crate::case::{Case, Hostile};
 use crate::inputs::{Stream, random};
 use crate::tolerance::{self, Worst};
 use fsa_core::{Error, Result};
@@ -35,10 +35,14 @@ impl CaseOutcome {
     }
 }
 
-/// Evaluations with random errors besides the one rounded to nearest: more for small cases, in which a
-/// largest error over few elements says little.
+/// Evaluations with random errors besides the one rounded to nearest. More for small cases, in which a largest error
+/// over few elements says little; and where logits are large, because there a single row, in which two errors of a
+/// logit may cancel, decides the largest error of a tensor.
 fn noisy_evaluations(case: &Case) -> usize {
-    (4_000_000 / case.cost().max(1)).clamp(3, 8)
+    use Hostile::{Huge, LogitOffset, LogitOffsetNegative, Peaked};
+    let large_logits = matches!(case.hostile, Huge | LogitOffset | LogitOffsetNegative | Peaked);
+    let fewest = if large_logits { 8 } else { 3 };
+    (4_000_000 / case.cost().max(1)).clamp(fewest, 8)
 }
 
 /// Poisoned gradient of `like`, in the dtype and layout of the case.

@@ -48,7 +48,11 @@ pub(super) fn check_ids(
             let candidates = place.position / config.block_size + 1;
             let bounded = BoundedScores::new(inputs, &selection, config, &place);
             let verdicts = bounded.verdicts(config);
-            *if verdicts.contains(&None) { &mut ambiguous } else { &mut decided } += 1;
+            match bounded.scores.iter().any(|score| score.is_nan()) {
+                true => {} // NaN has no order: the row must only be a selection.
+                false if verdicts.contains(&None) => ambiguous += 1,
+                false => decided += 1,
+            }
             let wrong = broken_rule(&row, candidates, config).or_else(|| wrong_id(&row, &verdicts, &bounded));
             if let Some(wrong) = wrong {
                 check.fail(format!("topk_indices[{kv_head}, {}] = {row:?}: {wrong}", place.row));

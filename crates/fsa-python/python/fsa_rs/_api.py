@@ -51,6 +51,12 @@ def _size(name: str, value: Any) -> int:
     return size
 
 
+def _rows(name: str, array: Any) -> None:
+    """Outputs are allocated by the first axis of these arguments, before the extension checks them."""
+    if array.ndim != 3:
+        raise ValueError(f"{name}: expected 3 axes, got shape {list(array.shape)}")
+
+
 def _scale(softmax_scale: float | None) -> float | None:
     return None if softmax_scale is None else float(softmax_scale)
 
@@ -59,8 +65,7 @@ def _hts(layout: str, indices: Any) -> Any:
     """Swaps the first two axes of ``indices`` if ``layout`` is not that of the extension."""
     if layout not in ("hts", "ths"):
         raise ValueError(f"layout: expected 'hts' or 'ths', got {layout!r}")
-    if indices.ndim != 3:
-        raise ValueError(f"topk_indices: expected 3 axes, got shape {list(indices.shape)}")
+    _rows("topk_indices", indices)
     return indices.swapaxes(0, 1) if layout == "ths" else indices
 
 
@@ -261,6 +266,8 @@ def compress_kv(
     """
     arrays = {"k": k, "v": v, "cu_seqlens_k": cu_seqlens_k, "k_weight": k_weight, "k_position": k_position}
     library = _library(**arrays, v_weight=v_weight, v_position=v_position)
+    _rows("k", k)
+    _rows("v", v)
     geometry = (_size("kernel_size", kernel_size), _size("kernel_stride", kernel_stride))
     k_cmp = library.compress("k", geometry, k, cu_seqlens_k, k_weight, k_position)
     v_cmp = library.compress("v", geometry, v, cu_seqlens_k, v_weight, v_position)
@@ -337,9 +344,19 @@ def topk_blocks(
     softmax_scale: float | None = None,
     layout: Layout = "hts",
 ) -> ArrayT:
-    """The blocks that every row selects: the third result of :func:`compressed_attn_varlen_func`, without values.
+    """The blocks that every row selects: ``topk_indices`` of :func:`compressed_attn_varlen_func`, without values.
 
     Where the output of compressed attention is needed as well, that function gives both in one pass.
+
+    Args:
+        As :func:`compressed_attn_varlen_func`.
+
+    Returns:
+        ``[num_kv_heads, total_q, topk]`` int32 (``layout="ths"``: ``[total_q, num_kv_heads, topk]``): ascending
+        ids, left-packed, then -1. Without a gradient.
+
+    Raises:
+        ValueError, NotImplementedError, TypeError: as :func:`selected_attn_varlen_func`.
     """
     packed = (q, k_cmp, k_cmp, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k_cmp=k_cmp, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -403,6 +420,7 @@ def nsa_attn_varlen_func(
     parameters = (k_weight, k_position, v_weight, v_position)
     names = ("k_weight", "k_position", "v_weight", "v_position")
     library = _library(**arrays, **dict(zip(names, parameters, strict=True)))
+    _rows("k", k)
     window = _window(window_size)
     sizes = _sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window, score_heads)
     options = (sizes, _rope(rope_theta, rope_scaling), _scale(softmax_scale))

@@ -1,0 +1,265 @@
+//! [`CudaBackend`]: stage `selected` over host tensors. It copies in and out, so that the conformance suite and the
+//! command line can hold the kernels against the oracle; what is to be fast uses [`crate::selected`].
+
+mod host;
+
+use crate::driver::{Device, DeviceBuffer, Stream, UploadedBatch};
+use crate::environment::Environment;
+use crate::kernels::Kernels;
+use crate::plan::{PlanOptions, Problem};
+use crate::selected::{BackwardTensors, ForwardTensors, LaunchContext, SelectedBackward, SelectedForward, TensorSpan};
+use crate::source::HEAD_DIMS;
+use fsa_core::{
+    AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionShape, AttentionStage, Backend,
+    CombineArgs, CombineGrads, CompressArgs, CompressGrads, Error, NsaArgs, NsaForward, NsaGrads, NsaSaved, Result,
+    RopeArgs, SelectArgs, Stage, TensorView, TensorViewMut,
+};
+use host::{Rows, download, upload, upload_plain};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Runs stage `selected` on a GPU.
+#[derive(Debug)]
+pub struct CudaBackend {
+    kernels: Arc<Kernels>,
+    /// Calls run one after another: each has the device's memory to itself.
+    stream: Mutex<Stream>,
+}
+
+/// A call of stage `selected`, checked.
+struct Call<'a> {
+    args: &'a AttentionArgs<'a>,
+    topk_indices: TensorView<'a>,
+    shape: AttentionShape,
+    problem: Problem,
+    /// The kernels take no negative factor: it goes into the query.
+    sign: f32,
+}
+
+/// Tensors of a call on the device.
+struct Uploaded {
+    batch: UploadedBatch,
+    query: DeviceBuffer,
+    key: DeviceBuffer,
+    value: DeviceBuffer,
+    topk_indices: DeviceBuffer,
+    out: DeviceBuffer,
+    lse: DeviceBuffer,
+}
+
+fn unsupported<T>(stage: Stage) -> Result<T> {
+    Err(Error::Unsupported {
+        constraint: "stage on CUDA".into(),
+        got: stage.to_string(),
+        supported: format!("{}; the other stages run on the CPU backend", Stage::Selected),
+    })
+}
+
+impl CudaBackend {
+    /// Opens the device as the environment asks for.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] that says what is missing: the driver, a device, one that is new enough.
+    pub fn new() -> Result<Self> {
+        Self::with(&Environment::read()?)
+    }
+
+    /// Opens the device as `environment` asks for.
+    ///
+    /// # Errors
+    /// Those of [`CudaBackend::new`].
+    pub fn with(environment: &Environment) -> Result<Self> {
+        let kernels = Kernels::open(environment)?;
+        let stream = Mutex::new(Stream::new(kernels.device(), false)?);
+        Ok(Self { kernels, stream })
+    }
+
+    /// The device's kernels.
+    pub fn kernels(&self) -> &Arc<Kernels> {
+        &self.kernels
+    }
+
+    fn device(&self) -> &Arc<Device> {
+        self.kernels.device()
+    }
+
+    fn stream(&self) -> MutexGuard<'_, Stream> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory whose every byte is 0xff: floats of it are NaN, so what a kernel reads without having written it shows.
+    fn poisoned(&self, what: &str, bytes: usize, stream: &Stream) -> Result<DeviceBuffer> {
+        let buffer = DeviceBuffer::new(self.device(), what, bytes)?;
+        let _bound = self.device().bind()?;
+        buffer.span().fill(0xff, stream)?;
+        Ok(buffer)
+    }
+
+    fn upload(&self, call: &Call<'_>, stream: &Stream) -> Result<Uploaded> {
+        let (device, args, problem) = (self.device(), call.args, &call.problem);
+        let dim = problem.head_dim;
+        let rows = problem.total_q * problem.num_q_heads;
+        let lse_bytes = rows * size_of::<f32>();
+        Ok(Uploaded {
+            batch: UploadedBatch::new(device, args.batch, stream)?,
+            query: upload("query", &args.query, dim, call.sign, device, stream)?,
+            key: upload("key", &args.key, dim, 1.0, device, stream)?,
+            value: upload("value", &args.value, dim, 1.0, device, stream)?,
+            topk_indices: upload_plain::<i32>("topk_indices", &call.topk_indices, device, stream)?,
+            out: self.poisoned("out", rows * dim * problem.dtype.size_bytes(), stream)?,
+            lse: self.poisoned("lse", lse_bytes, stream)?,
+        })
+    }
+
+    fn forward(&self, call: &Call<'_>, output: &mut AttentionOutput<'_>) -> Result<()> {
+        let planned = SelectedForward::plan(&self.kernels, &call.problem, &PlanOptions::default())?;
+        let stream = self.stream();
+        let tensors = self.upload(call, &stream)?;
+        let workspace = self.poisoned("workspace", planned.workspace_bytes(), &stream)?;
+        let context = LaunchContext { stream: &stream, workspace: workspace.span() };
+        planned.launch(&context, &tensors.batch.get(), &tensors.forward(&call.problem), call.scale())?;
+        download(&tensors.out, call.rows_of_query(), &mut output.out, 1.0, &stream)?;
+        download(&tensors.lse, Rows::plain(call.problem.total_q), &mut output.lse, 1.0, &stream)
+    }
+
+    fn backward(&self, call: &Call<'_>, grad: &AttentionGradArgs<'_>, grads: &mut AttentionGrads<'_>) -> Result<()> {
+        let planned = SelectedBackward::plan(&self.kernels, &call.problem, &PlanOptions::default())?;
+        let (stream, device, problem) = (self.stream(), self.device(), &call.problem);
+        let mut tensors = self.upload(call, &stream)?;
+        tensors.out = upload("out", &grad.out, problem.head_dim, 1.0, device, &stream)?;
+        tensors.lse = upload_plain::<f32>("lse", &grad.lse, device, &stream)?;
+        let grad_out = upload("grad_out", &grad.grad_out, problem.head_dim, 1.0, device, &stream)?;
+        let grad_lse = grad.grad_lse.as_ref().map(|grad| upload_plain::<f32>("grad_lse", grad, device, &stream));
+        let grad_lse = grad_lse.transpose()?;
+        let like = |name, buffer: &DeviceBuffer| self.poisoned(name, buffer.span().size_bytes(), &stream);
+        let grad_query = like("grad_query", &tensors.query)?;
+        let (grad_key, grad_value) = (like("grad_key", &tensors.key)?, like("grad_value", &tensors.value)?);
+        let workspace = self.poisoned("workspace", planned.workspace_bytes(), &stream)?;
+        let [of_q, of_kv] = [problem.num_q_heads, problem.num_kv_heads]
+            .map(|heads| move |buffer| span(buffer, heads, problem.head_dim));
+        let backward = BackwardTensors {
+            forward: tensors.forward(problem),
+            grad_out: of_q(&grad_out),
+            grad_lse: grad_lse.as_ref().map(DeviceBuffer::span),
+            grad_query: of_q(&grad_query),
+            grad_key: of_kv(&grad_key),
+            grad_value: of_kv(&grad_value),
+        };
+        let context = LaunchContext { stream: &stream, workspace: workspace.span() };
+        planned.launch(&context, &tensors.batch.get(), &backward, call.scale())?;
+        download(&grad_query, call.rows_of_query(), &mut grads.grad_query, call.sign, &stream)?;
+        download(&grad_key, call.rows_of_key(), &mut grads.grad_key, 1.0, &stream)?;
+        download(&grad_value, call.rows_of_key(), &mut grads.grad_value, 1.0, &stream)
+    }
+}
+
+fn span<'a>(buffer: &'a DeviceBuffer, heads: usize, head_dim: usize) -> TensorSpan<'a> {
+    TensorSpan::contiguous(buffer.span(), heads, head_dim)
+}
+
+impl Uploaded {
+    fn forward(&self, problem: &Problem) -> ForwardTensors<'_> {
+        let Problem { num_q_heads, num_kv_heads, head_dim, .. } = *problem;
+        ForwardTensors {
+            query: span(&self.query, num_q_heads, head_dim),
+            key: span(&self.key, num_kv_heads, head_dim),
+            value: span(&self.value, num_kv_heads, head_dim),
+            topk_indices: self.topk_indices.span(),
+            out: span(&self.out, num_q_heads, head_dim),
+            lse: self.lse.span(),
+        }
+    }
+}
+
+impl<'a> Call<'a> {
+    /// Checks the arguments. Rows are padded with zeros to the next dimension that the kernels have.
+    fn new(stage: &'a AttentionStage<'a>, args: &'a AttentionArgs<'a>) -> Result<Self> {
+        let AttentionStage::Selected { topk_indices, block_size, .. } = stage else {
+            return unsupported(stage.stage());
+        };
+        let shape = args.shape(stage)?;
+        let larger = shape.head_dim.max(shape.value_dim);
+        // `shape` refuses more than the largest.
+        let dim = HEAD_DIMS.into_iter().find(|dim| *dim >= larger).unwrap_or(larger);
+        let problem = Problem::new(&shape, args.batch.sequences().len(), dim, *block_size, topk_indices.shape()[2]);
+        let sign = if args.scale() < 0.0 { -1.0 } else { 1.0 };
+        Ok(Self { args, topk_indices: *topk_indices, shape, problem, sign })
+    }
+
+    fn scale(&self) -> f32 {
+        self.args.scale().abs()
+    }
+
+    fn rows_of_query(&self) -> Rows {
+        Rows::padded(self.problem.head_dim)
+    }
+
+    fn rows_of_key(&self) -> Rows {
+        Rows::padded(self.problem.head_dim)
+    }
+}
+
+impl Backend for CudaBackend {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn attention(
+        &self,
+        stage: &AttentionStage<'_>,
+        args: &AttentionArgs<'_>,
+        output: &mut AttentionOutput<'_>,
+    ) -> Result<()> {
+        let call = Call::new(stage, args)?;
+        output.validate(&call.shape)?;
+        self.forward(&call, output)
+    }
+
+    fn attention_backward(
+        &self,
+        stage: &AttentionStage<'_>,
+        args: &AttentionArgs<'_>,
+        grad: &AttentionGradArgs<'_>,
+        grads: &mut AttentionGrads<'_>,
+    ) -> Result<()> {
+        let call = Call::new(stage, args)?;
+        grad.validate(&call.shape)?;
+        grads.validate(&call.shape)?;
+        self.backward(&call, grad, grads)
+    }
+
+    fn select(&self, _: &SelectArgs<'_>, _: &mut AttentionOutput<'_>, _: &mut TensorViewMut<'_>) -> Result<()> {
+        unsupported(Stage::Select)
+    }
+
+    fn compress(&self, _: &CompressArgs<'_>, _: &mut TensorViewMut<'_>) -> Result<()> {
+        unsupported(Stage::Compress)
+    }
+
+    fn compress_backward(&self, _: &CompressArgs<'_>, _: &TensorView<'_>, _: &mut CompressGrads<'_>) -> Result<()> {
+        unsupported(Stage::Compress)
+    }
+
+    fn rope(&self, _: &RopeArgs<'_>, _: &mut TensorViewMut<'_>) -> Result<()> {
+        unsupported(Stage::Rope)
+    }
+
+    fn combine(&self, _: &CombineArgs<'_>, _: &mut TensorViewMut<'_>) -> Result<()> {
+        unsupported(Stage::Combine)
+    }
+
+    fn combine_backward(&self, _: &CombineArgs<'_>, _: &TensorView<'_>, _: &mut CombineGrads<'_>) -> Result<()> {
+        unsupported(Stage::Combine)
+    }
+
+    fn nsa(&self, _: &NsaArgs<'_>, _: &mut TensorViewMut<'_>, _: bool) -> Result<NsaForward> {
+        unsupported(Stage::Nsa)
+    }
+
+    fn nsa_backward(&self, _: &NsaArgs<'_>, _: &NsaSaved, _: &TensorView<'_>, _: &mut NsaGrads<'_>) -> Result<()> {
+        unsupported(Stage::Nsa)
+    }
+
+    fn workspace_bytes(&self, _: &NsaArgs<'_>) -> Result<usize> {
+        unsupported(Stage::Nsa)
+    }
+}

@@ -1,0 +1,44 @@
+//! CUDA backend of Flash Sparse Attention: stage `selected`, forward and backward, in FSA's loop order.
+//!
+//! Kernels are compiled at run time by NVRTC from sources that are part of the binary, and kept on disk; the driver is
+//! loaded at run time too. So a program that links this crate needs neither a CUDA toolkit to build nor a GPU to start,
+//! and says what is missing when one is asked for.
+//!
+//! From the bottom up:
+//!
+//! - [`driver`]: the boundary to the driver and to NVRTC, the only unsafe code;
+//! - [`jit`], [`cache`], [`source`]: from a specialisation to a cubin, for any architecture on any machine;
+//! - `params`: what Rust and the kernels must agree on, asserted in every translation unit;
+//! - `index`, `attend`, `reduce`, `backward`: one host file per kernel, its grid and its shared memory;
+//! - [`plan`]: chunks and workspace from shapes alone;
+//! - [`selected`]: plan once, launch as often as wanted, on the caller's tensors, workspace and stream;
+//! - [`CudaBackend`]: the same over host tensors, for the conformance suite and the command line.
+//!
+//! Stages besides `selected` and `index` are refused as unsupported: `compress`, `rope`, `compressed`, `select`,
+//! `window`, `combine`, `dense`, `nsa`.
+#![deny(unsafe_code)]
+
+mod arch;
+mod attend;
+mod backend;
+mod backward;
+pub mod cache;
+#[allow(unsafe_code, reason = "the boundary to the driver and to the compiler")]
+pub mod driver;
+mod environment;
+mod error;
+mod index;
+pub mod jit;
+mod kernels;
+mod lanes;
+mod params;
+pub mod plan;
+mod reduce;
+pub mod selected;
+pub mod source;
+
+pub use arch::{Arch, KernelSet};
+pub use backend::CudaBackend;
+pub use environment::{Environment, VARIABLES};
+pub use error::CudaError;
+pub use kernels::Kernels;

@@ -1,0 +1,164 @@
+use super::*;
+use crate::params::TILE_ROWS;
+use proptest::prelude::*;
+
+const MILLION: usize = 1 << 20;
+
+fn problem(tokens: usize, heads: (usize, usize), (block_size, topk): (usize, usize)) -> Problem {
+    Problem {
+        total_q: tokens,
+        total_kv: tokens,
+        sequences: 1,
+        num_q_heads: heads.0,
+        num_kv_heads: heads.1,
+        head_dim: 128,
+        block_size,
+        topk,
+        dtype: DType::Bf16,
+    }
+}
+
+fn forward(problem: &Problem) -> ForwardPlan {
+    ForwardPlan::new(problem, &DeviceFacts::h200(), &PlanOptions::default())
+}
+
+fn backward(problem: &Problem) -> BackwardPlan {
+    BackwardPlan::new(problem, &DeviceFacts::h200(), &PlanOptions::default())
+}
+
+/// Scratch besides one copy of `topk_indices`.
+fn besides_indices(problem: &Problem, workspace: &Workspace) -> usize {
+    workspace.size_bytes().saturating_sub(problem.topk_indices_bytes())
+}
+
+#[test]
+fn scratch_of_the_forward_stays_within_the_budget_up_to_a_million_tokens() {
+    for tokens in [1, 100, 8192, 65_536, 262_144, MILLION] {
+        for heads in [(32, 32), (32, 8), (32, 2), (40, 8), (64, 4)] {
+            for selection in [(64, 16), (128, 8)] {
+                let problem = problem(tokens, heads, selection);
+                let plan = forward(&problem);
+                let bytes = besides_indices(&problem, &plan.workspace);
+                assert!(bytes <= DEFAULT_BUDGET_BYTES, "{plan}");
+            }
+        }
+    }
+}
+
+#[test]
+fn scratch_of_the_backward_stays_within_the_budget_to_a_quarter_of_a_million_tokens() {
+    for tokens in [1, 100, 8192, 65_536, 262_144] {
+        for heads in [(32, 32), (32, 8), (32, 2), (40, 8), (64, 4)] {
+            for selection in [(64, 16), (128, 8)] {
+                let problem = problem(tokens, heads, selection);
+                let plan = backward(&problem);
+                // Beyond, the f32 sums of one kv head's keys and values are all that exceeds it.
+                let sums = 2 * problem.total_kv * problem.head_dim * size_of::<f32>();
+                let most = DEFAULT_BUDGET_BYTES.max(sums + (DEFAULT_BUDGET_BYTES / 2));
+                assert!(besides_indices(&problem, &plan.workspace) <= most, "{plan}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_usual_length_is_one_index_and_two_buffers() {
+    let plan = forward(&problem(65_536, (32, 8), (64, 16)));
+    assert_eq!((plan.kv_heads, plan.buffers), (8, 2), "{plan}");
+    assert_eq!(plan.index.chunk_tiles % plan.index.sub_tiles, 0);
+    assert_eq!(plan.launches(), 4 + 2 * plan.index.num_chunks * 32usize.div_ceil(plan.heads));
+}
+
+#[test]
+fn a_short_call_is_six_launches() {
+    let plan = forward(&problem(1024, (32, 8), (64, 16)));
+    assert_eq!((plan.index.num_chunks, plan.heads, plan.launches()), (1, 32, 6), "{plan}");
+}
+
+#[test]
+fn unsupported_sizes_are_named() {
+    let base = problem(1024, (32, 8), (64, 16));
+    let cases = [
+        (Problem { dtype: DType::F32, ..base }, "dtype"),
+        (Problem { head_dim: 80, ..base }, "head_dim"),
+        (Problem { block_size: 48, ..base }, "block_size"),
+        (Problem { topk: 65, ..base }, "topk"),
+        (Problem { topk: 0, ..base }, "topk"),
+        (Problem { num_q_heads: 30, ..base }, "heads"),
+        (Problem { total_kv: 1 << 24, block_size: 16, ..base }, "blocks of all sequences"),
+    ];
+    for (problem, constraint) in cases {
+        let error = problem.check(&DeviceFacts::h200(), &[]).expect_err(constraint);
+        assert!(matches!(&error, Error::Unsupported { constraint: c, .. } if c.starts_with(constraint)), "{error}");
+    }
+    assert!(base.check(&DeviceFacts::h200(), &[]).is_ok());
+}
+
+#[test]
+fn a_kernel_that_does_not_fit_names_the_device() {
+    let large = Problem { head_dim: 256, ..problem(1024, (32, 8), (256, 16)) };
+    let kernel = large.specialisation(Kernel::Attend, KernelSet::Sm90);
+    let error = large.check(&DeviceFacts::h200(), &[kernel]).expect_err("key and value tiles of 128 KB each");
+    assert!(error.to_string().contains("NVIDIA H200") && error.to_string().contains("shared memory"), "{error}");
+}
+
+/// Regions follow each other without overlap.
+fn check_workspace(workspace: &Workspace) -> Result<(), TestCaseError> {
+    let mut end = 0;
+    for (name, slot) in workspace.regions() {
+        prop_assert!(slot.offset >= end && slot.offset.is_multiple_of(256), "{name} at {}", slot.offset);
+        end = slot.offset + slot.bytes;
+    }
+    prop_assert!(end <= workspace.size_bytes());
+    Ok(())
+}
+
+fn check_index(problem: &Problem, plan: &IndexPlan, facts: &DeviceFacts) -> Result<(), TestCaseError> {
+    prop_assert_eq!(plan.chunk_tiles % plan.sub_tiles, 0);
+    prop_assert!(plan.num_chunks * plan.chunk_tiles >= plan.max_tiles);
+    prop_assert!(plan.num_subs * plan.sub_tiles >= plan.max_tiles);
+    prop_assert!(plan.chunk_tiles * TILE_ROWS <= 1 << 24, "a token of a chunk has 24 bits");
+    prop_assert!(plan.chunk_tiles * TILE_ROWS * plan.slots < 1 << 31, "entries of a chunk are counted in i32");
+    let counters_bytes = 4 * plan.window_blocks * plan.scatter_warps;
+    prop_assert!(plan.window_blocks > 0 && counters_bytes <= facts.smem_per_cta_bytes);
+    prop_assert!(plan.max_blocks.div_ceil(plan.window_blocks) <= 65_535 && problem.num_kv_heads <= 65_535);
+    // However the entries of a chunk spread over blocks, their full units fit.
+    let entries = plan.chunk_tiles * TILE_ROWS * plan.slots;
+    prop_assert!(plan.full_units >= entries / plan.unit_entries);
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn plans_of_any_shape_hold_together(
+        total_q in 0usize..3_000_000,
+        extra in 0usize..10_000,
+        sequences in 1usize..300,
+        kv_heads in 1usize..33,
+        group in 1usize..17,
+        head_dim in proptest::sample::select(&HEAD_DIMS),
+        block_size in proptest::sample::select(&BLOCK_SIZES),
+        topk in 1usize..=MAX_TOPK,
+        hopper in any::<bool>(),
+    ) {
+        let facts = if hopper { DeviceFacts::h200() } else { DeviceFacts::a100() };
+        let problem = Problem {
+            total_q,
+            total_kv: total_q + extra,
+            sequences,
+            num_q_heads: kv_heads * group,
+            num_kv_heads: kv_heads,
+            head_dim,
+            block_size,
+            topk,
+            dtype: DType::F16,
+        };
+        let plan = ForwardPlan::new(&problem, &facts, &PlanOptions::default());
+        check_workspace(&plan.workspace)?;
+        check_index(&problem, &plan.index, &facts)?;
+        prop_assert!(plan.heads > 0 && plan.heads <= plan.kv_heads * group);
+        let plan = BackwardPlan::new(&problem, &facts, &PlanOptions::default());
+        check_workspace(&plan.workspace)?;
+        check_index(&problem, &plan.index, &facts)?;
+    }
+}

@@ -1,0 +1,138 @@
+//! On a GPU: `cargo test --release -p fsa-cuda --test gpu -- --ignored`. `examples/prove` runs more and shows numbers.
+
+use fsa_core::{DType, Error, Stage};
+use fsa_cuda::driver::{DeviceBuffer, Graph, Stream, UploadedBatch};
+use fsa_cuda::plan::{PlanOptions, Problem};
+use fsa_cuda::selected::{ForwardTensors, LaunchContext, SelectedForward, TensorSpan};
+use fsa_cuda::{CudaBackend, CudaError, Environment, KernelSet};
+use fsa_oracle::Pass;
+use fsa_oracle::suite::{self, CheckOptions};
+
+fn conform(backend: &CudaBackend, pass: Pass, cases: usize) {
+    let options = CheckOptions {
+        cases,
+        stages: vec![Stage::Selected],
+        dtypes: vec![DType::Bf16, DType::F16],
+        passes: vec![pass],
+        ..CheckOptions::default()
+    };
+    for report in suite::run(backend, &options, &mut |_| {}) {
+        assert_eq!(report.failures, 0, "{:#?}", report.failed.first());
+        assert_eq!(report.cases, cases);
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_forward_conforms() {
+    conform(&CudaBackend::new().expect("a device"), Pass::Forward, 150);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_backward_conforms() {
+    conform(&CudaBackend::new().expect("a device"), Pass::Backward, 150);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_portable_kernels_conform() {
+    let environment = Environment { kernels: Some(KernelSet::Sm80), ..Environment::read().expect("valid") };
+    let backend = CudaBackend::with(&environment).expect("a device");
+    conform(&backend, Pass::Forward, 150);
+    conform(&backend, Pass::Backward, 150);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn memory_that_cannot_be_had_is_an_error() {
+    let backend = CudaBackend::new().expect("a device");
+    let bytes = backend.kernels().device().facts().memory_bytes * 2;
+    let error = DeviceBuffer::new(backend.kernels().device(), "key", bytes).expect_err("twice the memory");
+    assert_eq!(error, CudaError::OutOfMemory { what: "key".into(), bytes });
+}
+
+/// A small forward on zeros, with everything that it needs.
+struct Small {
+    problem: Problem,
+    forward: SelectedForward,
+    batch: UploadedBatch,
+    tensors: [DeviceBuffer; 6],
+}
+
+impl Small {
+    fn new(backend: &CudaBackend, stream: &Stream) -> Self {
+        let problem = Problem {
+            total_q: 256,
+            total_kv: 256,
+            sequences: 1,
+            num_q_heads: 2,
+            num_kv_heads: 1,
+            head_dim: 64,
+            block_size: 64,
+            topk: 4,
+            dtype: DType::Bf16,
+        };
+        let kernels = backend.kernels();
+        let sizes = [65536, 32768, 32768, 65536, problem.topk_indices_bytes(), 2 * 256 * 4];
+        let tensors = sizes.map(|bytes| {
+            let buffer = DeviceBuffer::new(kernels.device(), "tensor", bytes).expect("small");
+            let _bound = kernels.device().bind().expect("binds");
+            buffer.span().fill(0, stream).expect("fills");
+            buffer
+        });
+        let ids = [0, -1, -1, -1].repeat(problem.total_q);
+        tensors[4].upload(&ids, stream).expect("uploads");
+        Self {
+            problem,
+            forward: SelectedForward::plan(kernels, &problem, &PlanOptions::default()).expect("plans"),
+            batch: UploadedBatch::new(kernels.device(), &fsa_core::Batch::single(256), stream).expect("uploads"),
+            tensors,
+        }
+    }
+
+    fn launch(&self, context: &LaunchContext<'_>) -> fsa_core::Result<()> {
+        let [query, key, value, out, ids, lse] = &self.tensors;
+        let (q, kv) = (self.problem.num_q_heads, self.problem.num_kv_heads);
+        let tensors = ForwardTensors {
+            query: TensorSpan::contiguous(query.span(), q, 64),
+            key: TensorSpan::contiguous(key.span(), kv, 64),
+            value: TensorSpan::contiguous(value.span(), kv, 64),
+            topk_indices: ids.span(),
+            out: TensorSpan::contiguous(out.span(), q, 64),
+            lse: lse.span(),
+        };
+        self.forward.launch(context, &self.batch.get(), &tensors, 0.125)
+    }
+
+    fn lse(&self, stream: &Stream) -> Vec<f32> {
+        let mut lse = vec![f32::NAN; 512];
+        self.tensors[5].download(&mut lse, stream).expect("downloads");
+        lse
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_recorded_call_repeats_and_a_small_workspace_is_refused() {
+    let backend = CudaBackend::new().expect("a device");
+    let device = backend.kernels().device();
+    let stream = Stream::new(device, false).expect("a stream");
+    let small = Small::new(&backend, &stream);
+    let workspace = DeviceBuffer::new(device, "workspace", small.forward.workspace_bytes()).expect("memory");
+    let context = LaunchContext { stream: &stream, workspace: workspace.span() };
+    small.launch(&context).expect("launches");
+    // All logits are 0 and every row lists block 0 alone: ln of the keys at or before the row, 64 at most.
+    let direct = small.lse(&stream);
+    for (row, lse) in direct[..256].iter().enumerate() {
+        assert!((lse - ((row + 1).min(64) as f32).ln()).abs() < 1e-5, "row {row}: {lse}");
+    }
+    let graph = Graph::capture(&stream, || small.launch(&context)).expect("records");
+    small.tensors[5].upload(&vec![0.0f32; 512], &stream).expect("uploads");
+    graph.launch(&stream).expect("launches");
+    assert_eq!(small.lse(&stream), direct);
+
+    let few = workspace.span().part(0, small.forward.workspace_bytes() - 1);
+    let error = small.launch(&LaunchContext { stream: &stream, workspace: few }).expect_err("too small");
+    assert!(matches!(&error, Error::Input(error) if error.argument == "workspace"), "{error}");
+}

@@ -1,0 +1,90 @@
+//! What a machine lacks is said in words, with what to do about it.
+
+use fsa_core::{AttentionArgs, AttentionOutput, AttentionStage, Backend, Batch, DType, Error, Tensor, TensorView};
+use fsa_cuda::driver::Device;
+use fsa_cuda::jit::Compiler;
+use fsa_cuda::source::{Kernel, Specialisation};
+use fsa_cuda::{Arch, CudaBackend, CudaError, Environment, KernelSet};
+
+#[test]
+fn a_device_that_is_not_there_is_an_error() {
+    let error = Device::open(4096).expect_err("nobody has as many");
+    match &error {
+        CudaError::NoDriver => assert!(error.to_string().contains("libcuda.so.1"), "{error}"),
+        CudaError::NoDevice { .. } => assert!(error.to_string().contains("CUDA_VISIBLE_DEVICES"), "{error}"),
+        other => panic!("{other}"),
+    }
+    let environment = Environment { device: 4096, ..Environment::default() };
+    let error = CudaBackend::with(&environment).expect_err("nor through the backend");
+    assert!(matches!(&error, Error::Backend { backend, .. } if backend == "cuda"), "{error}");
+}
+
+#[test]
+fn a_missing_compiler_names_where_it_was_looked_for_and_how_to_get_it() {
+    let nowhere = Environment { nvrtc_path: Some("/nowhere/libnvrtc.so".into()), ..Environment::default() };
+    let compiler = Compiler::new(&nowhere);
+    let specialisation = Specialisation::new(Kernel::Index, KernelSet::Sm90, DType::Bf16, 128, 64);
+    let error = compiler.cubin(&specialisation, Arch::SM90).expect_err("no compiler, no cache").to_string();
+    for text in ["/nowhere/libnvrtc.so", "pip install nvidia-cuda-nvrtc", "FSA_NVRTC_PATH"] {
+        assert!(error.contains(text), "{error}");
+    }
+}
+
+#[test]
+fn messages_name_both_values() {
+    let old = CudaError::DeviceTooOld { name: "Tesla T4".into(), capability: (7, 5) };
+    assert_eq!(old.to_string(), "Tesla T4 has compute capability 7.5, needed is 8.0 or later (Ampere)");
+    let driver = CudaError::DriverTooOld { found: (11, 4) };
+    assert!(driver.to_string().contains("11.4") && driver.to_string().contains("12.0"), "{driver}");
+    let memory: Error = CudaError::OutOfMemory { what: "key".into(), bytes: 12 }.into();
+    assert_eq!(memory.to_string(), "out of memory: key on the device needs 12 bytes");
+    let compiler = CudaError::ArchUnknown { version: (12, 0), arch: "sm_120".parse().expect("valid") };
+    assert!(compiler.to_string().contains("sm_120"), "{compiler}");
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn other_stages_are_refused_by_name() {
+    let backend = CudaBackend::new().expect("a device");
+    let batch = Batch::single(4);
+    let tensor = |shape: &[usize]| Tensor::zeros("tensor", DType::Bf16, shape).expect("small");
+    let (query, mut out) = (tensor(&[4, 1, 8]), tensor(&[4, 1, 8]));
+    let mut lse = Tensor::zeros("lse", DType::F32, &[1, 4]).expect("small");
+    let args = AttentionArgs {
+        query: query.view(),
+        key: query.view(),
+        value: query.view(),
+        batch: &batch,
+        softmax_scale: None,
+    };
+    let mut output = AttentionOutput { out: out.view_mut(), lse: lse.view_mut() };
+    let error = backend.attention(&AttentionStage::Dense, &args, &mut output).expect_err("not yet");
+    assert!(matches!(&error, Error::Unsupported { got, .. } if got == "dense"), "{error}");
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_type_that_the_kernels_lack_is_refused_before_anything_is_written() {
+    let backend = CudaBackend::new().expect("a device");
+    let batch = Batch::single(4);
+    let query = Tensor::zeros("query", DType::F32, &[4, 1, 8]).expect("small");
+    let mut out = Tensor::new("out", vec![3.0f32; 32], &[4, 1, 8]).expect("small");
+    let mut lse = Tensor::new("lse", vec![3.0f32; 4], &[1, 4]).expect("small");
+    let ids = vec![0i32; 4];
+    let stage = AttentionStage::Selected {
+        topk_indices: TensorView::new("topk_indices", &ids, &[1, 4, 1]).expect("shape"),
+        block_size: 16,
+        validate: false,
+    };
+    let args = AttentionArgs {
+        query: query.view(),
+        key: query.view(),
+        value: query.view(),
+        batch: &batch,
+        softmax_scale: None,
+    };
+    let mut output = AttentionOutput { out: out.view_mut(), lse: lse.view_mut() };
+    let error = backend.attention(&stage, &args, &mut output).expect_err("f32");
+    assert!(matches!(&error, Error::Unsupported { got, .. } if got == "f32"), "{error}");
+    assert_eq!(out.as_slice::<f32>("out").expect("f32"), [3.0; 32]);
+}
