@@ -195,6 +195,12 @@ FSA_DEVICE void score_gradients(f32 (&dp)[32], const f32 (&probability)[32], con
     }
 }
 
+// Which main kernel: the host knows the same rule.
+#define FSA_BACKWARD_NARROW (FSA_BLOCK_SIZE <= 64 && (FSA_HEAD_DIM == 64 || FSA_HEAD_DIM == 128 || FSA_HEAD_DIM == 256) && !FSA_QUERY_PARTIALS)
+#if FSA_BACKWARD_NARROW
+#include "backward_narrow_sm90.cuh"
+#else
+
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(const __grid_constant__ BackwardParams p) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(16) RowStats stats[2][TILE_ROWS];
@@ -339,3 +345,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         add_all_rows(p.grad_value + first, p.grad_value + first, grad_value);
     }
 }
+#endif

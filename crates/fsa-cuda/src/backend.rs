@@ -69,7 +69,7 @@ impl CudaBackend {
     /// Those of [`CudaBackend::new`].
     pub fn with(environment: &Environment) -> Result<Self> {
         let kernels = Kernels::open(environment)?;
-        let stream = Mutex::new(Stream::new(kernels.device(), false)?);
+        let stream = Mutex::new(Stream::new(kernels.device())?);
         Ok(Self { kernels, stream })
     }
 
@@ -122,7 +122,9 @@ impl CudaBackend {
     }
 
     fn backward(&self, call: &Call<'_>, grad: &AttentionGradArgs<'_>, grads: &mut AttentionGrads<'_>) -> Result<()> {
-        let planned = SelectedBackward::plan(&self.kernels, &call.problem, &PlanOptions::default())?;
+        // Results of this backend never depend on chance, whatever that costs.
+        let options = PlanOptions { deterministic: true, ..PlanOptions::default() };
+        let planned = SelectedBackward::plan(&self.kernels, &call.problem, &options)?;
         let (stream, device, problem) = (self.stream(), self.device(), &call.problem);
         let mut tensors = self.upload(call, &stream)?;
         tensors.out = upload("out", &grad.out, problem.head_dim, 1.0, device, &stream)?;

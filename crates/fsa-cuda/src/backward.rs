@@ -73,34 +73,36 @@ impl BackwardKernels {
         })
     }
 
-    /// Row statistics of the chunk, then its sums, for one query head; with partials, their merge.
-    pub(crate) fn launch(&self, stream: &Stream, plan: &IndexPlan, rows: usize, params: &BackwardParams) -> Result<()> {
-        let ctas = rows.div_ceil(DELTA_ROWS) as u32;
-        let dims = LaunchDims { grid: [ctas, 1, 1], threads: SMALL_THREADS as u32, smem_bytes: 0 };
-        self.delta.launch(stream, dims, params)?;
-        let block_size = self.specialisation.block_size;
+    /// Row statistics of the chunk, then its sums, for `heads` query heads of `rows` rows; with partials, their merge.
+    pub(crate) fn launch(
+        &self,
+        stream: &Stream,
+        plan: &IndexPlan,
+        heads: usize,
+        params: &BackwardParams,
+    ) -> Result<()> {
+        let (rows, heads) = (params.rows as usize, heads as u32);
+        let small =
+            |ctas: usize| LaunchDims { grid: [ctas as u32, heads, 1], threads: SMALL_THREADS as u32, smem_bytes: 0 };
+        self.delta.launch(stream, small(rows.div_ceil(DELTA_ROWS)), params)?;
+        let Specialisation { head_dim, block_size, query_partials, .. } = self.specialisation;
         let dims = LaunchDims {
-            grid: [plan.max_units() as u32, block_size.div_ceil(MAX_CTA_KEYS) as u32, 1],
+            grid: [plan.max_units() as u32, block_size.div_ceil(MAX_CTA_KEYS) as u32, heads],
             threads: (128 * cta_keys(block_size) / GROUP_KEYS) as u32,
             smem_bytes: smem_bytes(&self.specialisation) as u32,
         };
         self.backward.launch(stream, dims, params)?;
-        if !self.specialisation.query_partials() {
+        if !query_partials {
             return Ok(());
         }
-        let rows_per_cta = SMALL_THREADS / (self.specialisation.head_dim / MERGE_ELEMENTS);
-        let grid = [rows.div_ceil(rows_per_cta) as u32, 1, 1];
-        self.merge.launch(stream, LaunchDims { grid, threads: SMALL_THREADS as u32, smem_bytes: 0 }, params)
+        let rows_per_cta = SMALL_THREADS / (head_dim / MERGE_ELEMENTS);
+        self.merge.launch(stream, small(rows.div_ceil(rows_per_cta)), params)
     }
 
-    /// f32 sums of up to `rows` rows to the dtype; clears them.
-    pub(crate) fn convert(&self, stream: &Stream, rows: usize, params: &ConvertParams) -> Result<()> {
+    /// f32 sums of up to `rows` rows of `heads` heads to the dtype.
+    pub(crate) fn convert(&self, stream: &Stream, rows: usize, heads: usize, params: &ConvertParams) -> Result<()> {
         let threads = rows * (self.specialisation.head_dim / CONVERT_ELEMENTS);
-        let ctas = threads.div_ceil(SMALL_THREADS) as u32;
-        self.convert.launch(
-            stream,
-            LaunchDims { grid: [ctas, 1, 1], threads: SMALL_THREADS as u32, smem_bytes: 0 },
-            params,
-        )
+        let grid = [threads.div_ceil(SMALL_THREADS) as u32, heads as u32, 1];
+        self.convert.launch(stream, LaunchDims { grid, threads: SMALL_THREADS as u32, smem_bytes: 0 }, params)
     }
 }

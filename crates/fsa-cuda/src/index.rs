@@ -41,7 +41,7 @@ impl IndexKernels {
         })
     }
 
-    /// Builds the index of `kv_heads` kv heads.
+    /// Builds the index of `kv_heads` kv heads; before that of the first, finds the tiles and chunks that all share.
     pub(crate) fn launch(
         &self,
         stream: &Stream,
@@ -54,7 +54,9 @@ impl IndexKernels {
         let counters_bytes = 4 * plan.window_blocks as u32;
         let warps = plan.scatter_warps as u32;
         let dims = |grid, threads, smem_bytes| LaunchDims { grid, threads, smem_bytes };
-        self.prepare.launch(stream, dims([1, 1, 1], SCAN_THREADS, 0), params)?;
+        if params.first_kv_head == 0 {
+            self.prepare.launch(stream, dims([1, 1, 1], SCAN_THREADS, 0), params)?;
+        }
         self.count.launch(stream, dims(pieces, COUNT_THREADS, counters_bytes), params)?;
         let chunks = [plan.num_chunks as u32, kv_heads as u32, 1];
         self.scan.launch(stream, dims(chunks, SCAN_THREADS, 0), params)?;

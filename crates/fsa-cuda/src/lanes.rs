@@ -4,64 +4,37 @@ use crate::driver::{Device, Event, Stream};
 use crate::error::Result;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Lanes of a set.
+/// Side streams of a set.
 pub(crate) const LANES: usize = 2;
 
-/// Two streams that take turns: what is given to `urgent` goes ahead of waiting CTAs of any `main`.
-#[derive(Debug)]
-pub(crate) struct Lane {
-    pub main: Stream,
-    pub urgent: Stream,
-    main_done: Event,
-    urgent_done: Event,
-}
-
-impl Lane {
-    fn new(device: &Arc<Device>) -> Result<Self> {
-        Ok(Self {
-            main: Stream::new(device, false)?,
-            urgent: Stream::new(device, true)?,
-            main_done: Event::new(device)?,
-            urgent_done: Event::new(device)?,
-        })
-    }
-
-    /// What follows on `urgent` waits for `main`.
-    pub(crate) fn to_urgent(&self) -> Result<()> {
-        self.main_done.record(&self.main)?;
-        self.urgent.wait(&self.main_done)
-    }
-
-    /// What follows on `main` waits for `urgent`.
-    pub(crate) fn to_main(&self) -> Result<()> {
-        self.urgent_done.record(&self.urgent)?;
-        self.main.wait(&self.urgent_done)
-    }
-}
-
-/// Lanes that one call at a time uses.
+/// Side streams that one call at a time uses.
 #[derive(Debug)]
 pub(crate) struct LaneSet {
-    pub lanes: [Lane; LANES],
+    pub lanes: [Stream; LANES],
+    done: [Event; LANES],
     fork: Event,
 }
 
 impl LaneSet {
     fn new(device: &Arc<Device>) -> Result<Self> {
-        Ok(Self { lanes: [Lane::new(device)?, Lane::new(device)?], fork: Event::new(device)? })
+        Ok(Self {
+            lanes: [Stream::new(device)?, Stream::new(device)?],
+            done: [Event::new(device)?, Event::new(device)?],
+            fork: Event::new(device)?,
+        })
     }
 
     /// The first `count` lanes wait for `stream`.
     pub(crate) fn fork(&self, stream: &Stream, count: usize) -> Result<()> {
         self.fork.record(stream)?;
-        self.lanes[..count].iter().try_for_each(|lane| lane.main.wait(&self.fork))
+        self.lanes[..count].iter().try_for_each(|lane| lane.wait(&self.fork))
     }
 
-    /// `stream` waits for the `main` streams of the first `count` lanes.
+    /// `stream` waits for the first `count` lanes.
     pub(crate) fn join(&self, stream: &Stream, count: usize) -> Result<()> {
-        self.lanes[..count].iter().try_for_each(|lane| {
-            lane.main_done.record(&lane.main)?;
-            stream.wait(&lane.main_done)
+        self.lanes[..count].iter().zip(&self.done).try_for_each(|(lane, done)| {
+            done.record(lane)?;
+            stream.wait(done)
         })
     }
 }

@@ -103,6 +103,7 @@ device_structs! {
     struct IndexParams {
         layout: Layout,
         index: Index,
+        first_kv_head: i32,
     }
 
     /// Parameters of `attend`.
@@ -154,21 +155,24 @@ device_structs! {
         grad_query_out: Tensor,
         grad_key: Address,
         grad_value: Address,
+        total_kv: i64,
         scale_log2: f32,
         scale: f32,
         group_size: i32,
         chunk: i32,
-        head: i32,
+        first_head: i32,
+        rows: i32,
     }
 
     /// Parameters of `backward_convert`.
     struct ConvertParams {
         source: Address,
+        source_stride: i64,
         target: Tensor,
         first_row: Address,
         end_row: Address,
         rows: i32,
-        head: i32,
+        first_head: i32,
         scale: f32,
     }
 }

@@ -117,7 +117,7 @@ impl Small {
 fn a_recorded_call_repeats_and_a_small_workspace_is_refused() {
     let backend = CudaBackend::new().expect("a device");
     let device = backend.kernels().device();
-    let stream = Stream::new(device, false).expect("a stream");
+    let stream = Stream::new(device).expect("a stream");
     let small = Small::new(&backend, &stream);
     let workspace = DeviceBuffer::new(device, "workspace", small.forward.workspace_bytes()).expect("memory");
     let context = LaunchContext { stream: &stream, workspace: workspace.span() };

@@ -12,7 +12,8 @@ fn passes(backend: &NaiveBackend, cases: usize, seed: u64) {
         assert_eq!((report.cases, report.failures), (cases, 0), "{report:#?}");
         assert!(report.worst_ratio > 0.0 && report.worst_ratio <= 1.0, "{report:#?}");
         if report.stage == Stage::Select {
-            assert!(report.ambiguous_rows * 20 < report.decided_rows, "{report:#?}");
+            // One peak that two blocks share equally leaves them tied for all rows of a case.
+            assert!(report.ambiguous_rows * 2 < report.decided_rows, "{report:#?}");
         }
     }
     assert_eq!(seen, options.total_cases());

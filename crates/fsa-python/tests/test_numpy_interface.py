@@ -10,12 +10,11 @@ import sys
 import threading
 import time
 
+import fsa_rs
 import numpy as np
 import pytest
-from reference import Case
-
-import fsa_rs
 from fsa_rs import _native
+from reference import Case
 
 CASE = Case()
 Q, K, V = (x.astype(np.float32) for x in CASE.qkv())

@@ -1,10 +1,9 @@
 """Every function on NumPy arrays against the definitions in f64."""
 
+import fsa_rs
 import numpy as np
 import pytest
 from reference import Case, attend, close, compress, numpy_dtype, rotate, rounded
-
-import fsa_rs
 
 DTYPES = ["float32", "float16", "bfloat16"]
 CASES = {

@@ -4,10 +4,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the tests of the PyTorch operators need torch")
 
+import fsa_rs  # noqa: E402
 from reference import Case  # noqa: E402
 from torch_reference import attend, check, compress, rotate  # noqa: E402
-
-import fsa_rs  # noqa: E402
 
 GEOMETRY = (16, 8)
 SIZES = {"kernel_size": 16, "kernel_stride": 8, "block_size": 16, "topk": 4}

@@ -8,9 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the tests of the PyTorch operators need torch")
 
-from reference import Case  # noqa: E402
-
 import fsa_rs  # noqa: E402
+from reference import Case  # noqa: E402
 
 CASE = Case(q_lens=(40, 0, 9), k_lens=(40, 0, 30), heads=(4, 2), dims=(16, 8))
 QKV = CASE.qkv("bfloat16")
@@ -227,7 +226,7 @@ def test_only_what_needs_a_gradient_keeps_state():
 def test_a_second_derivative_is_refused():
     q, k, v = qkv()
     (grad,) = torch.autograd.grad(selected(q, k, v)[0].square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd|differentiate|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"autograd|differentiate|does not require grad"):
         torch.autograd.grad(grad.sum(), k)
 
 
@@ -256,7 +255,11 @@ ERRORS = [
     ({"topk_indices": IDS * 0 + 77, "validate": True}, ValueError, r"topk_indices: .* got 77 in row"),
     ({"v": qkv()[2][:5]}, ValueError, "v: expected shape"),
     ({"q": qkv()[0][0]}, ValueError, "q: expected"),
-    ({"k": qkv(grad=False)[1].numpy()}, TypeError, "k: expected torch.Tensor, as the first argument, got numpy.ndarray"),
+    (
+        {"k": qkv(grad=False)[1].numpy()},
+        TypeError,
+        "k: expected torch.Tensor, as the first argument, got numpy.ndarray",
+    ),
     ({"q": [1.0]}, TypeError, "q: expected numpy.ndarray or torch.Tensor, got list"),
 ]
 

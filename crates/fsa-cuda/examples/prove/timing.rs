@@ -175,7 +175,7 @@ fn measure(stream: &Stream, mut call: impl FnMut() -> Result<()>) -> Result<(f64
 /// Host and device time of forward and backward, direct and as a recorded graph.
 pub fn time() -> Result<bool> {
     let kernels = Kernels::open(&Environment::read()?)?;
-    let stream = Stream::new(kernels.device(), false)?;
+    let stream = Stream::new(kernels.device())?;
     let tokens = super::number("FSA_TOKENS", 65_536);
     for selection in SELECTIONS {
         for heads in HEADS {

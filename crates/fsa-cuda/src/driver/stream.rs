@@ -19,16 +19,13 @@ unsafe impl Send for Stream {}
 unsafe impl Sync for Stream {}
 
 impl Stream {
-    /// A new stream that does not wait for the default stream. Of `urgent` streams the device takes waiting CTAs first.
-    pub fn new(device: &Arc<Device>, urgent: bool) -> Result<Self> {
+    /// A new stream that does not wait for the default stream.
+    pub fn new(device: &Arc<Device>) -> Result<Self> {
         let _bound = device.bind()?;
-        let (mut least, mut greatest, mut raw) = (0, 0, std::ptr::null_mut());
-        // SAFETY: the context is current, and both numbers outlive the call.
-        check("cuCtxGetStreamPriorityRange", unsafe { sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest) })?;
+        let mut raw = std::ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        let priority = if urgent { greatest } else { least };
         // SAFETY: the context is current; the stream is destroyed in `drop`.
-        check("cuStreamCreate", unsafe { sys::cuStreamCreateWithPriority(&mut raw, flags, priority) })?;
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut raw, flags) })?;
         Ok(Self { device: Arc::clone(device), raw, owned: true })
     }
 

@@ -1,33 +1,42 @@
-//! The plan of the backward: f32 sums per lane, one query head and chunk at a time.
+//! The plan of the backward: sums per lane, some heads and one chunk at a time.
 
 use super::index::{IndexInput, max_tiles, slots, sub_tiles};
 use super::{IndexPlan, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass};
-use crate::arch::KernelSet;
 use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
-use crate::source::Kernel;
+use crate::source::MAX_PARTIALS_BLOCK;
 use serde::Serialize;
 use std::fmt;
 
-/// kv heads under way: the tail of one runs beside the start of the next.
+/// Launches of several kv heads that are under way: the tail of one runs beside the start of the next.
 pub(crate) const MAX_LANES: usize = 2;
-/// Rows of a full unit; its gradients of key and value are added to memory once.
-const UNIT_ENTRIES: usize = 2048;
-/// Gradients of queries that are under way in a lane, the largest that fit into the budget: long chunks fill tiles.
-const QUERY_BYTES: [usize; 6] = [128 << 20, 64 << 20, 32 << 20, 16 << 20, 8 << 20, 4 << 20];
-/// As f32 sums they are to stay in L2 (50 MB on Hopper).
-const QUERY_SUM_BYTES: usize = 32 << 20;
+/// Pairs of a full unit per key of its block: 2048 rows of 64 keys, 4096 of 128. Longer units were no faster.
+const UNIT_ENTRIES_PER_KEY: usize = 32;
+/// f32 gradients of queries that are under way in a lane, the largest that fit: they are to stay in L2 (50 MB on Hopper).
+const QUERY_SUM_BYTES: [usize; 4] = [32 << 20, 16 << 20, 8 << 20, 4 << 20];
+/// The same as partials, which pass through memory anyway.
+const QUERY_PARTIAL_BYTES: [usize; 4] = [128 << 20, 64 << 20, 32 << 20, 16 << 20];
+/// f32 gradients of keys and values of one launch.
+const KEY_SUM_BYTES: usize = 64 << 20;
 
 /// Chunks and workspace of a backward.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BackwardPlan {
     /// Sizes of the call.
     pub problem: Problem,
+    /// Every sum has one order.
+    pub deterministic: bool,
+    /// Gradients of queries are merged from partials.
+    pub query_partials: bool,
     /// kv heads that share one index; the others follow.
     pub kv_heads: usize,
     /// The index of one pass.
     pub index: IndexPlan,
-    /// kv heads under way.
+    /// kv heads whose sums are under way in a lane.
+    pub kv_heads_per_launch: usize,
+    /// Query heads of one launch.
+    pub heads: usize,
+    /// Lanes.
     pub lanes: usize,
     sums: [LaneSums; MAX_LANES],
     /// Scratch memory.
@@ -44,51 +53,90 @@ pub(crate) struct LaneSums {
     pub grad_value: Slot,
 }
 
+/// What is tried.
+#[derive(Clone, Copy)]
+struct Choice {
+    kv_heads: usize,
+    lanes: usize,
+    query_bytes: usize,
+}
+
 impl BackwardPlan {
     /// Plans a checked problem.
     pub fn new(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions) -> Self {
+        let bytes = if Self::has_partials(problem, options) { QUERY_PARTIAL_BYTES } else { QUERY_SUM_BYTES };
         let lanes = || (1..=MAX_LANES.min(problem.num_kv_heads)).rev();
-        let candidates = kv_heads_per_pass(problem.num_kv_heads)
+        let choices = kv_heads_per_pass(problem.num_kv_heads)
             .flat_map(|kv_heads| lanes().map(move |lanes| (kv_heads, lanes)))
-            .flat_map(|(kv_heads, lanes)| QUERY_BYTES.map(|bytes| (kv_heads, lanes, bytes)))
-            .map(|(kv_heads, lanes, bytes)| Self::with(problem, facts, kv_heads, lanes, bytes));
-        let chosen = choose(problem, options, candidates, |plan| plan.workspace.size_bytes());
-        chosen.unwrap_or_else(|| Self::with(problem, facts, 1, 1, QUERY_BYTES[QUERY_BYTES.len() - 1]))
+            .flat_map(|(kv_heads, lanes)| bytes.map(|query_bytes| Choice { kv_heads, lanes, query_bytes }));
+        let plans = choices.map(|choice| Self::with(problem, facts, options, choice));
+        let least = Choice { kv_heads: 1, lanes: 1, query_bytes: bytes[bytes.len() - 1] };
+        let chosen = choose(problem, options, plans, |plan| plan.workspace.size_bytes());
+        chosen.unwrap_or_else(|| Self::with(problem, facts, options, least))
     }
 
-    fn with(problem: &Problem, facts: &DeviceFacts, kv_heads: usize, lanes: usize, query_bytes: usize) -> Self {
+    /// A call that must be repeatable merges partials where a block is not cut into parts.
+    pub(crate) fn has_partials(problem: &Problem, options: &PlanOptions) -> bool {
+        options.deterministic && problem.block_size <= MAX_PARTIALS_BLOCK
+    }
+
+    fn with(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions, choice: Choice) -> Self {
+        let Choice { kv_heads, lanes, query_bytes } = choice;
+        let query_partials = Self::has_partials(problem, options);
         let sum_bytes = problem.head_dim * size_of::<f32>();
-        let (row_bytes, query_bytes) = if Self::has_partials(problem) {
-            (slots(problem, false) * problem.head_dim * problem.dtype.size_bytes(), query_bytes)
-        } else {
-            (sum_bytes, query_bytes.min(QUERY_SUM_BYTES))
-        };
+        let partial_bytes = slots(problem, false) * problem.head_dim * problem.dtype.size_bytes();
+        let row_bytes = if query_partials { partial_bytes } else { sum_bytes };
         let chunk_tiles = (query_bytes / row_bytes / TILE_ROWS).max(1);
         let sub_tiles = sub_tiles(problem, kv_heads).min(1 << chunk_tiles.ilog2());
         let pieces = (chunk_tiles / sub_tiles).clamp(1, max_tiles(problem).div_ceil(sub_tiles));
-        let mut workspace = Workspace::default();
-        let input = IndexInput {
-            has_dense: false,
-            kv_heads,
-            sub_tiles,
-            chunk_tiles: pieces * sub_tiles,
-            unit_entries: UNIT_ENTRIES,
+        let chunk_tiles = pieces * sub_tiles;
+        let unit_entries = if options.deterministic {
+            // One unit per block and chunk: what adds to a key's gradient is one CTA per launch, in order of launches.
+            chunk_tiles * TILE_ROWS * slots(problem, false) + 1
+        } else {
+            UNIT_ENTRIES_PER_KEY * problem.block_size.max(64)
         };
+        let mut workspace = Workspace::default();
+        let input = IndexInput { has_dense: false, kv_heads, sub_tiles, chunk_tiles, unit_entries };
         let index = IndexPlan::new(problem, facts, &input, &mut workspace);
         let rows = index.chunk_rows(problem);
+        let (kv_heads_per_launch, heads) = if options.deterministic {
+            (1, 1)
+        } else {
+            let fit = (query_bytes / (rows * row_bytes).max(1)).max(1);
+            let keys_fit = KEY_SUM_BYTES / (2 * problem.total_kv * sum_bytes).max(1);
+            Self::heads(problem.gqa_group_size(), fit, keys_fit.min(kv_heads))
+        };
         let mut sums = [LaneSums::default(); MAX_LANES];
         for lane in &mut sums[..lanes] {
-            lane.row_stats = workspace.add("row_stats", rows * 2 * size_of::<f32>());
-            lane.grad_query = workspace.add("grad_query", rows * row_bytes);
-            lane.grad_key = workspace.add("grad_key", problem.total_kv * sum_bytes);
-            lane.grad_value = workspace.add("grad_value", problem.total_kv * sum_bytes);
+            lane.row_stats = workspace.add("row_stats", heads * rows * 2 * size_of::<f32>());
+            lane.grad_query = workspace.add("grad_query", heads * rows * row_bytes);
+            lane.grad_key = workspace.add("grad_key", kv_heads_per_launch * problem.total_kv * sum_bytes);
+            lane.grad_value = workspace.add("grad_value", kv_heads_per_launch * problem.total_kv * sum_bytes);
         }
-        Self { problem: *problem, kv_heads, index, lanes, sums, workspace }
+        let deterministic = options.deterministic;
+        Self {
+            problem: *problem,
+            deterministic,
+            query_partials,
+            kv_heads,
+            index,
+            kv_heads_per_launch,
+            heads,
+            lanes,
+            sums,
+            workspace,
+        }
     }
 
-    /// Gradients of queries are merged from partials.
-    pub(crate) fn has_partials(problem: &Problem) -> bool {
-        problem.specialisation(Kernel::Backward, KernelSet::Sm90).query_partials()
+    /// kv heads and query heads of a launch, where `fit` query heads and `keys_fit` kv heads have room: a part of a
+    /// group, or whole groups.
+    fn heads(group: usize, fit: usize, keys_fit: usize) -> (usize, usize) {
+        if fit < group {
+            return (1, fit);
+        }
+        let kv_heads = (fit / group).min(keys_fit).max(1);
+        (kv_heads, kv_heads * group)
     }
 
     /// What a lane sums into.
@@ -96,10 +144,14 @@ impl BackwardPlan {
         &self.sums[lane]
     }
 
-    /// Kernels that a call launches.
+    /// Kernels and fills that a call gives to the device.
     pub fn launches(&self) -> usize {
-        let Problem { num_q_heads, num_kv_heads, .. } = self.problem;
-        4 * num_kv_heads.div_ceil(self.kv_heads.max(1)) + 3 * num_q_heads * self.index.num_chunks + 2 * num_kv_heads
+        let Problem { num_kv_heads, .. } = self.problem;
+        let group = self.problem.gqa_group_size();
+        let turns = num_kv_heads.div_ceil(self.kv_heads_per_launch);
+        let of_queries = (self.kv_heads_per_launch * group).div_ceil(self.heads) * self.index.num_chunks;
+        let per_chunk = if self.query_partials { 3 } else { 4 };
+        1 + 3 * num_kv_heads.div_ceil(self.kv_heads) + turns * (4 + per_chunk * of_queries)
     }
 }
 
@@ -107,10 +159,13 @@ impl fmt::Display for BackwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "selected backward: {}; {} chunks of {} tiles, {} lanes, {} kv heads an index, {} launches; {}",
+            "selected backward{}: {}; {} chunks of {} tiles, {} query heads a launch, {} lanes, {} kv heads an index, \
+             {} launches; {}",
+            if self.deterministic { ", deterministic" } else { "" },
             self.problem,
             self.index.num_chunks,
             self.index.chunk_tiles,
+            self.heads,
             self.lanes,
             self.kv_heads,
             self.launches(),

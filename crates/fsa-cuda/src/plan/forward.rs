@@ -105,7 +105,7 @@ impl ForwardPlan {
     /// Kernels that a call launches.
     pub fn launches(&self) -> usize {
         let passes = (0..self.problem.num_kv_heads).step_by(self.kv_heads.max(1));
-        passes.map(|first| 4 + 2 * self.steps(self.pass(first).1.len())).sum()
+        1 + passes.map(|first| 3 + 2 * self.steps(self.pass(first).1.len())).sum::<usize>()
     }
 }
 

@@ -169,24 +169,26 @@ impl IndexPlan {
 
     /// The kernels' view of the index of the kv heads from `first_kv_head` on.
     ///
-    /// The kernels number kv heads from 0, the tables hold those of one pass: they are given where the table of kv
-    /// head 0 would start. No address before a table is ever used.
+    /// The kernels number kv heads from 0, the tables hold those of one pass: each is given where the part of kv head
+    /// 0 would start. No address before a table is ever used.
     pub(crate) fn index(
         &self,
         problem: &Problem,
         topk_indices: &DeviceSpan<'_>,
         first_kv_head: usize,
         workspace: &DeviceSpan<'_>,
-    ) -> (Index, Index) {
-        let regions = &self.regions;
-        let word = size_of::<i32>();
-        let built = Index {
-            topk_indices: topk_indices.address().offset(first_kv_head * problem.total_q * problem.topk * word),
-            plane: regions.plane.address(workspace),
-            entries: regions.entries.address(workspace),
-            row_info: regions.row_info.address(workspace),
-            units: regions.units.address(workspace),
-            unit_counts: regions.unit_counts.address(workspace),
+    ) -> Index {
+        let (regions, word) = (&self.regions, size_of::<i32>());
+        let table = |slot: Slot, head_bytes: usize| {
+            Address(slot.address(workspace).0.wrapping_sub((first_kv_head * head_bytes) as u64))
+        };
+        Index {
+            topk_indices: topk_indices.address(),
+            plane: table(regions.plane, self.num_subs * self.max_blocks * word),
+            entries: table(regions.entries, problem.total_q * self.slots * word),
+            row_info: table(regions.row_info, problem.total_q * word),
+            units: table(regions.units, self.num_chunks * self.max_units() * RECORD_BYTES),
+            unit_counts: table(regions.unit_counts, 2 * self.num_chunks * word),
             topk: problem.topk as i32,
             slots: self.slots as i32,
             lanes_per_row: problem.topk.next_power_of_two().min(LANES) as i32,
@@ -197,15 +199,6 @@ impl IndexPlan {
             window_blocks: self.window_blocks as i32,
             unit_entries: self.unit_entries as i32,
             full_units: self.full_units as i32,
-        };
-        let back = |address: Address, bytes: usize| Address(address.0.wrapping_sub((first_kv_head * bytes) as u64));
-        let used = Index {
-            entries: back(built.entries, problem.total_q * self.slots * word),
-            row_info: back(built.row_info, problem.total_q * word),
-            units: back(built.units, self.num_chunks * self.max_units() * RECORD_BYTES),
-            unit_counts: back(built.unit_counts, 2 * self.num_chunks * word),
-            ..built
-        };
-        (built, used)
+        }
     }
 }

@@ -12,6 +12,7 @@ mod workspace;
 mod tests;
 
 pub use backward::BackwardPlan;
+pub(crate) use backward::LaneSums;
 pub use forward::ForwardPlan;
 pub use index::IndexPlan;
 pub use workspace::{Slot, Workspace};
@@ -154,11 +155,14 @@ fn require(holds: bool, constraint: &str, got: &dyn fmt::Display, supported: &st
 pub struct PlanOptions {
     /// Scratch memory besides one copy of `topk_indices`.
     pub budget_bytes: usize,
+    /// Backward: equal bits for equal input. Costs time: sums that could be taken in any order are taken in one.
+    /// With blocks of 256 keys, gradients of queries may still differ in their last bits.
+    pub deterministic: bool,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        Self { budget_bytes: DEFAULT_BUDGET_BYTES }
+        Self { budget_bytes: DEFAULT_BUDGET_BYTES, deterministic: false }
     }
 }
 

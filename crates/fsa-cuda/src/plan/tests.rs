@@ -140,6 +140,7 @@ proptest! {
         block_size in proptest::sample::select(&BLOCK_SIZES),
         topk in 1usize..=MAX_TOPK,
         hopper in any::<bool>(),
+        deterministic in any::<bool>(),
     ) {
         let facts = if hopper { DeviceFacts::h200() } else { DeviceFacts::a100() };
         let problem = Problem {
@@ -157,7 +158,8 @@ proptest! {
         check_workspace(&plan.workspace)?;
         check_index(&problem, &plan.index, &facts)?;
         prop_assert!(plan.heads > 0 && plan.heads <= plan.kv_heads * group);
-        let plan = BackwardPlan::new(&problem, &facts, &PlanOptions::default());
+        let options = PlanOptions { deterministic, ..PlanOptions::default() };
+        let plan = BackwardPlan::new(&problem, &facts, &options);
         check_workspace(&plan.workspace)?;
         check_index(&problem, &plan.index, &facts)?;
     }

@@ -6,9 +6,10 @@ use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
 use crate::params::{BackwardParams, ConvertParams, Index, IndexParams, Layout};
-use crate::plan::{BackwardPlan, PlanOptions, Problem};
+use crate::plan::{BackwardPlan, LaneSums, PlanOptions, Problem};
 use crate::source::Kernel;
 use fsa_core::{Error, Result};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A planned backward with its kernels.
@@ -35,8 +36,10 @@ impl SelectedBackward {
     /// # Errors
     /// The kernels do not support the problem, or cannot be had.
     pub fn plan(kernels: &Arc<Kernels>, problem: &Problem, options: &PlanOptions) -> Result<Self> {
-        let specialisations =
-            [Kernel::Index, Kernel::Backward].map(|kernel| problem.specialisation(kernel, kernels.set()));
+        let backward = problem.specialisation(Kernel::Backward, kernels.set());
+        let partials = BackwardPlan::has_partials(problem, options);
+        let backward = if partials { backward.with_query_partials() } else { backward };
+        let specialisations = [problem.specialisation(Kernel::Index, kernels.set()), backward];
         let facts = kernels.device().facts();
         problem.check(facts, &specialisations)?;
         let plan = BackwardPlan::new(problem, facts, options);
@@ -84,43 +87,36 @@ impl SelectedBackward {
         let layout = self.plan.index.layout(problem, batch, &workspace);
         let set = self.kernels.lanes().take(context.stream)?;
         for first in (0..problem.num_kv_heads).step_by(self.plan.kv_heads) {
-            let kv_heads = self.plan.kv_heads.min(problem.num_kv_heads - first);
-            let (built, index) = self.plan.index.index(problem, &tensors.forward.topk_indices, first, &workspace);
-            let params = IndexParams { layout, index: built };
+            let end = (first + self.plan.kv_heads).min(problem.num_kv_heads);
+            let index = self.plan.index.index(problem, &tensors.forward.topk_indices, first, &workspace);
+            let params = IndexParams { layout, index, first_kv_head: first as i32 };
             if problem.total_q > 0 {
-                self.index.launch(context.stream, &self.plan.index, kv_heads, &params)?;
+                self.index.launch(context.stream, &self.plan.index, end - first, &params)?;
             }
             let pass = Pass { tensors, workspace, layout, index, softmax_scale };
             set.fork(context.stream, self.plan.lanes)?;
-            for lane in 0..self.plan.lanes {
-                self.clear(lane, &pass, &set.lanes[lane].main)?;
-            }
-            for kv_head in first..first + kv_heads {
-                let lane = (kv_head - first) % self.plan.lanes;
-                self.launch_kv_head(&pass, &set.lanes[lane].main, lane, kv_head)?;
+            for (turn, kv_head) in (first..end).step_by(self.plan.kv_heads_per_launch).enumerate() {
+                let lane = turn % self.plan.lanes;
+                let kv_heads = kv_head..(kv_head + self.plan.kv_heads_per_launch).min(end);
+                self.launch_kv_heads(&pass, &set.lanes[lane], self.plan.sums(lane), kv_heads)?;
             }
             set.join(context.stream, self.plan.lanes)?;
         }
         Ok(())
     }
 
-    /// Zeroes the sums of a lane; every conversion leaves them zero for the next.
-    fn clear(&self, lane: usize, pass: &Pass<'_>, stream: &Stream) -> Result<()> {
-        let sums = self.plan.sums(lane);
-        let partials = BackwardPlan::has_partials(&self.plan.problem);
-        let grad_query = (!partials).then_some(sums.grad_query);
-        let slots = [sums.grad_key, sums.grad_value].into_iter().chain(grad_query);
-        slots.into_iter().try_for_each(|slot| Ok(slot.span(&pass.workspace).fill(0, stream)?))
-    }
-
-    fn launch_kv_head(&self, pass: &Pass<'_>, stream: &Stream, lane: usize, kv_head: usize) -> Result<()> {
+    /// All gradients of some kv heads and their query heads.
+    fn launch_kv_heads(&self, pass: &Pass<'_>, stream: &Stream, sums: &LaneSums, kv_heads: Range<usize>) -> Result<()> {
         let (problem, tensors) = (&self.plan.problem, pass.tensors);
-        let (group, sums) = (problem.gqa_group_size(), self.plan.sums(lane));
+        let group = problem.gqa_group_size();
+        sums.grad_key.span(&pass.workspace).fill(0, stream)?;
+        sums.grad_value.span(&pass.workspace).fill(0, stream)?;
         if problem.total_q > 0 {
-            for head in kv_head * group..(kv_head + 1) * group {
-                for chunk in 0..self.plan.index.num_chunks {
-                    self.launch_chunk(pass, stream, lane, (head, chunk))?;
-                }
+            let end = kv_heads.end * group;
+            for head in (kv_heads.start * group..end).step_by(self.plan.heads) {
+                let heads = head..(head + self.plan.heads).min(end);
+                (0..self.plan.index.num_chunks)
+                    .try_for_each(|chunk| self.launch_chunk(pass, stream, sums, heads.clone(), chunk))?;
             }
         }
         let targets =
@@ -128,22 +124,54 @@ impl SelectedBackward {
         for (source, target, scale) in targets {
             let params = ConvertParams {
                 source: source.address(&pass.workspace),
+                source_stride: (problem.total_kv * problem.head_dim) as i64,
                 target: target.params(),
                 first_row: Address::default(),
                 end_row: Address::default(),
                 rows: problem.total_kv as i32,
-                head: kv_head as i32,
+                first_head: kv_heads.start as i32,
                 scale,
             };
-            self.backward.convert(stream, problem.total_kv, &params)?;
+            self.backward.convert(stream, problem.total_kv, kv_heads.len(), &params)?;
         }
         Ok(())
     }
 
-    fn launch_chunk(&self, pass: &Pass<'_>, stream: &Stream, lane: usize, (head, chunk): (usize, usize)) -> Result<()> {
-        let (plan, tensors, sums) = (&self.plan.index, pass.tensors, self.plan.sums(lane));
-        let rows = plan.chunk_rows(&self.plan.problem);
-        let params = BackwardParams {
+    fn launch_chunk(
+        &self,
+        pass: &Pass<'_>,
+        stream: &Stream,
+        sums: &LaneSums,
+        heads: Range<usize>,
+        chunk: usize,
+    ) -> Result<()> {
+        let (problem, plan) = (&self.plan.problem, &self.plan.index);
+        if !self.plan.query_partials {
+            sums.grad_query.span(&pass.workspace).fill(0, stream)?;
+        }
+        let params = self.chunk_params(pass, sums, heads.start, chunk);
+        self.backward.launch(stream, plan, heads.len(), &params)?;
+        if self.plan.query_partials {
+            return Ok(());
+        }
+        let rows = plan.chunk_rows(problem);
+        let params = ConvertParams {
+            source: params.grad_query,
+            source_stride: (rows * problem.head_dim) as i64,
+            target: params.grad_query_out,
+            first_row: plan.chunk_token(chunk, &pass.workspace),
+            end_row: plan.chunk_token(chunk + 1, &pass.workspace),
+            rows: 0,
+            first_head: params.first_head,
+            scale: params.scale,
+        };
+        Ok(self.backward.convert(stream, rows, heads.len(), &params)?)
+    }
+
+    fn chunk_params(&self, pass: &Pass<'_>, sums: &LaneSums, first_head: usize, chunk: usize) -> BackwardParams {
+        let (problem, tensors) = (&self.plan.problem, pass.tensors);
+        let grad_query = sums.grad_query.address(&pass.workspace);
+        BackwardParams {
             layout: pass.layout,
             index: pass.index,
             query: tensors.forward.query.params(),
@@ -154,30 +182,18 @@ impl SelectedBackward {
             lse: tensors.forward.lse.address(),
             grad_lse: tensors.grad_lse.map_or(Address::default(), |grad| grad.address()),
             row_stats: sums.row_stats.address(&pass.workspace),
-            grad_query: sums.grad_query.address(&pass.workspace),
-            partial: sums.grad_query.address(&pass.workspace),
+            grad_query,
+            partial: grad_query,
             grad_query_out: tensors.grad_query.params(),
             grad_key: sums.grad_key.address(&pass.workspace),
             grad_value: sums.grad_value.address(&pass.workspace),
+            total_kv: problem.total_kv as i64,
             scale_log2: pass.softmax_scale * LOG2_E,
             scale: pass.softmax_scale,
-            group_size: self.plan.problem.gqa_group_size() as i32,
+            group_size: problem.gqa_group_size() as i32,
             chunk: chunk as i32,
-            head: head as i32,
-        };
-        self.backward.launch(stream, plan, rows, &params)?;
-        if BackwardPlan::has_partials(&self.plan.problem) {
-            return Ok(());
+            first_head: first_head as i32,
+            rows: self.plan.index.chunk_rows(problem) as i32,
         }
-        let params = ConvertParams {
-            source: params.grad_query,
-            target: tensors.grad_query.params(),
-            first_row: plan.chunk_token(chunk, &pass.workspace),
-            end_row: plan.chunk_token(chunk + 1, &pass.workspace),
-            rows: 0,
-            head: head as i32,
-            scale: pass.softmax_scale,
-        };
-        Ok(self.backward.convert(stream, rows, &params)?)
     }
 }

@@ -5,7 +5,6 @@ use crate::attend::AttendKernel;
 use crate::driver::{DeviceBatch, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
-use crate::lanes::LaneSet;
 use crate::params::{AttendParams, Index, IndexParams, Layout, ReduceParams};
 use crate::plan::{ForwardPlan, PlanOptions, Problem};
 use crate::reduce::ReduceKernel;
@@ -89,8 +88,8 @@ impl SelectedForward {
         for first in (0..problem.num_kv_heads).step_by(self.plan.kv_heads) {
             let (kv_heads, heads) = self.plan.pass(first);
             let indices = &tensors.topk_indices;
-            let (built, index) = self.plan.index.index(problem, indices, first, &context.workspace);
-            let params = IndexParams { layout, index: built };
+            let index = self.plan.index.index(problem, indices, first, &context.workspace);
+            let params = IndexParams { layout, index, first_kv_head: first as i32 };
             self.index.launch(context.stream, &self.plan.index, kv_heads, &params)?;
             let pass = Pass { tensors, context, layout, index, scale_log2: softmax_scale * LOG2_E };
             self.launch_pass(&pass, heads)?;
@@ -116,25 +115,11 @@ impl SelectedForward {
         set.fork(stream, self.plan.buffers)?;
         for (number, step) in steps.enumerate() {
             let count = (heads.end - step.0).min(self.plan.heads);
-            self.launch_step(pass, &set, number % self.plan.buffers, step, count)?;
+            let buffer = number % self.plan.buffers;
+            self.attend(pass, &set.lanes[buffer], step, count, buffer)?;
+            self.reduce(pass, &set.lanes[buffer], step, count, buffer)?;
         }
         Ok(set.join(stream, self.plan.buffers)?)
-    }
-
-    /// The reduce of a chunk goes ahead of the waiting CTAs of the next attend: it waits for memory, they multiply.
-    fn launch_step(
-        &self,
-        pass: &Pass<'_>,
-        set: &LaneSet,
-        buffer: usize,
-        step: (usize, usize),
-        heads: usize,
-    ) -> Result<()> {
-        let lane = &set.lanes[buffer];
-        self.attend(pass, &lane.main, step, heads, buffer)?;
-        lane.to_urgent()?;
-        self.reduce(pass, &lane.urgent, step, heads, buffer)?;
-        Ok(lane.to_main()?)
     }
 
     fn attend(

@@ -18,17 +18,15 @@ ScoreHeads = Literal["group_sum", "first_head"]
 
 def _library(**arrays: Any) -> Any:
     """The module that computes on this kind of array. The first array decides; ``None`` is none."""
-    if isinstance(next(iter(arrays.values())), np.ndarray):
-        library, kind = _numpy, np.ndarray
-    else:
-        library, kind = _torch_library(*next(iter(arrays.items())))
+    first, array = next(iter(arrays.items()))
+    library, kind = (_numpy, np.ndarray) if isinstance(array, np.ndarray) else _torch_library(first, array)
     for name, array in arrays.items():
         if array is not None and not isinstance(array, kind):
             raise TypeError(f"{name}: expected {_name(kind)}, as the first argument, got {_name(type(array))}")
     return library
 
 
-def _torch_library(name: str, array: Any) -> tuple[Any, type]:
+def _torch_library(name: str, array: Any) -> tuple[Any, Any]:
     """The PyTorch half of the package, imported when the first argument that is no NumPy array comes."""
     try:
         from . import _torch
@@ -124,8 +122,8 @@ def _rope(theta: float | None, scaling: Mapping[str, Any] | None) -> list[float]
     return [float(theta), *(float(scaling[name]) for name in _LLAMA3)]
 
 
-def _result(out: Any, lse: Any, return_lse: bool) -> Any:
-    return (out, lse) if return_lse else out
+def _result(outputs: tuple[Any, Any], return_lse: bool) -> Any:
+    return outputs if return_lse else outputs[0]
 
 
 def selected_attn_varlen_func(
@@ -179,7 +177,7 @@ def selected_attn_varlen_func(
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k=k, v=v, topk_indices=topk_indices, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     stage = (_hts(layout, topk_indices), _size("block_size", block_size), bool(validate))
-    return _result(*library.attention(stage, packed, _scale(softmax_scale)), return_lse)
+    return _result(library.attention(stage, packed, _scale(softmax_scale)), return_lse)
 
 
 def window_attn_varlen_func(
@@ -202,7 +200,7 @@ def window_attn_varlen_func(
     """
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    return _result(*library.attention((_window(window_size),), packed, _scale(softmax_scale)), return_lse)
+    return _result(library.attention((_window(window_size),), packed, _scale(softmax_scale)), return_lse)
 
 
 def dense_attn_varlen_func(
@@ -223,7 +221,7 @@ def dense_attn_varlen_func(
     """
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    return _result(*library.attention((), packed, _scale(softmax_scale)), return_lse)
+    return _result(library.attention((), packed, _scale(softmax_scale)), return_lse)
 
 
 def compress_kv(

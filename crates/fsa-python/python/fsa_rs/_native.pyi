@@ -24,9 +24,7 @@ NsaInputs: TypeAlias = tuple[Packed, Array, Parameters, Parameters]
 
 __version__: str
 
-def attention(
-    stage: Stage, inputs: Packed, softmax_scale: float | None, outputs: tuple[Array, Array]
-) -> None: ...
+def attention(stage: Stage, inputs: Packed, softmax_scale: float | None, outputs: tuple[Array, Array]) -> None: ...
 def attention_backward(
     stage: Stage,
     inputs: Packed,
@@ -55,9 +53,7 @@ def compress_backward(
     grad_out: Array,
     grads: tuple[Array, Array | None, Array | None],
 ) -> None: ...
-def nsa(
-    options: Options, inputs: NsaInputs, outputs: tuple[Array, Array], state: Sequence[Array]
-) -> None: ...
+def nsa(options: Options, inputs: NsaInputs, outputs: tuple[Array, Array], state: Sequence[Array]) -> None: ...
 def nsa_backward(
     options: Options,
     inputs: NsaInputs,

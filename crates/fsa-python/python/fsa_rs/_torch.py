@@ -213,9 +213,15 @@ def _compress_backward(
     grad_out: Tensor,
 ) -> list[Tensor]:
     grads = _allocate_compress_grads(name, geometry, input, cu_seqlens_k, weight, position, grad_out)
-    given = (*grads, None, None)[:3]
-    inputs = (input, cu_seqlens_k)
-    _native.compress_backward(name, (geometry[0], geometry[1]), inputs, (weight, position), grad_out, given)
+    grad_input, grad_weight, grad_position = (*grads, None, None)[:3]
+    _native.compress_backward(
+        name,
+        (geometry[0], geometry[1]),
+        (input, cu_seqlens_k),
+        (weight, position),
+        grad_out,
+        (grad_input, grad_weight, grad_position),
+    )
     return grads
 
 
@@ -230,9 +236,7 @@ def _differentiate_compress(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, 
     return None, None, grad_input, None, grad_weight, grad_position
 
 
-_COMPRESS = torch.library.custom_op(
-    "fsa_rs::compress", _compress, mutates_args=(), schema=f"({COMPRESS}) -> Tensor"
-)
+_COMPRESS = torch.library.custom_op("fsa_rs::compress", _compress, mutates_args=(), schema=f"({COMPRESS}) -> Tensor")
 _COMPRESS.register_fake(_allocate_compressed)
 _COMPRESS.register_autograd(_differentiate_compress, setup_context=_save_compress)
 

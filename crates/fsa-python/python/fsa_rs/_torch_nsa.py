@@ -87,9 +87,7 @@ def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return (*_spread(inputs, found), None, None, None, None)
 
 
-_NSA = torch.library.custom_op(
-    "fsa_rs::nsa", _nsa, mutates_args=(), schema=f"({ARGUMENTS}, bool save) -> Tensor[]"
-)
+_NSA = torch.library.custom_op("fsa_rs::nsa", _nsa, mutates_args=(), schema=f"({ARGUMENTS}, bool save) -> Tensor[]")
 _NSA.register_fake(_allocate)
 _NSA.register_autograd(_differentiate, setup_context=_save)
 
