@@ -95,6 +95,8 @@ def check_all_backward():
     ok &= check_backward("block 256", [0, 1500], [0, 1500], 2, 1, block_size=256, topk=4)
     for d in (64, 96, 192, 256):
         ok &= check_backward(f"head_dim {d}", [0, 700], [0, 700], 2, 1, d=d, topk=6)
+    ok &= check_backward("head_dim 256, block 128", [0, 900], [0, 900], 2, 1, d=256, block_size=128, topk=4)
+
     def unseen_nan(q, k, v, ids):       # keys of the own block that only later rows see, and a block nobody lists
         return q, k, v, torch.where(ids == 3, -1, ids).contiguous()
     ok &= check_backward("unlisted block", [0, 700], [0, 700], 2, 1, topk=6, twist=unseen_nan)
@@ -219,7 +221,7 @@ def tune_backward():
         ids = cases.select(cu, cu, hk, topk, block_size, kind)
         out, lse = Selected(q, k, v, ids, block_size).forward()
         grad_out, grads = torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]
-        for options in (dict(), dict(unit_entries=1024), dict(unit_entries=4096)):
+        for options in (dict(), dict(query_partials=1), dict(unit_entries=1024)):
             op = SelectedBackward(q, k, v, ids, block_size, **options)
             print(f"bwd {hq}/{hk} ({block_size},{topk}) {options} {time_graph(lambda: op.backward(out, lse, grad_out, grads), 5):.3f} ms scratch {op.backward_scratch_bytes / 2**20:.0f} MiB", flush=True)
             del op

@@ -184,8 +184,10 @@ class SelectedBackward(Selected):
         p, group, module = self.plan, self.hq // self.hk, Module.get("backward_sm90.cuh", self.defines)
         main = torch.cuda.current_stream()
         cta_keys, total_kv = 64 if self.block_size <= 64 else 128, self.k.shape[0]
-        narrow = self.block_size <= 64 and self.d in (64, 128, 256) and not self.query_partials     # which main kernel: see backward_sm90.cuh
+        narrow = self.d == 256 and not self.query_partials      # which main kernel: see backward_sm90.cuh
+        cta_keys = 64 if narrow else cta_keys
         threads = 256 if narrow else 128 * (cta_keys // 64)
+        parts = ceil_div(self.block_size, 64 if narrow else 128)
         shared = 2 * self.tile_bytes(cta_keys) + 4 * self.tile_bytes(TILE) + (2 if narrow else cta_keys // 64) * 8192
         for stream in self.side:
             stream.wait_stream(main)
@@ -216,7 +218,7 @@ class SelectedBackward(Selected):
                                          self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(), total_kv, self.scale * math.log2(math.e), self.scale, group,
                                          chunk, head, self.rows)
                     module.launch("backward_delta", (ceil_div(self.rows, 8), heads, 1), 256, 0, a, stream)
-                    module.launch("backward", (p.full_units + p.max_blocks, ceil_div(self.block_size, 128), heads), threads, shared, a, stream)
+                    module.launch("backward", (p.full_units + p.max_blocks, parts, heads), threads, shared, a, stream)
                     if self.query_partials:
                         module.launch("backward_merge", (ceil_div(self.rows, 256 // (self.d // 8)), heads, 1), 256, 0, a, stream)
                     else:

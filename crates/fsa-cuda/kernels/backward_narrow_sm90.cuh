@@ -1,8 +1,10 @@
-// WHAT   The main kernel of backward_sm90.cuh for blocks of at most 64 keys: the same five products with twice the warps. Two
-//        warpgroups share a 64-key, 64-row tile. For scores and dS each takes half of the rows, for the three sums half of the columns, so
-//        a thread holds 64 accumulators instead of 128 and four warps per scheduler hide each other's latency.
-// GRID   (units of the chunk, 1, query heads).
-// SMEM   key and value tiles, two stages of query and grad_out tiles, P^T, dS^T; with 1 KB of row statistics exactly half an SM.
+// WHAT   The main kernel of backward_sm90.cuh for head_dim 256, where the sums of the wide kernel (512 accumulators per thread and
+//        more) do not fit: the same five products with twice the warps. Two warpgroups share a 64-key, 64-row tile. For scores and dS each
+//        takes half of the rows, for the three sums half of the columns. At head_dim 128 it fits 128 registers and two ctas per SM, and is
+//        10 % slower than the wide kernel all the same (docs/kernels/backward.md), so it is not used there.
+// GRID   (units of the chunk, parts of a block of 64 keys, query heads).
+// ROLES  Two warpgroups; all eight warps gather.
+// SMEM   key and value tiles, two stages of query and grad_out tiles, P^T, dS^T.
 // SYNC   cp.async group per row tile. Two barriers per tile: tile arrived (and everything of the previous one free), P^T and dS^T written.
 #pragma once
 
@@ -13,6 +15,7 @@ constexpr int NARROW_WARP_ROWS = TILE_ROWS / (NARROW_THREADS / 32);
 constexpr int NARROW_CTAS = HEAD_DIM <= 128 ? 2 : 1;
 typedef f32 NarrowScores[NARROW_ROWS / 2];
 typedef f32 NarrowSums[NARROW_COLUMNS / 2];
+static_assert(!QUERY_PARTIALS, "partials: see the wide kernel");
 static_assert(HEAD_DIM == 64 || HEAD_DIM % 128 == 0, "half of the columns starts at a half tile or stays inside one");
 
 // Adds a thread's two rows of sums to f32 rows in fragment order; the pointers include column and lane.
@@ -44,7 +47,8 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
     const Unit unit = index.units[list * (index.full_units + index.max_blocks) + blockIdx.x];
     const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
     if (!unit_exists(index, list, blockIdx.x)) return;
-    const int keys = unit.valid_keys;
+    const int part = blockIdx.y * 64, keys = min_i(64, unit.valid_keys - part);
+    if (keys <= 0) return;
     const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, half = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     const char *queries = tensor_row(p.query, chunk_token, head), *grads = tensor_row(p.grad_out, chunk_token, head);
@@ -57,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
     auto tile_entry = [&](int row) { return row < unit.entry_count ? __ldg(entries + row) : NO_ENTRY; };
     auto gather_entry = [&](int first) { return tile_entry(first + warp * NARROW_WARP_ROWS + lane % NARROW_WARP_ROWS); };
     // Keys up to the limit are visible to the row; a row that does not exist has probability zero anyway.
-    auto row_limit = [&](u32 entry) { return entry == NO_ENTRY ? 64 : min_i((int)(entry & 0xffffffu) + chunk_token - unit.first_token, keys - 1); };
+    auto row_limit = [&](u32 entry) { return entry == NO_ENTRY ? 64 : min_i((int)(entry & 0xffffffu) + chunk_token - unit.first_token - part, keys - 1); };
     auto start_tile = [&](int stage, u32 entry) {
         const int token = entry == NO_ENTRY ? -1 : (int)(entry & 0xffffffu);    // relative to the chunk
         gather_rows<NARROW_WARP_ROWS, true>(stages + stage * STAGE_BYTES, queries, query_row_bytes, grads, grad_row_bytes, token, warp * NARROW_WARP_ROWS);
@@ -76,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
 
     const u32 first_entry = gather_entry(0);
     u32 next_entry = gather_entry(TILE_ROWS);
-    copy_rows<64, NARROW_THREADS>(key_tile, p.key, kv_head, unit.kv_row, keys);
-    copy_rows<64, NARROW_THREADS>(value_tile, p.value, kv_head, unit.kv_row, keys);
+    copy_rows<64, NARROW_THREADS>(key_tile, p.key, kv_head, unit.kv_row + part, keys);
+    copy_rows<64, NARROW_THREADS>(value_tile, p.value, kv_head, unit.kv_row + part, keys);
     bool masked = start_tile(0, first_entry), keys_clean = false;
     NarrowSums grad_key, grad_value;
     FSA_UNROLL for (int i = 0; i < NARROW_COLUMNS / 2; ++i) grad_key[i] = grad_value[i] = 0.0f;
@@ -156,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
         wgmma_pin(grad_value);
     }
 
-    const i64 first = ((kv_head - p.first_head / p.group_size) * p.total_kv + unit.kv_row + row) * HEAD_DIM + half * NARROW_COLUMNS + (lane & 3) * 4;
+    const i64 first = ((kv_head - p.first_head / p.group_size) * p.total_kv + unit.kv_row + part + row) * HEAD_DIM + half * NARROW_COLUMNS + (lane & 3) * 4;
     if (row < keys) {       // a second row that does not exist has sums of zero
         const i64 second = row + 8 < keys ? first + 8 * HEAD_DIM : first;
         add_sums(p.grad_key + first, p.grad_key + second, grad_key);

@@ -196,7 +196,7 @@ FSA_DEVICE void score_gradients(f32 (&dp)[32], const f32 (&probability)[32], con
 }
 
 // Which main kernel: the host knows the same rule.
-#define FSA_BACKWARD_NARROW (FSA_BLOCK_SIZE <= 64 && (FSA_HEAD_DIM == 64 || FSA_HEAD_DIM == 128 || FSA_HEAD_DIM == 256) && !FSA_QUERY_PARTIALS)
+#define FSA_BACKWARD_NARROW (FSA_HEAD_DIM == 256 && !FSA_QUERY_PARTIALS)
 #if FSA_BACKWARD_NARROW
 #include "backward_narrow_sm90.cuh"
 #else

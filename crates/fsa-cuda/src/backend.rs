@@ -10,7 +10,7 @@ use crate::plan::{PlanOptions, Problem};
 use crate::selected::{BackwardTensors, ForwardTensors, LaunchContext, SelectedBackward, SelectedForward, TensorSpan};
 use crate::source::HEAD_DIMS;
 use fsa_core::{
-    AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionShape, AttentionStage, Backend,
+    AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionShape, AttentionStage, Backend, Batch,
     CombineArgs, CombineGrads, CompressArgs, CompressGrads, Error, NsaArgs, NsaForward, NsaGrads, NsaSaved, Result,
     RopeArgs, SelectArgs, Stage, TensorView, TensorViewMut,
 };
@@ -117,7 +117,7 @@ impl CudaBackend {
         let workspace = self.poisoned("workspace", planned.workspace_bytes(), &stream)?;
         let context = LaunchContext { stream: &stream, workspace: workspace.span() };
         planned.launch(&context, &tensors.batch.get(), &tensors.forward(&call.problem), call.scale())?;
-        download(&tensors.out, call.rows_of_query(), &mut output.out, 1.0, &stream)?;
+        download(&tensors.out, call.rows(), &mut output.out, 1.0, &stream)?;
         download(&tensors.lse, Rows::plain(call.problem.total_q), &mut output.lse, 1.0, &stream)
     }
 
@@ -148,9 +148,9 @@ impl CudaBackend {
         };
         let context = LaunchContext { stream: &stream, workspace: workspace.span() };
         planned.launch(&context, &tensors.batch.get(), &backward, call.scale())?;
-        download(&grad_query, call.rows_of_query(), &mut grads.grad_query, call.sign, &stream)?;
-        download(&grad_key, call.rows_of_key(), &mut grads.grad_key, 1.0, &stream)?;
-        download(&grad_value, call.rows_of_key(), &mut grads.grad_value, 1.0, &stream)
+        download(&grad_query, call.rows(), &mut grads.grad_query, call.sign, &stream)?;
+        download(&grad_key, call.rows(), &mut grads.grad_key, 1.0, &stream)?;
+        download(&grad_value, call.rows(), &mut grads.grad_value, 1.0, &stream)
     }
 }
 
@@ -172,6 +172,24 @@ impl Uploaded {
     }
 }
 
+/// The kernels read positions and keys from prefix sums, which say less than a batch can hold.
+fn check_batch(batch: &Batch) -> Result<()> {
+    let (mut q, mut kv) = (0, 0);
+    for (number, sequence) in batch.sequences().iter().enumerate() {
+        let packed = sequence.query_rows.start == q && sequence.kv_rows.start == kv;
+        let aligned = sequence.first_position + sequence.query_len() == sequence.kv_len();
+        if !packed || (!aligned && sequence.query_len() > 0) {
+            return Err(Error::Unsupported {
+                constraint: format!("sequence {number} on CUDA"),
+                got: format!("{sequence:?}"),
+                supported: "packed sequences whose query rows are the last of their keys".into(),
+            });
+        }
+        (q, kv) = (sequence.query_rows.end, sequence.kv_rows.end);
+    }
+    Ok(())
+}
+
 impl<'a> Call<'a> {
     /// Checks the arguments. Rows are padded with zeros to the next dimension that the kernels have.
     fn new(stage: &'a AttentionStage<'a>, args: &'a AttentionArgs<'a>) -> Result<Self> {
@@ -179,6 +197,7 @@ impl<'a> Call<'a> {
             return unsupported(stage.stage());
         };
         let shape = args.shape(stage)?;
+        check_batch(args.batch)?;
         let larger = shape.head_dim.max(shape.value_dim);
         // `shape` refuses more than the largest.
         let dim = HEAD_DIMS.into_iter().find(|dim| *dim >= larger).unwrap_or(larger);
@@ -191,11 +210,8 @@ impl<'a> Call<'a> {
         self.args.scale().abs()
     }
 
-    fn rows_of_query(&self) -> Rows {
-        Rows::padded(self.problem.head_dim)
-    }
-
-    fn rows_of_key(&self) -> Rows {
+    /// Vectors on the device are padded to the kernels' dimension.
+    fn rows(&self) -> Rows {
         Rows::padded(self.problem.head_dim)
     }
 }
@@ -263,5 +279,19 @@ impl Backend for CudaBackend {
 
     fn workspace_bytes(&self, _: &NsaArgs<'_>) -> Result<usize> {
         unsupported(Stage::Nsa)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_that_prefix_sums_cannot_say_is_refused() {
+        let batch = Batch::from_cu_seqlens(&[0, 3, 3, 8], &[0, 10, 10, 15]).expect("valid");
+        assert!(check_batch(&batch).is_ok());
+        assert!(check_batch(&batch.slice_queries(2..8)).is_ok(), "the last rows of each sequence");
+        let error = check_batch(&batch.slice_queries(2..5)).expect_err("the first rows of the last sequence");
+        assert!(error.to_string().contains("sequence 2 on CUDA"), "{error}");
     }
 }

@@ -17,10 +17,12 @@ pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
     ("backward_convert", "ConvertParams"),
 ];
 
-/// Keys of a warpgroup.
-const GROUP_KEYS: usize = 64;
+/// Keys that a score tile covers.
+const TILE_KEYS: usize = 64;
 /// Most keys of a CTA; a larger block is cut into parts.
 const MAX_CTA_KEYS: usize = 128;
+/// Threads of a warpgroup.
+const WARPGROUP: usize = 128;
 /// Rows that a CTA of `backward_delta` takes, one per warp.
 const DELTA_ROWS: usize = 8;
 /// Elements that a thread of `backward_merge` and of `backward_convert` takes.
@@ -29,26 +31,48 @@ const CONVERT_ELEMENTS: usize = 4;
 /// Threads of the small kernels.
 const SMALL_THREADS: usize = 256;
 
-fn cta_keys(block_size: usize) -> usize {
-    block_size.clamp(GROUP_KEYS, MAX_CTA_KEYS)
+/// The main kernel of the file: there are two.
+struct Main {
+    /// Two warpgroups share 64 keys, so that the sums of the largest heads fit into registers; else there is one
+    /// warpgroup per 64 keys.
+    is_narrow: bool,
+    /// Keys of a CTA, padded.
+    cta_keys: usize,
+    threads: usize,
+    /// Tiles of score gradients, and of probabilities where they pass through shared memory.
+    score_tiles: usize,
 }
 
-/// Shared memory of a CTA: key and value tiles, two stages of query and gradient tiles, a tile of score gradients
-/// per warpgroup.
+impl Main {
+    fn of(specialisation: &Specialisation) -> Self {
+        if specialisation.head_dim == 256 && !specialisation.query_partials {
+            return Self { is_narrow: true, cta_keys: TILE_KEYS, threads: 2 * WARPGROUP, score_tiles: 2 };
+        }
+        let cta_keys = specialisation.block_size.clamp(TILE_KEYS, MAX_CTA_KEYS);
+        let groups = cta_keys / TILE_KEYS;
+        Self { is_narrow: false, cta_keys, threads: groups * WARPGROUP, score_tiles: groups }
+    }
+}
+
+/// Shared memory of a CTA: key and value tiles, two stages of query and gradient tiles, score tiles.
 pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
-    let Specialisation { head_dim, block_size, .. } = *specialisation;
-    let keys = cta_keys(block_size);
-    let score_gradients = keys / GROUP_KEYS * tile_bytes(GROUP_KEYS, 64);
-    2 * tile_bytes(keys, head_dim) + 4 * tile_bytes(TILE_ROWS, head_dim) + score_gradients
+    let (main, head_dim) = (Main::of(specialisation), specialisation.head_dim);
+    let scores = main.score_tiles * tile_bytes(TILE_KEYS, TILE_KEYS);
+    2 * tile_bytes(main.cta_keys, head_dim) + 4 * tile_bytes(TILE_ROWS, head_dim) + scores
 }
 
 /// What the kernel file must agree with.
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
-    let keys = cta_keys(specialisation.block_size);
+    let main = Main::of(specialisation);
+    let (smem, threads) = if main.is_narrow {
+        ("2 * RowTile::BYTES + 2 * STAGE_BYTES + 2 * DS_BYTES", "NARROW_THREADS")
+    } else {
+        ("2 * KeyTile::BYTES + 2 * STAGE_BYTES + GROUPS * DS_BYTES", "THREADS")
+    };
     vec![
-        ("2 * KeyTile::BYTES + 2 * STAGE_BYTES + GROUPS * DS_BYTES", smem_bytes(specialisation)),
-        ("THREADS", 128 * keys / GROUP_KEYS),
-        ("KEYS_PER_PART", specialisation.block_size.min(MAX_CTA_KEYS)),
+        ("(FSA_BACKWARD_NARROW)", usize::from(main.is_narrow)),
+        (smem, smem_bytes(specialisation)),
+        (threads, main.threads),
     ]
 }
 
@@ -86,9 +110,10 @@ impl BackwardKernels {
             |ctas: usize| LaunchDims { grid: [ctas as u32, heads, 1], threads: SMALL_THREADS as u32, smem_bytes: 0 };
         self.delta.launch(stream, small(rows.div_ceil(DELTA_ROWS)), params)?;
         let Specialisation { head_dim, block_size, query_partials, .. } = self.specialisation;
+        let main = Main::of(&self.specialisation);
         let dims = LaunchDims {
-            grid: [plan.max_units() as u32, block_size.div_ceil(MAX_CTA_KEYS) as u32, heads],
-            threads: (128 * cta_keys(block_size) / GROUP_KEYS) as u32,
+            grid: [plan.max_units() as u32, block_size.div_ceil(main.cta_keys) as u32, heads],
+            threads: main.threads as u32,
             smem_bytes: smem_bytes(&self.specialisation) as u32,
         };
         self.backward.launch(stream, dims, params)?;

@@ -42,3 +42,8 @@ pub use backend::CudaBackend;
 pub use environment::{Environment, VARIABLES};
 pub use error::CudaError;
 pub use kernels::Kernels;
+
+/// The example of the README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExample;

@@ -162,14 +162,17 @@ fn edges(case: &Case) -> Vec<usize> {
     let NsaConfig { kernel_size: l, kernel_stride: s, block_size: b, window_size: w, .. } = case.config;
     let around_blocks = [b - 1, b, b + 1, 2 * b - 1, 2 * b, 2 * b + 1, 3 * b + 7];
     let around_windows = [l - 1, l, l + 1, l + s - 1, l + s, l + s + 1, l + 4 * s, l + 9 * s + 3];
+    // More compressed keys than a backend is likely to take at once: what it carries from one tile of 64 or 128
+    // to the next shows only here. `fit` then leaves few query rows.
+    let beyond_tiles = [65 * s + l, 131 * s + l + 3];
     let mut edges = vec![1, 2];
     match case.stage {
         Stage::Selected => edges.extend(around_blocks),
         Stage::Window if w < 256 => edges.extend([w.max(1), w + 1, w + 2, 2 * w + 3, 65, 130]),
-        Stage::Compress | Stage::Compressed => edges.extend(around_windows),
+        Stage::Compress => edges.extend(around_windows),
+        Stage::Compressed => edges.extend(around_windows.into_iter().chain(beyond_tiles)),
         Stage::Select | Stage::Nsa => {
-            edges.extend(around_windows);
-            edges.extend(around_blocks);
+            edges.extend(around_windows.into_iter().chain(around_blocks).chain(beyond_tiles));
             // More candidates than slots: otherwise scores decide nothing.
             if b <= 64 {
                 edges.extend([8 * b, 9 * b - 1, 12 * b + 5]);
@@ -203,9 +206,15 @@ fn set_lengths(case: &mut Case, dealer: &mut Dealer) {
         _ => vec![(0, 0), (3, 3), (1, 2), (0, 1), (n, n)],
     };
     (case.query_lens, case.kv_lens) = lengths.into_iter().unzip();
+    let config = &mut case.config;
+    let longest = case.kv_lens.iter().copied().max().unwrap_or(0);
+    if matches!(case.stage, Stage::Select | Stage::Nsa) && longest > 64 * config.kernel_stride {
+        // Many more candidates than slots, so that a wrong score changes the list.
+        config.block_size = config.block_size.min(64);
+        config.topk = config.topk.min(config.init_blocks + config.local_blocks + 3).max(1);
+    }
     if case.stage == Stage::Select && case.hostile == Hostile::Peaked {
         // All scores but those around the peak are 0, and far more blocks than slots: ties decide.
-        let config = &mut case.config;
         config.block_size = config.block_size.min(32);
         config.topk = config.topk.min(config.init_blocks + config.local_blocks + 2).max(1);
         case.kv_lens = vec![12 * config.block_size + 5];

@@ -1,4 +1,4 @@
-// Scalar helpers, and packing of two 16-bit floats.
+// Scalar functions, and packing of two 16-bit floats.
 #pragma once
 #include "base/types.cuh"
 

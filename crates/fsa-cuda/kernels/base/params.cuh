@@ -18,7 +18,7 @@ struct __align__(16) Unit {
     i32 block;          // global number of the block
     i32 entry_begin;    // first entry, relative to the entries of this (kv head, chunk)
     i32 entry_count;
-    i32 split;          // -1: the block has this unit only; else its number among the split blocks
+    i32 split;          // -1; reserved for the number of a block that was cut into several units
     i32 reserved;
 };
 

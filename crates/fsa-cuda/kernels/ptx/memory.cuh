@@ -43,6 +43,9 @@ FSA_DEVICE void copy_async(u32 shared, const void* global, int bytes) {
 FSA_DEVICE void copy_async(u32 shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
+FSA_DEVICE void copy_async4(u32 shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
 FSA_DEVICE void copy_async8(u32 shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
 }

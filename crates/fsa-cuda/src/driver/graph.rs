@@ -30,19 +30,25 @@ impl<'a> Graph<'a> {
         let mut graph = std::ptr::null_mut();
         // SAFETY: ends the capture begun above; `graph` outlives the call.
         let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(stream.raw(), &mut graph) });
+        let mut raw = std::ptr::null_mut();
+        let mut instantiated = Ok(());
+        if !graph.is_null() {
+            // SAFETY: `graph` was just captured; 0 asks for nothing special.
+            let status = unsafe { sys::cuGraphInstantiateWithFlags(&mut raw, graph, 0) };
+            instantiated = check("cuGraphInstantiate", status);
+            // SAFETY: the instance keeps what it needs, and nothing else names the graph.
+            ignore(unsafe { sys::cuGraphDestroy(graph) });
+        }
+        let captured = Self { device: Arc::clone(stream.device()), raw, named: PhantomData };
         result?;
         ended?;
-        let mut raw = std::ptr::null_mut();
-        // SAFETY: `graph` was just captured; 0 asks for nothing special.
-        let status = unsafe { sys::cuGraphInstantiateWithFlags(&mut raw, graph, 0) };
-        // SAFETY: the instance keeps what it needs, and nothing else names the graph.
-        ignore(unsafe { sys::cuGraphDestroy(graph) });
-        check("cuGraphInstantiate", status)?;
-        Ok(Self { device: Arc::clone(stream.device()), raw, named: PhantomData })
+        instantiated?;
+        Ok(captured)
     }
 
     /// Runs the recorded work, in the order of the stream.
     pub fn launch(&self, stream: &Stream) -> Result<()> {
+        let _bound = self.device.bind()?;
         // SAFETY: graph and stream live while the borrows do, and what the graph names as long as the graph.
         check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.raw, stream.raw()) })
     }
@@ -50,6 +56,9 @@ impl<'a> Graph<'a> {
 
 impl Drop for Graph<'_> {
     fn drop(&mut self) {
+        if self.raw.is_null() {
+            return;
+        }
         if let Ok(_bound) = self.device.bind() {
             // SAFETY: `capture` made it; work in flight still completes.
             ignore(unsafe { sys::cuGraphExecDestroy(self.raw) });

@@ -44,12 +44,14 @@ impl Stream {
 
     /// Waits until everything given to it is done.
     pub fn synchronize(&self) -> Result<()> {
-        // SAFETY: the stream lives while `self` does.
+        let _bound = self.device.bind()?;
+        // SAFETY: the context is current, and the stream lives while `self` does.
         check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.raw) })
     }
 
     /// True while what it is given is recorded into a graph instead of run.
     pub fn is_capturing(&self) -> Result<bool> {
+        let _bound = self.device.bind()?;
         let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         // SAFETY: the stream lives while `self` does, and `status` outlives the call.
         check("cuStreamIsCapturing", unsafe { sys::cuStreamIsCapturing(self.raw, &mut status) })?;

@@ -1,10 +1,11 @@
 //! The plan of the backward: sums per lane, some heads and one chunk at a time.
 
 use super::index::{IndexInput, max_tiles, slots, sub_tiles};
-use super::{IndexPlan, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass};
+use super::{IndexPlan, MAX_CTA_SMEM_BYTES, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass};
+use crate::arch::KernelSet;
 use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
-use crate::source::MAX_PARTIALS_BLOCK;
+use crate::source::{Kernel, MAX_PARTIALS_BLOCK};
 use serde::Serialize;
 use std::fmt;
 
@@ -75,9 +76,12 @@ impl BackwardPlan {
         chosen.unwrap_or_else(|| Self::with(problem, facts, options, least))
     }
 
-    /// A call that must be repeatable merges partials where a block is not cut into parts.
+    /// A call that must be repeatable merges partials, where the kernel that writes them can be had.
     pub(crate) fn has_partials(problem: &Problem, options: &PlanOptions) -> bool {
-        options.deterministic && problem.block_size <= MAX_PARTIALS_BLOCK
+        let partials = problem.specialisation(Kernel::Backward, KernelSet::Sm90).with_query_partials();
+        options.deterministic
+            && problem.block_size <= MAX_PARTIALS_BLOCK
+            && partials.smem_bytes(1) <= MAX_CTA_SMEM_BYTES
     }
 
     fn with(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions, choice: Choice) -> Self {

@@ -156,7 +156,7 @@ pub struct PlanOptions {
     /// Scratch memory besides one copy of `topk_indices`.
     pub budget_bytes: usize,
     /// Backward: equal bits for equal input. Costs time: sums that could be taken in any order are taken in one.
-    /// With blocks of 256 keys, gradients of queries may still differ in their last bits.
+    /// With blocks of 256 keys, and of 128 at head_dim 256, gradients of queries may still differ in their last bits.
     pub deterministic: bool,
 }
 
