@@ -1,7 +1,9 @@
 //! The plan of the backward: sums per lane, some heads and one chunk at a time.
 
 use super::index::{IndexInput, max_tiles, slots, sub_tiles};
-use super::{IndexPlan, MAX_CTA_SMEM_BYTES, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass};
+use super::{
+    IndexPlan, MAX_CTA_SMEM_BYTES, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass, most_bytes,
+};
 use crate::arch::KernelSet;
 use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
@@ -66,14 +68,16 @@ impl BackwardPlan {
     /// Plans a checked problem.
     pub fn new(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions) -> Self {
         let bytes = if Self::has_partials(problem, options) { QUERY_PARTIAL_BYTES } else { QUERY_SUM_BYTES };
-        let lanes = || (1..=MAX_LANES.min(problem.num_kv_heads)).rev();
-        let choices = kv_heads_per_pass(problem.num_kv_heads)
-            .flat_map(|kv_heads| lanes().map(move |lanes| (kv_heads, lanes)))
-            .flat_map(|(kv_heads, lanes)| bytes.map(|query_bytes| Choice { kv_heads, lanes, query_bytes }));
-        let plans = choices.map(|choice| Self::with(problem, facts, options, choice));
+        let most = most_bytes(problem, options);
+        let plans = |lanes: usize| {
+            let choices = kv_heads_per_pass(problem.num_kv_heads)
+                .flat_map(|kv_heads| bytes.map(|query_bytes| Choice { kv_heads, lanes, query_bytes }));
+            let plans = choices.map(|choice| Self::with(problem, facts, options, choice));
+            choose(most, plans, |plan| plan.workspace.size_bytes(), Self::launches)
+        };
+        let two = plans(MAX_LANES.min(problem.num_kv_heads)).filter(|plan| plan.workspace.size_bytes() <= most);
         let least = Choice { kv_heads: 1, lanes: 1, query_bytes: bytes[bytes.len() - 1] };
-        let chosen = choose(problem, options, plans, |plan| plan.workspace.size_bytes());
-        chosen.unwrap_or_else(|| Self::with(problem, facts, options, least))
+        two.or_else(|| plans(1)).unwrap_or_else(|| Self::with(problem, facts, options, least))
     }
 
     /// A call that must be repeatable merges partials, where the kernel that writes them can be had.

@@ -1,7 +1,7 @@
 //! The plan of the forward: partials through a ring of buffers, chunk by chunk.
 
 use super::index::{IndexInput, max_tiles, slots, sub_tiles};
-use super::{IndexPlan, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass};
+use super::{IndexPlan, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass, most_bytes};
 use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
 use serde::Serialize;
@@ -34,11 +34,15 @@ pub struct ForwardPlan {
 impl ForwardPlan {
     /// Plans a checked problem.
     pub fn new(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions) -> Self {
-        let candidates = kv_heads_per_pass(problem.num_kv_heads)
-            .flat_map(|kv_heads| (1..=MAX_BUFFERS).rev().map(move |buffers| (kv_heads, buffers)))
-            .map(|(kv_heads, buffers)| Self::with(problem, facts, options, kv_heads, buffers));
-        let chosen = choose(problem, options, candidates, |plan| plan.workspace.size_bytes());
-        chosen.unwrap_or_else(|| Self::with(problem, facts, options, 1, 1))
+        let most = most_bytes(problem, options);
+        // Chunks that overlap first: one buffer is for what has no room for two.
+        let mut plans = (1..=MAX_BUFFERS).rev().filter_map(|buffers| {
+            let candidates = kv_heads_per_pass(problem.num_kv_heads)
+                .map(|kv_heads| Self::with(problem, facts, options, kv_heads, buffers));
+            choose(most, candidates, |plan| plan.workspace.size_bytes(), Self::launches)
+        });
+        let fits = |plan: &Self| plan.workspace.size_bytes() <= most;
+        plans.find(fits).unwrap_or_else(|| Self::with(problem, facts, options, 1, 1))
     }
 
     /// The plan for a number of kv heads per pass. How much memory the tables leave for partials depends on the

@@ -176,22 +176,21 @@ fn kv_heads_per_pass(num_kv_heads: usize) -> impl Iterator<Item = usize> {
     std::iter::successors(Some(num_kv_heads), |heads| (*heads > 1).then(|| heads.div_ceil(2)))
 }
 
-/// The first candidate whose scratch is within the budget and one copy of `topk_indices`, else the smallest.
+/// What a call may take at most: the budget and one copy of `topk_indices`.
+fn most_bytes(problem: &Problem, options: &PlanOptions) -> usize {
+    options.budget_bytes + problem.topk_indices_bytes()
+}
+
+/// Of the candidates with at most `most` bytes the one with the fewest launches, the first of equals. If none is as
+/// small: of those that are at most a tenth larger than the smallest.
 fn choose<P>(
-    problem: &Problem,
-    options: &PlanOptions,
+    most: usize,
     candidates: impl Iterator<Item = P>,
     bytes: impl Fn(&P) -> usize,
+    launches: impl Fn(&P) -> usize,
 ) -> Option<P> {
-    let most = options.budget_bytes + problem.topk_indices_bytes();
-    let mut smallest: Option<P> = None;
-    for plan in candidates {
-        if bytes(&plan) <= most {
-            return Some(plan);
-        }
-        if smallest.as_ref().is_none_or(|other| bytes(&plan) < bytes(other)) {
-            smallest = Some(plan);
-        }
-    }
-    smallest
+    let all: Vec<P> = candidates.collect();
+    let smallest = all.iter().map(&bytes).min()?;
+    let most = if smallest <= most { most } else { smallest + smallest / 10 };
+    all.into_iter().filter(|plan| bytes(plan) <= most).min_by_key(launches)
 }
