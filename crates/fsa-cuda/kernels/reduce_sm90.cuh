@@ -212,6 +212,9 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
     const i64 chunk_row = (i64)blockIdx.y * p.layout.chunk_tiles * TILE_ROWS + c.tile.token - p.layout.chunk_token[p.chunk];
 
     copy_rows<TILE_ROWS>(c.query_tile, p.query, head, c.tile.token, c.tile.rows);
+    // Larger blocks have no registers left for the copies by quads below: they spilled 8 to 16 bytes.
+    if constexpr (BLOCK_SIZE > 64)
+        for (int i = threadIdx.x; i < c.tile.rows * index.slots; i += WARPGROUP) lse[i] = p.partial_lse[chunk_row * index.slots + i];
     const u32* row_info = index.row_info + (i64)c.kv_head * p.layout.total_q + c.tile.token;
     c.info_low.word = low < c.tile.rows ? row_info[low] : 0;
     c.info_high.word = high < c.tile.rows ? row_info[high] : 0;
@@ -220,8 +223,10 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
         for (int slot = lane & 3; slot < count; slot += 4)
             copy_async4(shared_address(lse + row * index.slots + slot), p.partial_lse + (chunk_row + row) * index.slots + slot);
     };
-    copy_lse(low, c.info_low.partials());
-    copy_lse(high, c.info_high.partials());
+    if constexpr (BLOCK_SIZE <= 64) {
+        copy_lse(low, c.info_low.partials());
+        copy_lse(high, c.info_high.partials());
+    }
     const u32 any = __reduce_or_sync(0xffffffffu, c.info_low.word | c.info_high.word);
     if (lane == 0) warp_info[warp] = any;
     __syncthreads();
