@@ -1,7 +1,7 @@
 //! CPU backend of Flash Sparse Attention: every stage, forward and backward, for f32, bf16 and f16
 //! with sums in f32.
 //!
-//! One matrix-product kernel ([`simd`]) serves every stage. Above it, `attend` runs the stages whose rows
+//! One matrix-product kernel (`simd`) serves every stage. Above it, `attend` runs the stages whose rows
 //! see a span of keys (`dense`, `window`, `compressed`) query-major with an online softmax; `selected` runs
 //! FSA's order, KV block outside, rows gathered, local softmax, merge by log-sum-exp; `gradient` is the
 //! KV-major backward of all four; `score` and `select` pick blocks out of compressed attention's own pass.

@@ -3,6 +3,7 @@
 use super::{expect_mut, expect_view, rank3};
 use crate::batch::Batch;
 use crate::config::NsaConfig;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::{TensorView, TensorViewMut};
 
@@ -125,22 +126,33 @@ impl CompressGrads<'_> {
         let dtype = args.input.dtype();
         expect_view("grad_out", dtype, &[shape.total_compressed, shape.num_kv_heads, shape.dim], grad_out)?;
         expect_mut("grad_input", dtype, args.input.shape(), &self.grad_input)?;
-        let (weight, position) = match &args.compression {
-            Compression::Mean => (None, None),
-            Compression::Weighted { weight } => (Some(weight), None),
-            Compression::Linear { weight, position } => (Some(weight), position.as_ref()),
-        };
-        let outputs = [("grad_weight", &self.grad_weight, weight), ("grad_position", &self.grad_position, position)];
-        for (name, grad, parameter) in outputs {
-            match (grad, parameter) {
-                (Some(grad), Some(parameter)) => expect_mut(name, dtype, parameter.shape(), grad)?,
-                (Some(_), None) => {
-                    let kind = args.compression.name();
-                    return Err(Error::input(name, format!("none: compression {kind} has no such parameter"), "one"));
-                }
-                (None, _) => {}
-            }
-        }
+        check_parameter_grads("", &args.compression, (&self.grad_weight, &self.grad_position), dtype)?;
         Ok(shape)
     }
+}
+
+/// Checks the gradients of the parameters of a compression, where asked for; `prefix` goes before their names.
+pub(super) fn check_parameter_grads(
+    prefix: &str,
+    compression: &Compression<'_>,
+    (grad_weight, grad_position): (&Option<TensorViewMut<'_>>, &Option<TensorViewMut<'_>>),
+    dtype: DType,
+) -> Result<()> {
+    let (weight, position) = match compression {
+        Compression::Mean => (None, None),
+        Compression::Weighted { weight } => (Some(weight), None),
+        Compression::Linear { weight, position } => (Some(weight), position.as_ref()),
+    };
+    for (name, grad, parameter) in [("grad_weight", grad_weight, weight), ("grad_position", grad_position, position)] {
+        let argument = format!("{prefix}{name}");
+        match (grad, parameter) {
+            (Some(grad), Some(parameter)) => expect_mut(&argument, dtype, parameter.shape(), grad)?,
+            (Some(_), None) => {
+                let expected = format!("none: compression {} has no such parameter", compression.name());
+                return Err(Error::input(argument, expected, "one"));
+            }
+            (None, _) => {}
+        }
+    }
+    Ok(())
 }

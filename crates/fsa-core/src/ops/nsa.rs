@@ -2,7 +2,7 @@
 
 use super::attention::{AttentionArgs, AttentionShape, AttentionStage};
 use super::combine::GateLayout;
-use super::compress::{CompressArgs, Compression};
+use super::compress::{CompressArgs, Compression, check_parameter_grads};
 use super::{expect_mut, expect_view};
 use crate::batch::Batch;
 use crate::config::NsaConfig;
@@ -170,40 +170,14 @@ impl NsaGrads<'_> {
         expect_mut("grad_value", shape.dtype, args.value.shape(), &self.grad_value)?;
         expect_mut("grad_gates", shape.dtype, args.gates.shape(), &self.grad_gates)?;
         for (prefix, compression, grads) in [
-            ("key", &args.key_compression, &self.key_compression),
-            ("value", &args.value_compression, &self.value_compression),
+            ("key_compression.", &args.key_compression, &self.key_compression),
+            ("value_compression.", &args.value_compression, &self.value_compression),
         ] {
-            check_parameters(prefix, compression, grads, shape.dtype)?;
+            check_parameter_grads(prefix, compression, (&grads.grad_weight, &grads.grad_position), shape.dtype)?;
         }
         check_saved(args, saved, &shape)?;
         Ok(shape)
     }
-}
-
-fn check_parameters(
-    prefix: &str,
-    compression: &Compression<'_>,
-    grads: &CompressionGrads<'_>,
-    dtype: DType,
-) -> Result<()> {
-    let (weight, position) = match compression {
-        Compression::Mean => (None, None),
-        Compression::Weighted { weight } => (Some(weight), None),
-        Compression::Linear { weight, position } => (Some(weight), position.as_ref()),
-    };
-    let outputs = [("grad_weight", &grads.grad_weight, weight), ("grad_position", &grads.grad_position, position)];
-    for (name, grad, parameter) in outputs {
-        let argument = format!("{prefix}_compression.{name}");
-        match (grad, parameter) {
-            (Some(grad), Some(parameter)) => expect_mut(&argument, dtype, parameter.shape(), grad)?,
-            (Some(_), None) => {
-                let expected = format!("none: compression {} has no such parameter", compression.name());
-                return Err(Error::input(argument, expected, "one"));
-            }
-            (None, _) => {}
-        }
-    }
-    Ok(())
 }
 
 /// A saved state of another call is an error, not a wrong gradient.
