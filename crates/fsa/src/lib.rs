@@ -87,6 +87,7 @@ pub use fsa_core::{
 };
 pub use fsa_core::{index, ops, plan, selection};
 pub use fsa_cpu::{self as cpu, CpuOptions};
+pub use fsa_cuda as cuda;
 
 /// The example of the README is compiled and run with the tests.
 #[cfg(doctest)]

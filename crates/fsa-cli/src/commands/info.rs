@@ -30,6 +30,7 @@ pub fn run(_: &Flags, context: &Context) -> Outcome {
     let own = [("NO_COLOR", "any value turns colors off")];
     let environment = fsa::VARIABLES
         .into_iter()
+        .chain(fsa::cuda::VARIABLES)
         .chain(own)
         .map(|(name, meaning)| {
             let value = std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());

@@ -5,6 +5,7 @@ mod bench;
 mod check;
 mod demo;
 mod info;
+mod kernels;
 mod plan;
 
 use crate::failure::Outcome;
@@ -57,6 +58,7 @@ enum Command {
     Bench(bench::Flags),
     Plan(Box<plan::Flags>),
     Info(info::Flags),
+    Kernels(kernels::Flags),
 }
 
 impl Arguments {
@@ -71,6 +73,7 @@ impl Arguments {
             Command::Bench(flags) => bench::run(&flags, &context),
             Command::Plan(flags) => plan::run(&flags, &context),
             Command::Info(flags) => info::run(&flags, &context),
+            Command::Kernels(flags) => kernels::run(&flags, &context),
         }
     }
 }
