@@ -2,15 +2,13 @@
 
 use crate::rows::{Rows, Sink};
 use crate::simd::{Isa, add, dot};
-use fsa_core::ops::GateLayout;
+use fsa_core::ops::{BRANCHES, GateLayout};
 use fsa_core::plan::padded;
 use fsa_core::{AttentionShape, CombineArgs, CombineGrads, Result, TensorView, TensorViewMut};
 use rayon::prelude::*;
 
 /// Rows of a work item.
 const ROWS: usize = 64;
-
-const NAMES: [&str; 3] = ["out_compressed", "out_selected", "out_window"];
 
 /// Gates of a checked call.
 pub(crate) struct Gates<'a> {
@@ -39,7 +37,7 @@ struct Inputs<'a> {
 
 impl<'a> Inputs<'a> {
     fn new(args: &CombineArgs<'a>, shape: [usize; 3], layout: GateLayout) -> Result<Self> {
-        let branch = |i: usize| Rows::new(NAMES[i], &args.branches[i]);
+        let branch = |i: usize| Rows::new(BRANCHES[i], &args.branches[i]);
         let branches = [branch(0)?, branch(1)?, branch(2)?];
         Ok(Self { gates: Gates { rows: Rows::new("gates", &args.gates)?, layout }, branches, shape })
     }
@@ -90,7 +88,8 @@ pub(crate) fn combine_backward(
     let grad_out = Rows::new("grad_out", grad_out)?;
     let gates = Sink::new("grad_gates", &mut grads.grad_gates)?;
     let [compressed, selected, window] = &mut grads.grad_branches;
-    let sinks = [Sink::new(NAMES[0], compressed)?, Sink::new(NAMES[1], selected)?, Sink::new(NAMES[2], window)?];
+    let sinks =
+        [Sink::new(BRANCHES[0], compressed)?, Sink::new(BRANCHES[1], selected)?, Sink::new(BRANCHES[2], window)?];
     inputs.for_each_rows(|rows| {
         for row in rows {
             backward_row(isa, &inputs, &grad_out, row, &gates, &sinks);

@@ -7,13 +7,10 @@
 use crate::rows::{Rows, Sink, scratch};
 use crate::simd::{Isa, Left, Product, add, transpose};
 use fsa_core::ops::CompressShape;
-use fsa_core::plan::{CHUNK_ROWS, padded};
+use fsa_core::plan::{COMPRESS_WINDOWS as WINDOWS, padded};
 use fsa_core::{Batch, CompressArgs, CompressGrads, Compression, Result, Sequence, TensorView, TensorViewMut};
 use rayon::prelude::*;
 use std::ops::Range;
-
-/// Windows of a work item.
-const WINDOWS: usize = CHUNK_ROWS / 16;
 
 /// Some windows of one sequence and one head.
 struct Item<'a> {

@@ -8,7 +8,7 @@ use crate::select::TopBlocks;
 use crate::selected::{self, Selection, selected_item};
 use crate::simd::Isa;
 use crate::tile::{Operands, Span, WorkItem, work_items};
-use fsa_core::plan::{KEYS_PER_TILE, backward_tile, query_tile, select_tile, selected_tile};
+use fsa_core::plan::{BACKWARD_PARTS, KEYS_PER_TILE, backward_tile, query_tile, select_tile, selected_tile};
 use fsa_core::{
     AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionStage, Batch, Result, SelectArgs,
     StridedMut, TensorViewMut, selection,
@@ -174,6 +174,6 @@ fn whole_sequences<'a>(stage: &AttentionStage<'_>, batch: &'a Batch, num_kv_head
 fn units_together(units: &[WorkItem<'_>]) -> usize {
     const KEYS_IN_FLIGHT: usize = 1 << 17;
     let longest = units.iter().map(|unit| unit.keys.len()).max().unwrap_or(0);
-    let by_threads = 2 * rayon::current_num_threads().div_ceil(8);
+    let by_threads = 2 * rayon::current_num_threads().div_ceil(BACKWARD_PARTS);
     by_threads.max(KEYS_IN_FLIGHT / longest.max(1))
 }

@@ -12,7 +12,7 @@ mod rope;
 pub use attention::{
     AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionShape, AttentionStage, SelectArgs,
 };
-pub use combine::{CombineArgs, CombineGrads, GateLayout};
+pub use combine::{BRANCHES, CombineArgs, CombineGrads, GateLayout};
 pub use compress::{CompressArgs, CompressGrads, CompressShape, Compression};
 pub use nsa::{CompressionGrads, NsaArgs, NsaForward, NsaGrads, NsaSaved};
 pub use rope::{RopeArgs, compressed_positions, kv_positions, query_positions};

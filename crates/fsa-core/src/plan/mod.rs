@@ -9,8 +9,8 @@ mod tile;
 
 pub use cost::{Cost, pairs};
 pub use tile::{
-    BackwardTile, CHUNK_ROWS, KEYS_PER_TILE, QueryTile, SLAB_BYTES, STRIP_ROWS, SelectedTile, VECTOR, backward_tile,
-    padded, query_tile, select_tile, selected_tile, slab_rows,
+    BACKWARD_PARTS, BackwardTile, CHUNK_ROWS, COMPRESS_WINDOWS, KEYS_PER_TILE, QueryTile, SLAB_BYTES, STRIP_ROWS,
+    SelectedTile, VECTOR, backward_tile, padded, query_tile, select_tile, selected_tile, slab_rows,
 };
 
 use crate::batch::Batch;

@@ -22,6 +22,12 @@ pub const STRIP_ROWS: usize = 48;
 /// much of accumulators stay in the second-level cache.
 pub const TILE_ROWS: usize = 256;
 
+/// Windows of a work item of the compression.
+pub const COMPRESS_WINDOWS: usize = 128;
+
+/// Parts into which the tiles of keys of a backward are dealt.
+pub const BACKWARD_PARTS: usize = 8;
+
 /// Query rows of a chunk in the backward and least rows of one in selected attention.
 pub const CHUNK_ROWS: usize = 2048;
 
@@ -94,7 +100,7 @@ pub struct BackwardTile {
 
 /// Tile of the backward of every attention stage.
 pub fn backward_tile(gqa_group_size: usize, keys: usize) -> BackwardTile {
-    BackwardTile { tokens: (CHUNK_ROWS / gqa_group_size).max(1), keys, parts: 8 }
+    BackwardTile { tokens: (CHUNK_ROWS / gqa_group_size).max(1), keys, parts: BACKWARD_PARTS }
 }
 
 fn f32s(count: usize) -> usize {
@@ -216,20 +222,25 @@ pub(super) fn selected_plan(input: &PlanInput<'_>) -> StagePlan {
 pub(super) fn compress_plan(input: &PlanInput<'_>) -> StagePlan {
     let windows = input.batch.total_compressed(input.config.kernel_size, input.config.kernel_stride);
     let dim = padded(input.shape.head_dim.max(input.shape.value_dim));
-    let span = (CHUNK_ROWS / 16 - 1) * input.config.kernel_stride + input.config.kernel_size;
-    let items = windows.div_ceil(CHUNK_ROWS / 16) * input.shape.num_kv_heads;
-    let weight = if input.linear_compression { input.config.kernel_size * dim * dim } else { 0 };
+    // A weighted sum loads the whole span of its windows; a product loads one place of every window at a
+    // time, with the slice of the weight that belongs to it.
+    let span = (COMPRESS_WINDOWS - 1) * input.config.kernel_stride + input.config.kernel_size;
+    let (rows, weight) = if input.linear_compression { (COMPRESS_WINDOWS, dim * dim) } else { (span, 0) };
+    let items = windows.div_ceil(COMPRESS_WINDOWS) * input.shape.num_kv_heads;
     let copies = input.workers.min(items.max(1));
-    let regions = vec![
-        Region { name: "window rows", bytes: f32s((span + CHUNK_ROWS / 16) * dim), copies },
-        Region { name: "weights", bytes: f32s(weight), copies },
-    ];
+    let regions = |weights: usize| {
+        vec![
+            Region { name: "window rows and sums", bytes: f32s((rows + COMPRESS_WINDOWS) * dim), copies },
+            Region { name: "slice of the weight", bytes: f32s(weights * weight), copies },
+        ]
+    };
     StagePlan {
         stage: Stage::Compress,
-        tile: format!("{} windows of one head", CHUNK_ROWS / 16),
+        tile: format!("{COMPRESS_WINDOWS} windows of one head"),
         work_items: items,
-        forward_workspace: regions.clone(),
-        backward_workspace: regions,
+        forward_workspace: regions(1),
+        // The slice and its transpose.
+        backward_workspace: regions(2),
         cost: compress_cost(input),
     }
 }
