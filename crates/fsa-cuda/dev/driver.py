@@ -1,7 +1,7 @@
 """The CUDA driver through ctypes, on PyTorch's context: load a cubin, launch with one parameter struct."""
 import ctypes, os
 import torch
-import nvrtc
+import nvrtc, sets
 
 _cuda = None
 
@@ -21,12 +21,25 @@ def cuda():
     return _cuda
 
 
+PDL = sets.SET == "sm90"     # the portable kernels do not know of it
+
+
+class LaunchAttribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class LaunchConfig(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_uint) for n in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")] + [
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(LaunchAttribute)), ("count", ctypes.c_uint)]
+
+
 class Module:
     """All kernels of one stage file for one set of constants."""
     _cache = {}
 
     def __init__(self, stage, defines):
-        cubin, self.log = nvrtc.compile_cubin(stage, defines)
+        major, minor = torch.cuda.get_device_capability()
+        cubin, self.log = nvrtc.compile_cubin(stage, defines, f"sm_{major}{minor}{'a' if major == 9 else ''}")
         self.module = ctypes.c_void_p()
         _check(cuda().cuModuleLoadData(ctypes.byref(self.module), cubin), f"load {stage}")
         self.functions = {}
@@ -38,7 +51,7 @@ class Module:
             cls._cache[key] = cls(stage, defines)
         return cls._cache[key]
 
-    def launch(self, name, grid, threads, shared_bytes, params, stream=None):
+    def launch(self, name, grid, threads, shared_bytes, params, stream=None, pdl=False):
         if name not in self.functions:
             function = ctypes.c_void_p()
             _check(cuda().cuModuleGetFunction(ctypes.byref(function), self.module, name.encode()), f"function {name}")
@@ -46,6 +59,11 @@ class Module:
             self.functions[name] = function
         argument = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.pointer(params), ctypes.c_void_p))
         handle = (stream or torch.cuda.current_stream()).cuda_stream
+        if pdl and PDL:
+            attribute = LaunchAttribute(6, 0, (ctypes.c_int * 16)(1))
+            config = LaunchConfig(*grid, threads, 1, 1, shared_bytes, handle, ctypes.pointer(attribute), 1)
+            _check(cuda().cuLaunchKernelEx(ctypes.byref(config), self.functions[name], argument, None), f"launch {name}")
+            return
         _check(cuda().cuLaunchKernel(self.functions[name], *grid, threads, 1, 1, shared_bytes, ctypes.c_void_p(handle), argument, None), f"launch {name}")
         if os.environ.get("FSA_SYNC"):      # to find the kernel that faults or hangs
             print(f"  {name} grid {grid}", end="", flush=True)

@@ -34,7 +34,7 @@ class ReduceParams(ctypes.Structure):
 class BackwardParams(ctypes.Structure):
     _fields_ = [("layout", Layout), ("index", Index)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [
         (n, ptr) for n in ("lse", "grad_lse", "row_stats", "grad_query", "partial")] + [
-        ("grad_query_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("total_kv", i64), ("scale_log2", f32), ("scale", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32), ("rows", i32)]
+        ("grad_query_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("total_kv", i64), ("scale_log2", f32), ("scale", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32), ("rows", i32), ("first_sums", i32)]
 
 
 class ConvertParams(ctypes.Structure):

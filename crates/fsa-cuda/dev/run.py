@@ -6,15 +6,23 @@ bench, bench_wide         medians of graph replays, index building included
 repeat                    bitwise repeatability
 million                   1,048,576 tokens: time, memory, sampled rows
 tune, tune_backward       one change at a time
+
+FSA_DEV_SET=sm80          the portable kernels instead of those for Hopper; compile takes them for sm_80, sm_89 and sm_90a
 """
 import faulthandler, statistics, sys, time
-import nvrtc
+import nvrtc, sets
 
 
-STAGES = {"index.cuh": [{}], "attend_sm90.cuh": [{}], "reduce_sm90.cuh": [{}], "backward_sm90.cuh": [{}, {"FSA_QUERY_PARTIALS": 1}]}
+STAGES = {"index.cuh": [{}], sets.file("attend"): [{}], sets.file("reduce"): [{}], sets.file("backward"): [{}, {"FSA_QUERY_PARTIALS": 1}]}
 
 
-def compile_all(arch="sm_90a"):
+def compile_all():
+    for arch in sets.ARCHS:
+        print(f"== {sets.SET} kernels for {arch}")
+        compile_for(arch)
+
+
+def compile_for(arch):
     print(f"{'stage':18s} {'variant':20s} {'dtype':5s} {'head_dim':>8s} {'block':>5s} {'kernel':16s} {'registers':>9s} {'spilled bytes':>13s}  notes")
     for stage, variants in STAGES.items():
         for variant in variants:

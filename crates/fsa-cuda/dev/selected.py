@@ -3,6 +3,7 @@ import math
 from dataclasses import dataclass
 import torch
 import params as P
+import sets
 from driver import Module
 
 TILE = 64
@@ -107,19 +108,22 @@ class Selected:
             self.build_index(first, min(step, self.hk - first), self.index_stream)
             events.append(torch.cuda.Event())
             events[-1].record(self.index_stream)
-        return lambda stream, kv_head: stream.wait_event(events[kv_head // step])
+        waited = set()
 
-    def tile_bytes(self, rows):
-        return rows * 128 * ceil_div(self.d, 64)
+        def wait(stream, kv_head):      # once: a wait between two kernels would keep the second from starting early
+            if (stream, kv_head // step) not in waited:
+                waited.add((stream, kv_head // step))
+                stream.wait_event(events[kv_head // step])
+        return wait
 
     def stage_launches(self, out, lse):
         """[(buffer, last kv head, attend thunk, reduce thunk)] for every chunk of heads and tiles."""
         p, d = self.plan, self.defines
-        attend, reduce = Module.get("attend_sm90.cuh", d), Module.get("reduce_sm90.cuh", d)
+        attend, reduce = Module.get(sets.file("attend"), d), Module.get(sets.file("reduce"), d)
         scale_log2, group = self.scale * math.log2(math.e), self.hq // self.hk
         launches = []
-        attend_bytes = 2 * self.tile_bytes(self.block_size) + d.get("FSA_QUERY_STAGES", 2) * self.tile_bytes(TILE)
-        reduce_bytes = self.tile_bytes(TILE) + 2 * self.tile_bytes(min(self.block_size, 64)) + TILE * p.slots * 4
+        attend_bytes = sets.attend_bytes(self.block_size, self.d, d.get("FSA_QUERY_STAGES", 2))
+        reduce_bytes = sets.reduce_tiles_bytes(self.block_size, self.d) + TILE * p.slots * 4
         for head in range(0, self.hq, p.heads):
             heads = min(p.heads, self.hq - head)
             for chunk in range(p.num_chunks):
@@ -130,8 +134,8 @@ class Selected:
                 r = P.ReduceParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), tensor(out), partial, partial_lse, lse.data_ptr(),
                                    scale_log2, group, chunk, head)
                 launches.append((buffer, (head + heads - 1) // group,
-                                 lambda s=None, a=a, h=heads: attend.launch("attend", (p.full_units + p.max_blocks, h, 1), 128, attend_bytes, a, s),
-                                 lambda s=None, r=r, h=heads: reduce.launch("reduce", (p.chunk_tiles, h, 1), 128, reduce_bytes, r, s)))
+                                 lambda s=None, a=a, h=heads, later=len(launches) >= p.buffers: attend.launch("attend", (p.full_units + p.max_blocks, h, 1), 128, attend_bytes, a, s, later),
+                                 lambda s=None, r=r, h=heads: reduce.launch("reduce", (p.chunk_tiles, h, 1), 128, reduce_bytes, r, s, True)))
         return launches
 
     def forward(self, out=None, lse=None):
@@ -144,10 +148,8 @@ class Selected:
         for buffer, last_kv_head, attend, reduce in self.stage_launches(out, lse):
             wait_index(self.side[buffer], last_kv_head)
             # The reduce of one buffer goes ahead of the queued ctas of the next attend: it waits on memory, they multiply.
-            self.side[buffer].wait_stream(self.fast[buffer])
             attend(self.side[buffer])
-            self.fast[buffer].wait_stream(self.side[buffer])
-            reduce(self.fast[buffer])
+            reduce(self.side[buffer])
         for stream in self.side + self.fast + [self.index_stream]:
             main.wait_stream(stream)
         return out, lse
@@ -156,15 +158,15 @@ class Selected:
 class SelectedBackward(Selected):
     """Head by head: row statistics, one KV-major pass, grad_query to 16 bit; grad_key and grad_value per kv head."""
 
-    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=None, buffers=2, query_partials=0, **options):
+    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=None, buffers=2, query_partials=0, defines=None, **options):
         d, topk = query.shape[2], topk_indices.shape[2]
-        query_partials = query_partials if block_size <= 128 else 0
+        query_partials = query_partials if sets.has_partials(block_size, d) else 0
         unit_entries = unit_entries or 32 * max(block_size, 64)     # 2048 rows of 64 keys, 4096 of 128: longer units were no faster
         row_bytes = topk * d * 2 if query_partials else d * 4
         budget = (128 if query_partials else 32) * MIB
         chunk_tokens = chunk_tokens or budget // row_bytes
         super().__init__(query, key, value, topk_indices, block_size, *args, has_dense=0, chunk_tokens=chunk_tokens, unit_entries=unit_entries, buffers=buffers,
-                         defines=dict(FSA_QUERY_PARTIALS=query_partials), **options)
+                         defines=dict(FSA_QUERY_PARTIALS=query_partials, **(defines or {})), **options)
         p, f32 = self.plan, dict(dtype=torch.float32, device=query.device)
         self.query_partials, self.rows = query_partials, min(p.chunk_tiles * TILE, query.shape[0])
         # Heads of one launch: their grad_query stays within the budget, and so do the sums of their kv heads.
@@ -181,14 +183,10 @@ class SelectedBackward(Selected):
         return self.plan.scratch_bytes + sum(t.numel() * 4 for t in self.row_stats + self.acc_query + self.acc_kv)
 
     def backward(self, out, lse, grad_out, grads, grad_lse=None):
-        p, group, module = self.plan, self.hq // self.hk, Module.get("backward_sm90.cuh", self.defines)
+        p, group, module = self.plan, self.hq // self.hk, Module.get(sets.file("backward"), self.defines)
         main = torch.cuda.current_stream()
-        cta_keys, total_kv = 64 if self.block_size <= 64 else 128, self.k.shape[0]
-        narrow = self.d == 256 and not self.query_partials      # which main kernel: see backward_sm90.cuh
-        cta_keys = 64 if narrow else cta_keys
-        threads = 256 if narrow else 128 * (cta_keys // 64)
-        parts = ceil_div(self.block_size, 64 if narrow else 128)
-        shared = 2 * self.tile_bytes(cta_keys) + 4 * self.tile_bytes(TILE) + (2 if narrow else cta_keys // 64) * 8192
+        threads, parts, shared = sets.backward_main(self.block_size, self.d, self.query_partials)
+        total_kv = self.k.shape[0]
         for stream in self.side:
             stream.wait_stream(main)
         wait_index = self.index_ahead(main)
@@ -216,7 +214,7 @@ class SelectedBackward(Selected):
                     a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
                                          grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, tensor(grads[0]),
                                          self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(), total_kv, self.scale * math.log2(math.e), self.scale, group,
-                                         chunk, head, self.rows)
+                                         chunk, head, self.rows, int((heads == 1 or group == 1) and chunk == 0 and head % group == 0))
                     module.launch("backward_delta", (ceil_div(self.rows, 8), heads, 1), 256, 0, a, stream)
                     module.launch("backward", (p.full_units + p.max_blocks, parts, heads), threads, shared, a, stream)
                     if self.query_partials:

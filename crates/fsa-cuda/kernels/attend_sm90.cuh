@@ -30,6 +30,7 @@ constexpr int ATTEND_CTAS = CTAS_BY_SMEM < MAX_CTAS ? CTAS_BY_SMEM : MAX_CTAS;
 
 extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(const __grid_constant__ AttendParams p) {
     extern __shared__ __align__(1024) char shared[];
+    let_next_start();
     const Index& index = p.index;
     const int head = p.first_head + blockIdx.y, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
@@ -37,7 +38,10 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
     // All three loads at once: the latency of a unit's start is not hidden by much.
     const Unit unit = index.units[list * (index.full_units + index.max_blocks) + unit_number];
     const int chunk_token = p.layout.chunk_token[p.chunk];
-    if (!unit_exists(index, list, unit_number)) return;
+    if (!unit_exists(index, list, unit_number)) {
+        wait_for_previous();
+        return;
+    }
     const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int low = lane / 4;               // this thread's rows of its warp's 16: low and low + 8
@@ -102,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
         const u32 slot_low = (entry_low & 0xffffffu) * index.slots + (entry_low >> 24), slot_high = (entry_high & 0xffffffu) * index.slots + (entry_high >> 24);
         const int row = tile * TILE_ROWS + warp * 16 + low;
         const bool keep_low = row < unit.entry_count, keep_high = row + 8 < unit.entry_count;
+        if (tile == 0) wait_for_previous();     // the buffer's earlier partials are merged
         if ((lane & 3) == 0) {
             if (keep_low) partial_lse[slot_low] = state_low.max + log2_fast(sum_low);
             if (keep_high) partial_lse[slot_high] = state_high.max + log2_fast(sum_high);

@@ -60,8 +60,8 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
 
     auto tile_entry = [&](int row) { return row < unit.entry_count ? __ldg(entries + row) : NO_ENTRY; };
     auto gather_entry = [&](int first) { return tile_entry(first + warp * NARROW_WARP_ROWS + lane % NARROW_WARP_ROWS); };
-    // Keys up to the limit are visible to the row; a row that does not exist has probability zero anyway.
-    auto row_limit = [&](u32 entry) { return entry == NO_ENTRY ? 64 : min_i((int)(entry & 0xffffffu) + chunk_token - unit.first_token - part, keys - 1); };
+    // Keys up to the limit are visible to the row; a row that does not exist sees none.
+    auto row_limit = [&](u32 entry) { return entry == NO_ENTRY ? -1 : min_i((int)(entry & 0xffffffu) + chunk_token - unit.first_token - part, keys - 1); };
     auto start_tile = [&](int stage, u32 entry) {
         const int token = entry == NO_ENTRY ? -1 : (int)(entry & 0xffffffu);    // relative to the chunk
         gather_rows<NARROW_WARP_ROWS, true>(stages + stage * STAGE_BYTES, queries, query_row_bytes, grads, grad_row_bytes, token, warp * NARROW_WARP_ROWS);

@@ -5,9 +5,11 @@
 // ROLES  One warpgroup per 64 keys; all share the gathered query and grad_out tiles; each computes its share of the
 //        columns of grad_query over all keys of the cta.
 // SMEM   key and value tiles, two stages of query and grad_out tiles with row statistics, one dS tile per warpgroup.
-// SYNC   cp.async group per row tile. Two barriers per tile: tile arrived (and previous stage free), dS written.
+// SYNC   cp.async group per row tile. Two barriers per tile: tile arrived (and previous stage free), dS written. In the tensor cores' queue
+//        dV stands behind dP and runs under the arithmetic of dS, dK behind dQ and runs while dQ leaves.
 #include "block/rows.cuh"
 #include "block/sequence.cuh"
+#include "ptx/bulk.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/swizzled_tile.cuh"
 
@@ -30,55 +32,85 @@ constexpr u32 NO_ENTRY = 0xffffffffu;
 constexpr bool QUERY_PARTIALS = FSA_QUERY_PARTIALS != 0;
 static_assert(!QUERY_PARTIALS || BLOCK_SIZE <= 128, "the two parts of a block of 256 would share a slot");
 constexpr int BACKWARD_CTAS = GROUPS == 1 ? 2 : 1;
+// dV while dS is computed, dK while dQ leaves: needs the fragments of P beside dP. Wider rows have no registers left for that.
+constexpr bool OVERLAP = HEAD_DIM <= 128;
 
 struct RowStats {
     f32 lse, delta;     // log2; sum of grad_out * out minus grad_lse
 };
 
-// Adds the thread's two rows of a 64 x PIECE_COLUMNS accumulator to f32 rows in fragment order, from column COLUMN on. The row
-// pointers include the lane's 16 bytes.
-template <int COLUMN, int PAIR = 0>
-FSA_DEVICE void add_rows(f32* low_row, f32* high_row, const Piece& acc) {
-    if constexpr (PAIR < PIECE_COLUMNS / 16) {
-        constexpr int OFFSET = (COLUMN + PAIR * 16) * 4, E = PAIR * 8;
-        add_global<OFFSET>(low_row, acc[E], acc[E + 1], acc[E + 4], acc[E + 5]);
-        add_global<OFFSET>(high_row, acc[E + 2], acc[E + 3], acc[E + 6], acc[E + 7]);
-        add_rows<COLUMN, PAIR + 1>(low_row, high_row, acc);
-    }
-}
-template <int PIECE = 0>
-FSA_DEVICE void add_all_rows(f32* low_row, f32* high_row, const Piece (&acc)[PIECES]) {
-    if constexpr (PIECE < PIECES) {
-        add_rows<PIECE * PIECE_COLUMNS>(low_row, high_row, acc[PIECE]);
-        add_all_rows<PIECE + 1>(low_row, high_row, acc);
-    }
+// Puts the thread's two rows of grad_key or grad_value into the warp's 16 rows in shared memory, f32 in fragment order.
+constexpr int SUM_BYTES = HEAD_DIM * 4;
+constexpr int SUMS_OFFSET = GROUPS == 1 ? 2 * KeyTile::BYTES : 0;       // the row tiles, or all tiles
+static_assert(2 * CTA_KEYS * SUM_BYTES <= (GROUPS == 1 ? 0 : 2 * KeyTile::BYTES) + 2 * STAGE_BYTES, "both sums fit where the tiles were");
+FSA_DEVICE void stage_sums(u32 rows, const Piece (&acc)[PIECES]) {
+    const u32 row = rows + (threadIdx.x & 31) / 4 * SUM_BYTES + (threadIdx.x & 3) * 16;
+    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
+        FSA_UNROLL for (int pair = 0; pair < PIECE_COLUMNS / 16; ++pair) {
+            const f32* sums = &acc[piece][pair * 8];
+            const u32 at = row + (piece * PIECE_COLUMNS + pair * 16) * 4;
+            store_shared(at, as_words(sums[0], sums[1], sums[4], sums[5]));
+            store_shared(at + 8 * SUM_BYTES, as_words(sums[2], sums[3], sums[6], sums[7]));
+        }
 }
 
-// Where the thread's two rows of grad_query go.
+// Where the thread adds or stores its rows of grad_query. Two quads write one 128-byte line of one row, then of the other
+// (block/rows.cuh): that is 3 % of the pass with additions, too.
 struct QueryRows {
-    f32 *low, *high;                        // with the lane's 16 bytes
-    FragmentRows partial_low, partial_high; // only with QUERY_PARTIALS
+    f32* sums;                                      // with this lane's offset
+    const u32* targets;                             // of the quad with an even number and of the next one, and 8 rows on
+    FragmentRows partial_low, partial_high;         // only with QUERY_PARTIALS
 };
 
-// grad_query of the tile, piece by piece: dS K over all keys of the cta.
-template <int PIECE, int END>
-FSA_DEVICE void query_gradients(u32 ds_tiles, u32 key_tile, const QueryRows& rows) {
-    if constexpr (PIECE < END) {
-        Piece acc;
-        wgmma_fence();
-        FSA_UNROLL for (int k = 0; k < CTA_KEYS / 16; ++k)
-            Wgmma<PIECE_COLUMNS>::shared_shared<1, 1>(acc, over_rows<64>(ds_tiles, k, 0), over_rows<CTA_KEYS>(key_tile, k, PIECE * PIECE_COLUMNS), k != 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_pin(acc);
-        if constexpr (QUERY_PARTIALS) {
-            store_fragment<false>(rows.partial_low, PIECE, acc, 1.0f);
-            store_fragment<true>(rows.partial_high, PIECE, acc, 1.0f);
-        } else {
-            add_rows<PIECE * PIECE_COLUMNS>(rows.low, rows.high, acc);
+// Adds a piece, from column COLUMN on, to two f32 rows in fragment order: rows r of an even quad and of the next one, or r + 8.
+template <int COLUMN, bool HIGH, int PAIR = 0>
+FSA_DEVICE void add_piece(f32* even, f32* odd, const Piece& acc) {
+    if constexpr (PAIR < PIECE_COLUMNS / 16) {
+        constexpr int OFFSET = (COLUMN + PAIR * 16) * 4;
+        const bool is_odd = threadIdx.x & 4;
+        f32 mine[4], other[4];
+        FSA_UNROLL for (int j = 0; j < 4; ++j) {
+            const int e = PAIR * 8 + (j >> 1) * 4 + (j & 1) + (HIGH ? 2 : 0);
+            const f32 received = __shfl_xor_sync(0xffffffffu, is_odd ? acc[e] : acc[e + 8], 4);
+            mine[j] = is_odd ? received : acc[e];
+            other[j] = is_odd ? acc[e + 8] : received;
         }
-        query_gradients<PIECE + 1, END>(ds_tiles, key_tile, rows);
+        add_global<OFFSET>(even, mine[0], mine[1], mine[2], mine[3]);
+        add_global<OFFSET>(odd, other[0], other[1], other[2], other[3]);
+        add_piece<COLUMN, HIGH, PAIR + 2>(even, odd, acc);
     }
+}
+
+template <int PIECE>
+FSA_DEVICE void start_query_gradients(Piece& acc, u32 ds_tiles, u32 key_tile) {
+    wgmma_fence();
+    FSA_UNROLL for (int k = 0; k < CTA_KEYS / 16; ++k)
+        Wgmma<PIECE_COLUMNS>::shared_shared<1, 1>(acc, over_rows<64>(ds_tiles, k, 0), over_rows<CTA_KEYS>(key_tile, k, PIECE * PIECE_COLUMNS), k != 0);
+    wgmma_commit();
+}
+template <int PIECE>
+FSA_DEVICE void finish_query_gradients(Piece& acc, const QueryRows& rows) {
+    wgmma_pin(acc);
+    if constexpr (QUERY_PARTIALS) {
+        store_fragment<false>(rows.partial_low, PIECE, acc, 1.0f);
+        store_fragment<true>(rows.partial_high, PIECE, acc, 1.0f);
+    } else {
+        auto sums = [&](int row) { return rows.sums + (u64)rows.targets[row] * HEAD_DIM; };
+        add_piece<PIECE * PIECE_COLUMNS, false>(sums(0), sums(1), acc);
+        add_piece<PIECE * PIECE_COLUMNS, true>(sums(8), sums(9), acc);
+    }
+}
+
+// grad_query of the tile, dS K over all keys of the cta, piece by piece; `last` starts the products that run while the last piece leaves.
+template <int PIECE, int END, typename F>
+FSA_DEVICE void query_gradients(u32 ds_tiles, u32 key_tile, const QueryRows& rows, F last) {
+    constexpr bool LAST = PIECE + 1 >= END;
+    Piece acc;
+    start_query_gradients<PIECE>(acc, ds_tiles, key_tile);
+    if constexpr (LAST) last();
+    wgmma_wait<LAST && OVERLAP ? 1 : 0>();
+    finish_query_gradients<PIECE>(acc, rows);
+    if constexpr (!LAST) query_gradients<PIECE + 1, END>(ds_tiles, key_tile, rows, last);
 }
 
 // Row statistics of one head for the rows of the chunk. One warp per row.
@@ -211,7 +243,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
     const int unit_number = blockIdx.x;
     // All loads at once: the latency of a unit's start is not hidden by much.
-    const Unit unit = index.units[list * (index.full_units + index.max_blocks) + unit_number];
+    const Unit* record = &index.units[list * (index.full_units + index.max_blocks) + unit_number];
+    const Unit unit = *record;
     const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
     if (!unit_exists(index, list, unit_number)) return;
     const int part = blockIdx.y * KEYS_PER_PART, keys = min_i(KEYS_PER_PART, unit.valid_keys - part);
@@ -234,18 +267,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         const int token = entry == NO_ENTRY ? -1 : (int)(entry & 0xffffffu);    // relative to the chunk
         gather_rows<WARP_ROWS, true>(stages + stage * STAGE_BYTES, queries, query_row_bytes, grads, grad_row_bytes, token, warp * WARP_ROWS);
         const int row = warp * WARP_ROWS + lane;
-        int limit = CTA_KEYS;
+        bool partly = false;
         if (lane < WARP_ROWS) {
             if (token >= 0) copy_async8(shared_address(&stats[stage][row]), row_stats + 2 * token);
             else stats[stage][row] = {__int_as_float(0x7f800000), 0.0f};   // probability 2^-inf
-            limit = min_i(token + chunk_token - unit.first_token - part, keys - 1);
-            if (token < 0) limit = CTA_KEYS;
+            // A row that does not exist sees nothing: its zeros times a key or value that is not finite would be NaN.
+            const int limit = token < 0 ? -1 : min_i(token + chunk_token - unit.first_token - part, keys - 1);
             limits[stage][row] = limit;
+            partly = limit < CTA_KEYS - 1;
             if (QUERY_PARTIALS) targets[stage][row] = token >= 0 ? (u32)token * index.slots + (entry >> 24) : NO_ENTRY;
             else targets[stage][row] = token >= 0 ? (u32)token : (u32)(unit.entry_begin + row) % (u32)chunk_rows;
         }
         copy_commit();
-        return limit < CTA_KEYS - 1;
+        return partly;
     };
 
     const u32 first_entry = tile_entry(0);
@@ -258,7 +292,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         FSA_UNROLL for (int i = 0; i < PIECE_COLUMNS / 2; ++i) grad_key[piece][i] = grad_value[piece][i] = 0.0f;
     const int key_low = group * 64 + (warp & 3) * 16 + lane / 4;
     const u32 ds_tile = ds_tiles + group * DS_BYTES, my_keys = key_tile + group * 64 * 128, my_values = value_tile + group * 64 * 128;
-    const int lane_floats = (lane & 3) * 4;
     f32* grad_query = p.grad_query + head_row * HEAD_DIM;
     char* partials = (char*)p.partial + head_row * index.slots * ROW_BYTES;
     const int tiles = ceil_div(unit.entry_count, TILE_ROWS);
@@ -295,7 +328,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         else probabilities<false>(s, stats[stage], limits[stage], key_low, p.scale_log2);
         u32 a[4][4], b[4][4];
         FSA_UNROLL for (int k = 0; k < 4; ++k) to_fragment<64>(a[k], s, k);
-        wgmma_wait<0>();
+        auto add_grad_value = [&]() {
+            FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
+                FSA_UNROLL for (int k = 0; k < 4; ++k)
+                    Wgmma<PIECE_COLUMNS>::registers_shared<1>(grad_value[piece], a[k], over_rows<TILE_ROWS>(grad_tile, k, piece * PIECE_COLUMNS), 1);
+        };
+        auto add_grad_key = [&]() {
+            FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
+                FSA_UNROLL for (int k = 0; k < 4; ++k)
+                    Wgmma<PIECE_COLUMNS>::registers_shared<1>(grad_key[piece], b[k], over_rows<TILE_ROWS>(query_tile, k, piece * PIECE_COLUMNS), 1);
+        };
+        if constexpr (OVERLAP) {
+            wgmma_fence();
+            add_grad_value();
+            wgmma_commit();
+            wgmma_wait<1>();
+        } else {
+            wgmma_wait<0>();
+        }
         wgmma_pin(dp);
         if (any_masked) score_gradients<true>(dp, s, stats[stage], limits[stage], key_low);
         else score_gradients<false>(dp, s, stats[stage], limits[stage], key_low);
@@ -306,43 +356,65 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
             store_shared(at, b[i / 2][i % 2 * 2]);
             store_shared(at + 8 * 128, b[i / 2][i % 2 * 2 + 1]);
         }
-        wgmma_fence();
-        FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
-            FSA_UNROLL for (int k = 0; k < 4; ++k)
-                Wgmma<PIECE_COLUMNS>::registers_shared<1>(grad_value[piece], a[k], over_rows<TILE_ROWS>(grad_tile, k, piece * PIECE_COLUMNS), 1);
-        FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
-            FSA_UNROLL for (int k = 0; k < 4; ++k)
-                Wgmma<PIECE_COLUMNS>::registers_shared<1>(grad_key[piece], b[k], over_rows<TILE_ROWS>(query_tile, k, piece * PIECE_COLUMNS), 1);
-        wgmma_commit();
+        if constexpr (!OVERLAP) {
+            wgmma_fence();
+            add_grad_value();
+            add_grad_key();
+            wgmma_commit();
+        }
         fence_async_proxy();
         __syncthreads();
 
         const int row = (warp & 3) * 16 + lane / 4;
-        const u32 target_low = targets[stage][row], target_high = targets[stage][row + 8];
         QueryRows rows;
         if constexpr (QUERY_PARTIALS) {
+            const u32 target_low = targets[stage][row], target_high = targets[stage][row + 8];
             rows.partial_low = fragment_rows(partials, target_low, target_low != NO_ENTRY);
             rows.partial_high = fragment_rows(partials, target_high, target_high != NO_ENTRY);
         } else {
             // A row that does not exist has probability zero and adds zeros to some row, another one for every unit (the same row for
             // all made the pass 1.6x slower): cheaper than a branch around every addition.
-            rows.low = grad_query + (i64)target_low * HEAD_DIM + lane_floats;
-            rows.high = grad_query + (i64)target_high * HEAD_DIM + lane_floats;
+            rows.sums = grad_query + (lane & 7) * 4;
+            rows.targets = &targets[stage][row & ~1];
         }
-        if (GROUPS == 1 || group == 0) query_gradients<0, GROUP_PIECES>(ds_tiles, key_tile, rows);
-        else if (GROUP_PIECES < PIECES) query_gradients<GROUP_PIECES, PIECES>(ds_tiles, key_tile, rows);
+        auto last = [&]() {
+            if constexpr (OVERLAP) {
+                wgmma_fence();
+                add_grad_key();
+                wgmma_commit();
+            }
+        };
+        if (GROUPS == 1 || group == 0) query_gradients<0, GROUP_PIECES>(ds_tiles, key_tile, rows, last);
+        else if constexpr (GROUP_PIECES < PIECES) query_gradients<GROUP_PIECES, PIECES>(ds_tiles, key_tile, rows, last);
+        else last();
         wgmma_wait<0>();
         FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) { wgmma_pin(grad_key[piece]); wgmma_pin(grad_value[piece]); }
     }
 
+    // All products are done once every warp is here: the sums leave through the tiles, 16 keys a warp.
+    bulk_wait_read();
+    __syncthreads();
+    const int first_key = group * 64 + (warp & 3) * 16, warp_keys = min_i(16, keys - first_key);
     const i64 launch_kv_head = kv_head - p.first_head / p.group_size;
-    const i64 first = (launch_kv_head * p.total_kv + unit.kv_row + part + key_low) * HEAD_DIM + lane_floats;
-    if (key_low + 8 < keys) {
-        add_all_rows(p.grad_key + first, p.grad_key + first + 8 * HEAD_DIM, grad_key);
-        add_all_rows(p.grad_value + first, p.grad_value + first + 8 * HEAD_DIM, grad_value);
-    } else if (key_low < keys) {        // the second row does not exist: its sums are zero, because all its keys are masked
-        add_all_rows(p.grad_key + first, p.grad_key + first, grad_key);
-        add_all_rows(p.grad_value + first, p.grad_value + first, grad_value);
+    const i64 offset = (launch_kv_head * p.total_kv + record->kv_row + part + first_key) * HEAD_DIM;     // read again: no register held it
+    // Additions to memory outside L2 run at a third of the rate of stores.
+    const bool alone = p.first_sums && !record->split;
+    const u32 sums = SUMS_OFFSET + key_tile + first_key * SUM_BYTES;
+    stage_sums(sums, grad_key);
+    stage_sums(sums + CTA_KEYS * SUM_BYTES, grad_value);
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0 && warp_keys > 0) {
+        const int bytes = warp_keys * SUM_BYTES;
+        if (alone) {
+            bulk_store(p.grad_key + offset, sums, bytes);
+            bulk_store(p.grad_value + offset, sums + CTA_KEYS * SUM_BYTES, bytes);
+        } else {
+            bulk_add(p.grad_key + offset, sums, bytes);
+            bulk_add(p.grad_value + offset, sums + CTA_KEYS * SUM_BYTES, bytes);
+        }
     }
+    bulk_commit();
+    bulk_wait_read();
 }
 #endif

@@ -162,7 +162,7 @@ FSA_DEVICE void write_units(const IndexParams& p, Unit* units, int block, int be
     unit.valid_keys = min_i(BLOCK_SIZE, kv_len - key);
     unit.first_token = key - (kv_len - q_len) + q_begin;
     unit.block = block;
-    unit.split = -1;
+    unit.split = count > p.index.unit_entries;
     unit.reserved = 0;
     for (; count >= p.index.unit_entries; count -= p.index.unit_entries, begin += p.index.unit_entries) {
         unit.entry_begin = begin;

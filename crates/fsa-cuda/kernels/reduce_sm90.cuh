@@ -154,20 +154,23 @@ FSA_DEVICE void load_partial(Vec4 (&v)[HEAD_DIM / 32], const char* row, bool pre
     }
 }
 
-// Adds all partials of the thread's two rows, two slots at a time; a warp runs as long as its longest row.
+// Slots whose partials are in flight at a time: as many as there are registers for.
+constexpr int SLOTS_AHEAD = HEAD_DIM <= 128 ? 2 : 1;
+
+// Adds all partials of the thread's two rows; a warp runs as long as its longest row.
 FSA_DEVICE void merge_partials(Piece (&out)[PIECES], const char* low, const char* high, int count_low, int count_high, const f32* weights_low,
                                const f32* weights_high) {
     const int count = __reduce_max_sync(0xffffffffu, max_i(count_low, count_high));
-    FSA_NO_UNROLL for (int slot = 0; slot < count; slot += 2) {
-        Vec4 v[4][HEAD_DIM / 32];
-        load_partial(v[0], low + slot * ROW_BYTES, slot < count_low);
-        load_partial(v[1], high + slot * ROW_BYTES, slot < count_high);
-        load_partial(v[2], low + (slot + 1) * ROW_BYTES, slot + 1 < count_low);
-        load_partial(v[3], high + (slot + 1) * ROW_BYTES, slot + 1 < count_high);
-        merge_partial<false>(out, v[0], slot < count_low ? weights_low[slot] : 0.0f);
-        merge_partial<true>(out, v[1], slot < count_high ? weights_high[slot] : 0.0f);
-        merge_partial<false>(out, v[2], slot + 1 < count_low ? weights_low[slot + 1] : 0.0f);
-        merge_partial<true>(out, v[3], slot + 1 < count_high ? weights_high[slot + 1] : 0.0f);
+    FSA_NO_UNROLL for (int slot = 0; slot < count; slot += SLOTS_AHEAD) {
+        Vec4 v[2 * SLOTS_AHEAD][HEAD_DIM / 32];
+        FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
+            load_partial(v[2 * a], low + (slot + a) * ROW_BYTES, slot + a < count_low);
+            load_partial(v[2 * a + 1], high + (slot + a) * ROW_BYTES, slot + a < count_high);
+        }
+        FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
+            merge_partial<false>(out, v[2 * a], slot + a < count_low ? weights_low[slot + a] : 0.0f);
+            merge_partial<true>(out, v[2 * a + 1], slot + a < count_high ? weights_high[slot + a] : 0.0f);
+        }
     }
 }
 
@@ -195,12 +198,16 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
     __shared__ i32 dense_ids[MAX_DENSE + 1], dense_bits[MAX_DENSE];
     __shared__ i32 next_spilled;
     __shared__ u32 warp_info[4];
+    let_next_start();
     const Index& index = p.index;
     const int tile_number = p.chunk * p.layout.chunk_tiles + blockIdx.x;
-    if (tile_number >= p.layout.max_tiles) return;
     DenseContext c;
-    c.tile = p.layout.tiles[tile_number];
-    if (c.tile.rows == 0) return;
+    c.tile.rows = 0;
+    if (tile_number < p.layout.max_tiles) c.tile = p.layout.tiles[tile_number];
+    if (c.tile.rows == 0) {
+        wait_for_previous();
+        return;
+    }
     const int head = p.first_head + blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     c.kv_head = head / p.group_size;
     c.row_low = warp * 16 + lane / 4;
@@ -212,21 +219,9 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
     const i64 chunk_row = (i64)blockIdx.y * p.layout.chunk_tiles * TILE_ROWS + c.tile.token - p.layout.chunk_token[p.chunk];
 
     copy_rows<TILE_ROWS>(c.query_tile, p.query, head, c.tile.token, c.tile.rows);
-    // Larger blocks have no registers left for the copies by quads below: they spilled 8 to 16 bytes.
-    if constexpr (BLOCK_SIZE > 64)
-        for (int i = threadIdx.x; i < c.tile.rows * index.slots; i += WARPGROUP) lse[i] = p.partial_lse[chunk_row * index.slots + i];
     const u32* row_info = index.row_info + (i64)c.kv_head * p.layout.total_q + c.tile.token;
     c.info_low.word = low < c.tile.rows ? row_info[low] : 0;
     c.info_high.word = high < c.tile.rows ? row_info[high] : 0;
-    // A quad copies the log2-sum-exps of its own rows; they arrive while the dense blocks are computed.
-    auto copy_lse = [&](int row, int count) {
-        for (int slot = lane & 3; slot < count; slot += 4)
-            copy_async4(shared_address(lse + row * index.slots + slot), p.partial_lse + (chunk_row + row) * index.slots + slot);
-    };
-    if constexpr (BLOCK_SIZE <= 64) {
-        copy_lse(low, c.info_low.partials());
-        copy_lse(high, c.info_high.partials());
-    }
     const u32 any = __reduce_or_sync(0xffffffffu, c.info_low.word | c.info_high.word);
     if (lane == 0) warp_info[warp] = any;
     __syncthreads();
@@ -246,10 +241,19 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
     const int steps = count_steps(dense_ids, __popc(all & 0x7f), c.tile.position + c.tile.rows - 1);
     dense_blocks(state, p, c, dense_ids, steps, [&](int n, RowInfo info) { return info.lists_dense(dense_bits[n]); });
     if (all >> RowInfo::SPILLED_SHIFT != 0) spilled_blocks(state, p, c, dense_ids, &next_spilled);
+    const int partials_low = c.info_low.partials(), partials_high = c.info_high.partials();
+    wait_for_previous();
+    // A quad copies the log2-sum-exps of its own rows.
+    auto copy_lse = [&](int row, int count) {
+        for (int slot = lane & 3; slot < count; slot += 4)
+            copy_async4(shared_address(lse + row * index.slots + slot), p.partial_lse + (chunk_row + row) * index.slots + slot);
+    };
+    copy_lse(low, partials_low);
+    copy_lse(high, partials_high);
+    copy_commit();
     copy_wait<0>();
     __syncwarp();
 
-    const int partials_low = c.info_low.partials(), partials_high = c.info_high.partials();
     const MergeRow row_low = merge_weights(state.low, lse + low * index.slots, partials_low);
     const MergeRow row_high = merge_weights(state.high, lse + high * index.slots, partials_high);
     FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) scale_piece(state.out[piece], row_low.dense_weight, row_high.dense_weight);

@@ -3,18 +3,19 @@
 
 mod host;
 
+use crate::arch::KernelSet;
 use crate::driver::{Device, DeviceBuffer, Stream, UploadedBatch};
 use crate::environment::Environment;
 use crate::kernels::Kernels;
 use crate::plan::{PlanOptions, Problem};
 use crate::selected::{BackwardTensors, ForwardTensors, LaunchContext, SelectedBackward, SelectedForward, TensorSpan};
-use crate::source::HEAD_DIMS;
+use crate::source::{HEAD_DIMS, Kernel, Specialisation};
 use fsa_core::{
     AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionShape, AttentionStage, Backend, Batch,
-    CombineArgs, CombineGrads, CompressArgs, CompressGrads, Error, NsaArgs, NsaForward, NsaGrads, NsaSaved, Result,
-    RopeArgs, SelectArgs, Stage, TensorView, TensorViewMut,
+    CombineArgs, CombineGrads, CompressArgs, CompressGrads, DType, Error, NsaArgs, NsaForward, NsaGrads, NsaSaved,
+    Result, RopeArgs, SelectArgs, Stage, TensorView, TensorViewMut,
 };
-use host::{Rows, download, upload, upload_plain};
+use host::{Rows, fetch, store, upload, upload_plain};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Runs stage `selected` on a GPU.
@@ -47,14 +48,40 @@ struct Uploaded {
 }
 
 fn unsupported<T>(stage: Stage) -> Result<T> {
+    let names: Vec<_> = CudaBackend::STAGES.iter().map(|stage| stage.name()).collect();
     Err(Error::Unsupported {
         constraint: "stage on CUDA".into(),
         got: stage.to_string(),
-        supported: format!("{}; the other stages run on the CPU backend", Stage::Selected),
+        supported: format!("{}; the other stages run on the CPU backend", names.join(", ")),
     })
 }
 
+fn unsupported_dtype<T>(dtype: DType) -> Result<T> {
+    Err(Error::Unsupported {
+        constraint: "dtype on CUDA".into(),
+        got: dtype.to_string(),
+        supported: CudaBackend::DTYPES.map(|dtype| dtype.to_string()).join(", "),
+    })
+}
+
+/// Checks that `set` has the kernels of a stage. That every specialisation fits a device is asked per call.
+fn check_kernels(set: KernelSet, stage: Stage, backward: bool) -> Result<()> {
+    if !CudaBackend::STAGES.contains(&stage) {
+        return unsupported(stage);
+    }
+    let forward = [Kernel::Index, Kernel::Attend, Kernel::Reduce];
+    let kernels = if backward { &[Kernel::Index, Kernel::Backward][..] } else { &forward[..] };
+    let specialisation = |kernel| Specialisation::new(kernel, set, DType::Bf16, 128, 64);
+    kernels.iter().try_for_each(|kernel| specialisation(*kernel).file().map(drop))
+}
+
 impl CudaBackend {
+    /// Stages that it has, each forward and backward.
+    pub const STAGES: [Stage; 1] = [Stage::Selected];
+
+    /// Types of the tensors that its kernels take.
+    pub const DTYPES: [DType; 2] = [DType::Bf16, DType::F16];
+
     /// Opens the device as the environment asks for.
     ///
     /// # Errors
@@ -76,6 +103,34 @@ impl CudaBackend {
     /// The device's kernels.
     pub fn kernels(&self) -> &Arc<Kernels> {
         &self.kernels
+    }
+
+    /// Checks that a stage can run: that this backend has it, and its kernels for the set in use.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] that names the stage or the kernel.
+    pub fn check_stage(&self, stage: Stage, backward: bool) -> Result<()> {
+        check_kernels(self.kernels.set(), stage, backward)
+    }
+
+    /// Checks a type of tensors.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] that names the types that the kernels take.
+    pub fn check_dtype(&self, dtype: DType) -> Result<()> {
+        if Self::DTYPES.contains(&dtype) { Ok(()) } else { unsupported_dtype(dtype) }
+    }
+
+    /// Checks that kernels can be had: NVRTC is there, or kernels that it compiled before lie in the cache.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] that says where NVRTC was looked for and how to get it.
+    pub fn check_compiler(&self) -> Result<()> {
+        let compiler = self.kernels.compiler();
+        match compiler.nvrtc() {
+            Err(missing) if compiler.cache().last_compiler().is_none() => Err(missing.into()),
+            _ => Ok(()),
+        }
     }
 
     fn device(&self) -> &Arc<Device> {
@@ -117,8 +172,11 @@ impl CudaBackend {
         let workspace = self.poisoned("workspace", planned.workspace_bytes(), &stream)?;
         let context = LaunchContext { stream: &stream, workspace: workspace.span() };
         planned.launch(&context, &tensors.batch.get(), &tensors.forward(&call.problem), call.scale())?;
-        download(&tensors.out, call.rows(), &mut output.out, 1.0, &stream)?;
-        download(&tensors.lse, Rows::plain(call.problem.total_q), &mut output.lse, 1.0, &stream)
+        // Everything that can fail comes before the first write to the caller's tensors.
+        let out = fetch("out", &tensors.out, call.problem.dtype, &stream)?;
+        let lse = fetch("lse", &tensors.lse, DType::F32, &stream)?;
+        store(&out, call.rows(), &mut output.out, 1.0)?;
+        store(&lse, Rows::plain(call.problem.total_q), &mut output.lse, 1.0)
     }
 
     fn backward(&self, call: &Call<'_>, grad: &AttentionGradArgs<'_>, grads: &mut AttentionGrads<'_>) -> Result<()> {
@@ -148,9 +206,12 @@ impl CudaBackend {
         };
         let context = LaunchContext { stream: &stream, workspace: workspace.span() };
         planned.launch(&context, &tensors.batch.get(), &backward, call.scale())?;
-        download(&grad_query, call.rows(), &mut grads.grad_query, call.sign, &stream)?;
-        download(&grad_key, call.rows(), &mut grads.grad_key, 1.0, &stream)?;
-        download(&grad_value, call.rows(), &mut grads.grad_value, 1.0, &stream)
+        let outputs = [("grad_query", grad_query), ("grad_key", grad_key), ("grad_value", grad_value)];
+        let fetched: Result<Vec<_>> =
+            outputs.iter().map(|(name, buffer)| fetch(name, buffer, problem.dtype, &stream)).collect();
+        let AttentionGrads { grad_query, grad_key, grad_value } = grads;
+        let targets = [(grad_query, call.sign), (grad_key, 1.0), (grad_value, 1.0)];
+        fetched?.iter().zip(targets).try_for_each(|(data, (target, factor))| store(data, call.rows(), target, factor))
     }
 }
 
@@ -293,5 +354,33 @@ mod tests {
         assert!(check_batch(&batch.slice_queries(2..8)).is_ok(), "the last rows of each sequence");
         let error = check_batch(&batch.slice_queries(2..5)).expect_err("the first rows of the last sequence");
         assert!(error.to_string().contains("sequence 2 on CUDA"), "{error}");
+    }
+
+    #[test]
+    fn ids_are_validated_on_the_host_where_that_is_asked_for() {
+        let (batch, ids) = (Batch::single(32), vec![1; 32]);
+        let query = fsa_core::Tensor::zeros("query", DType::Bf16, &[32, 1, 8]).expect("small");
+        let (query, softmax_scale) = (query.view(), None);
+        let args = AttentionArgs { query, key: query, value: query, batch: &batch, softmax_scale };
+        let topk_indices = TensorView::new("topk_indices", &ids, &[1, 32, 1]).expect("shape");
+        let call = |validate| {
+            let stage = AttentionStage::Selected { topk_indices, block_size: 16, validate };
+            Call::new(&stage, &args).map(|call| call.problem)
+        };
+        assert_eq!(call(false).expect("any i32 is safe").head_dim, HEAD_DIMS[0]);
+        let error = call(true).expect_err("block 1 is in the future of row 0");
+        assert_eq!(error.argument(), Some("topk_indices"));
+        assert!(error.to_string().contains("1 in row [0, 0]"), "{error}");
+    }
+
+    #[test]
+    fn what_is_not_there_is_named() {
+        for backward in [false, true] {
+            assert_eq!(check_kernels(KernelSet::Sm90, Stage::Selected, backward), Ok(()));
+            let error = check_kernels(KernelSet::Sm90, Stage::Dense, backward).expect_err("not yet");
+            assert!(matches!(&error, Error::Unsupported { got, .. } if got == "dense"), "{error}");
+        }
+        let error = unsupported_dtype::<()>(DType::F32).expect_err("no kernel").to_string();
+        assert_eq!(error, "dtype on CUDA is not supported: got f32, supported: bf16, f16");
     }
 }

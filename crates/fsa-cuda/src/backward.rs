@@ -1,7 +1,8 @@
 //! Backward of stage `selected`: row statistics, one KV-major pass over five products, f32 sums to the dtype.
 //!
-//! Kernel file: `kernels/backward_sm90.cuh`.
+//! Kernel files: `kernels/backward_sm90.cuh`, `kernels/backward_sm80.cuh`.
 
+use crate::arch::KernelSet;
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::{BackwardParams, ConvertParams, TILE_ROWS};
@@ -31,49 +32,62 @@ const CONVERT_ELEMENTS: usize = 4;
 /// Threads of the small kernels.
 const SMALL_THREADS: usize = 256;
 
-/// The main kernel of the file: there are two.
+/// The main kernel of the file: there are two for Hopper, and a portable one.
 struct Main {
-    /// Two warpgroups share 64 keys, so that the sums of the largest heads fit into registers; else there is one
-    /// warpgroup per 64 keys.
+    /// On Hopper: two warpgroups share 64 keys, so that the sums of the largest heads fit into registers; else there is
+    /// one warpgroup per 64 keys.
     is_narrow: bool,
     /// Keys of a CTA, padded.
     cta_keys: usize,
     threads: usize,
-    /// Tiles of score gradients, and of probabilities where they pass through shared memory.
-    score_tiles: usize,
+    /// CTAs that share a block, side by side.
+    parts: usize,
+    /// Rows of all query and gradient tiles.
+    tile_rows: usize,
+    /// Keys of all tiles of score gradients, and of probabilities where they pass through shared memory.
+    score_keys: usize,
 }
 
 impl Main {
     fn of(specialisation: &Specialisation) -> Self {
-        if specialisation.head_dim == 256 && !specialisation.query_partials {
-            return Self { is_narrow: true, cta_keys: TILE_KEYS, threads: 2 * WARPGROUP, score_tiles: 2 };
+        let Specialisation { set, head_dim, block_size, query_partials, .. } = *specialisation;
+        if set == KernelSet::Sm80 {
+            // Where there are partials, a CTA takes the parts in turn: they share a slot.
+            let cta_keys = if head_dim <= 128 { TILE_KEYS } else { TILE_KEYS / 2 };
+            let parts = if query_partials { 1 } else { block_size.div_ceil(cta_keys) };
+            let tile_rows = 2 * if head_dim <= 192 { TILE_ROWS } else { TILE_ROWS / 2 };
+            return Self { is_narrow: false, cta_keys, threads: WARPGROUP, parts, tile_rows, score_keys: 2 * cta_keys };
         }
-        let cta_keys = specialisation.block_size.clamp(TILE_KEYS, MAX_CTA_KEYS);
-        let groups = cta_keys / TILE_KEYS;
-        Self { is_narrow: false, cta_keys, threads: groups * WARPGROUP, score_tiles: groups }
+        let is_narrow = head_dim == 256 && !query_partials;
+        let cta_keys = if is_narrow { TILE_KEYS } else { block_size.clamp(TILE_KEYS, MAX_CTA_KEYS) };
+        let threads = if is_narrow { 2 * WARPGROUP } else { cta_keys / TILE_KEYS * WARPGROUP };
+        let score_keys = if is_narrow { 2 * TILE_KEYS } else { cta_keys };
+        let parts = block_size.div_ceil(cta_keys);
+        // Two stages of two tiles.
+        Self { is_narrow, cta_keys, threads, parts, tile_rows: 4 * TILE_ROWS, score_keys }
     }
 }
 
-/// Shared memory of a CTA: key and value tiles, two stages of query and gradient tiles, score tiles.
+/// Shared memory of a CTA: key and value tiles, query and gradient tiles, score tiles.
 pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
     let (main, head_dim) = (Main::of(specialisation), specialisation.head_dim);
-    let scores = main.score_tiles * tile_bytes(TILE_KEYS, TILE_KEYS);
-    2 * tile_bytes(main.cta_keys, head_dim) + 4 * tile_bytes(TILE_ROWS, head_dim) + scores
+    let scores = tile_bytes(main.score_keys, TILE_ROWS);
+    2 * tile_bytes(main.cta_keys, head_dim) + tile_bytes(main.tile_rows, head_dim) + scores
 }
 
 /// What the kernel file must agree with.
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
     let main = Main::of(specialisation);
-    let (smem, threads) = if main.is_narrow {
+    let smem = smem_bytes(specialisation);
+    if specialisation.set == KernelSet::Sm80 {
+        return vec![("SMEM_BYTES", smem), ("WARPGROUP", main.threads), ("CTA_KEYS", main.cta_keys)];
+    }
+    let (smem_expression, threads) = if main.is_narrow {
         ("2 * RowTile::BYTES + 2 * STAGE_BYTES + 2 * DS_BYTES", "NARROW_THREADS")
     } else {
         ("2 * KeyTile::BYTES + 2 * STAGE_BYTES + GROUPS * DS_BYTES", "THREADS")
     };
-    vec![
-        ("(FSA_BACKWARD_NARROW)", usize::from(main.is_narrow)),
-        (smem, smem_bytes(specialisation)),
-        (threads, main.threads),
-    ]
+    vec![("(FSA_BACKWARD_NARROW)", usize::from(main.is_narrow)), (smem_expression, smem), (threads, main.threads)]
 }
 
 /// The loaded kernels.
@@ -106,15 +120,20 @@ impl BackwardKernels {
         params: &BackwardParams,
     ) -> Result<()> {
         let (rows, heads) = (params.rows as usize, heads as u32);
-        let small =
-            |ctas: usize| LaunchDims { grid: [ctas as u32, heads, 1], threads: SMALL_THREADS as u32, smem_bytes: 0 };
+        let small = |ctas: usize| LaunchDims {
+            grid: [ctas as u32, heads, 1],
+            threads: SMALL_THREADS as u32,
+            smem_bytes: 0,
+            overlaps: false,
+        };
         self.delta.launch(stream, small(rows.div_ceil(DELTA_ROWS)), params)?;
-        let Specialisation { head_dim, block_size, query_partials, .. } = self.specialisation;
+        let Specialisation { head_dim, query_partials, .. } = self.specialisation;
         let main = Main::of(&self.specialisation);
         let dims = LaunchDims {
-            grid: [plan.max_units() as u32, block_size.div_ceil(main.cta_keys) as u32, heads],
+            grid: [plan.max_units() as u32, main.parts as u32, heads],
             threads: main.threads as u32,
             smem_bytes: smem_bytes(&self.specialisation) as u32,
+            overlaps: false,
         };
         self.backward.launch(stream, dims, params)?;
         if !query_partials {
@@ -128,6 +147,10 @@ impl BackwardKernels {
     pub(crate) fn convert(&self, stream: &Stream, rows: usize, heads: usize, params: &ConvertParams) -> Result<()> {
         let threads = rows * (self.specialisation.head_dim / CONVERT_ELEMENTS);
         let grid = [threads.div_ceil(SMALL_THREADS) as u32, heads as u32, 1];
-        self.convert.launch(stream, LaunchDims { grid, threads: SMALL_THREADS as u32, smem_bytes: 0 }, params)
+        self.convert.launch(
+            stream,
+            LaunchDims { grid, threads: SMALL_THREADS as u32, smem_bytes: 0, overlaps: false },
+            params,
+        )
     }
 }

@@ -14,10 +14,17 @@ pub enum CudaError {
     #[error("no CUDA driver: libcuda.so.1 (Windows: nvcuda.dll) cannot be loaded; it comes with the NVIDIA driver")]
     NoDriver,
     /// The driver is older than the functions that this crate calls.
-    #[error("the CUDA driver is too old: it supports CUDA {}.{}, needed is 12.0 or later (driver 525)", found.0, found.1)]
+    #[error(
+        "the CUDA driver is too old: it supports CUDA {}.{}, needed is {}.{} or later (driver {release})",
+        found.0, found.1, needed.0, needed.1
+    )]
     DriverTooOld {
         /// Newest CUDA version that it supports.
         found: (u32, u32),
+        /// Oldest CUDA version that is enough.
+        needed: (u32, u32),
+        /// First release of the driver that supports it.
+        release: u32,
     },
     /// There is no device of that number.
     #[error("no CUDA device {ordinal}: the driver shows {count} (CUDA_VISIBLE_DEVICES can hide devices)")]

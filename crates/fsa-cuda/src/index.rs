@@ -53,7 +53,7 @@ impl IndexKernels {
         let pieces = [plan.num_subs as u32, kv_heads as u32, windows as u32];
         let counters_bytes = 4 * plan.window_blocks as u32;
         let warps = plan.scatter_warps as u32;
-        let dims = |grid, threads, smem_bytes| LaunchDims { grid, threads, smem_bytes };
+        let dims = |grid, threads, smem_bytes| LaunchDims { grid, threads, smem_bytes, overlaps: false };
         if params.first_kv_head == 0 {
             self.prepare.launch(stream, dims([1, 1, 1], SCAN_THREADS, 0), params)?;
         }

@@ -162,6 +162,7 @@ device_structs! {
         chunk: i32,
         first_head: i32,
         rows: i32,
+        first_sums: i32,
     }
 
     /// Parameters of `backward_convert`.

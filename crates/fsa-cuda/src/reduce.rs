@@ -1,7 +1,8 @@
 //! Second half of the forward of stage `selected`: the dense blocks of a query tile, and the merge of its partials.
 //!
-//! Kernel file: `kernels/reduce_sm90.cuh`.
+//! Kernel files: `kernels/reduce_sm90.cuh`, `kernels/reduce_sm80.cuh`.
 
+use crate::arch::KernelSet;
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::{ReduceParams, TILE_ROWS};
@@ -12,15 +13,18 @@ use std::sync::Arc;
 /// Kernels of the file and what they take.
 pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("reduce", "ReduceParams")];
 
-/// One warpgroup.
+/// One warpgroup, or four warps.
 const THREADS: u32 = 128;
-/// Keys of a step.
-const STEP_KEYS: usize = 64;
+
+/// Keys of a step, at most. Portable CTAs have less shared memory for the keys of large heads.
+fn step_keys(specialisation: &Specialisation) -> usize {
+    if specialisation.set == KernelSet::Sm80 && specialisation.head_dim > 128 { 32 } else { 64 }
+}
 
 /// Shared memory of the tiles: queries, keys, values.
 fn tiles_bytes(specialisation: &Specialisation) -> usize {
     let Specialisation { head_dim, block_size, .. } = *specialisation;
-    tile_bytes(TILE_ROWS, head_dim) + 2 * tile_bytes(block_size.min(STEP_KEYS), head_dim)
+    tile_bytes(TILE_ROWS, head_dim) + 2 * tile_bytes(block_size.min(step_keys(specialisation)), head_dim)
 }
 
 /// Shared memory of a CTA: the tiles, and a log-sum-exp per row and slot.
@@ -45,10 +49,18 @@ impl ReduceKernel {
         Ok(Self { reduce: module.function("reduce")?, specialisation: *specialisation })
     }
 
-    /// Writes `out` and `lse` of a chunk for `heads` query heads.
-    pub(crate) fn launch(&self, stream: &Stream, plan: &IndexPlan, heads: usize, params: &ReduceParams) -> Result<()> {
+    /// Writes `out` and `lse` of a chunk for `heads` query heads. With `overlaps`, from the end of
+    /// the kernel before it in the stream on.
+    pub(crate) fn launch(
+        &self,
+        stream: &Stream,
+        plan: &IndexPlan,
+        heads: usize,
+        overlaps: bool,
+        params: &ReduceParams,
+    ) -> Result<()> {
         let grid = [plan.chunk_tiles as u32, heads as u32, 1];
         let smem_bytes = smem_bytes(&self.specialisation, plan.slots) as u32;
-        self.reduce.launch(stream, LaunchDims { grid, threads: THREADS, smem_bytes }, params)
+        self.reduce.launch(stream, LaunchDims { grid, threads: THREADS, smem_bytes, overlaps }, params)
     }
 }

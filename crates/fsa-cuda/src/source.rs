@@ -14,8 +14,9 @@ const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/kernels.rs"))
 /// Head dimensions that the kernels are compiled for.
 pub const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 
-/// Largest block whose backward can write partials: a block that is cut into parts would write two to one slot.
-pub(crate) const MAX_PARTIALS_BLOCK: usize = 128;
+/// Largest block whose backward on Hopper can write partials: parts of a block side by side would write to one slot. The
+/// portable kernel takes them in turn.
+const MAX_PARTIALS_BLOCK: usize = 128;
 
 /// A kernel of the selected branch: one file, one host file of the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -99,7 +100,7 @@ impl Specialisation {
         file.ok_or_else(|| Error::Unsupported {
             constraint: format!("kernel `{}`", self.kernel),
             got: format!("the kernels for {}", self.set),
-            supported: "those for sm90, on Hopper".into(),
+            supported: "the kernels of this version".into(),
         })
     }
 
@@ -111,6 +112,13 @@ impl Specialisation {
             Kernel::Reduce => crate::reduce::smem_bytes(self, topk),
             Kernel::Backward => crate::backward::smem_bytes(self),
         }
+    }
+
+    /// True if there is such a kernel, and a CTA of it has the shared memory for rows that list `topk` blocks.
+    pub(crate) fn exists(&self, topk: usize) -> bool {
+        let portable = self.set == KernelSet::Sm80;
+        let writes = !self.query_partials || portable || (self.block_size <= MAX_PARTIALS_BLOCK && self.head_dim < 256);
+        writes && self.file().is_ok() && self.smem_bytes(topk) <= MAX_CTA_SMEM_BYTES
     }
 
     /// The kernels of the file and the parameter struct that each takes.
@@ -192,7 +200,7 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                 for block_size in BLOCK_SIZES {
                     let specialisation = Specialisation::new(kernel, set, dtype, head_dim, block_size);
                     all.push(specialisation);
-                    if kernel == Kernel::Backward && block_size <= MAX_PARTIALS_BLOCK {
+                    if kernel == Kernel::Backward {
                         all.push(specialisation.with_query_partials());
                     }
                 }
@@ -201,7 +209,7 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
     }
     all.sort_unstable();
     all.dedup();
-    all.retain(|specialisation| specialisation.file().is_ok() && specialisation.smem_bytes(1) <= MAX_CTA_SMEM_BYTES);
+    all.retain(|specialisation| specialisation.exists(1));
     all
 }
 
@@ -220,6 +228,7 @@ pub fn tabled(set: KernelSet) -> Vec<Specialisation> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::MAX_TOPK;
 
     #[test]
     fn the_index_is_compiled_once_per_block_size() {
@@ -231,6 +240,17 @@ mod tests {
             assert!((2 * 20..=2 * 45).contains(&count(kernel)), "{kernel}: {}", count(kernel));
         }
         assert!(all.iter().all(|specialisation| specialisation.smem_bytes(1) <= MAX_CTA_SMEM_BYTES));
+    }
+
+    #[test]
+    fn portable_kernels_fit_the_smallest_devices() {
+        let all = specialisations(KernelSet::Sm80);
+        // 5 of the index; 2 dtypes, 5 dimensions and 5 block sizes of the others; partials of the last.
+        assert_eq!(all.len(), 5 + 4 * 50);
+        for specialisation in all {
+            // 99 KB on devices of compute capability 8.6 and 8.9, of which plans leave 4 KB alone.
+            assert!(specialisation.smem_bytes(MAX_TOPK) <= 95 << 10, "{specialisation}");
+        }
     }
 
     #[test]

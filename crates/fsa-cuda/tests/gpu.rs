@@ -1,7 +1,7 @@
-//! On a GPU: `cargo test --release -p fsa-cuda --test gpu -- --ignored`. `examples/prove` runs more and shows numbers.
+//! On a GPU: `cargo test --release -p fsa-cuda -- --ignored`. `fsa check --device cuda` runs more and shows numbers.
 
 use fsa_core::{DType, Error, Stage};
-use fsa_cuda::driver::{DeviceBuffer, Graph, Stream, UploadedBatch};
+use fsa_cuda::driver::{DeviceBuffer, Event, Graph, Stream, UploadedBatch};
 use fsa_cuda::plan::{PlanOptions, Problem};
 use fsa_cuda::selected::{ForwardTensors, LaunchContext, SelectedForward, TensorSpan};
 use fsa_cuda::{CudaBackend, CudaError, Environment, KernelSet};
@@ -135,4 +135,26 @@ fn a_recorded_call_repeats_and_a_small_workspace_is_refused() {
     let few = workspace.span().part(0, small.forward.workspace_bytes() - 1);
     let error = small.launch(&LaunchContext { stream: &stream, workspace: few }).expect_err("too small");
     assert!(matches!(&error, Error::Input(error) if error.argument == "workspace"), "{error}");
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn timed_events_measure_the_device_and_others_are_refused() {
+    let backend = CudaBackend::new().expect("a device");
+    let device = backend.kernels().device();
+    let stream = Stream::new(device).expect("a stream");
+    let buffer = DeviceBuffer::new(device, "buffer", 64 << 20).expect("memory");
+    let _bound = device.bind().expect("binds");
+    let [start, middle, stop] = [(); 3].map(|()| Event::timed(device).expect("a new driver"));
+    start.record(&stream).expect("records");
+    buffer.span().fill(1, &stream).expect("fills");
+    middle.record(&stream).expect("records");
+    buffer.span().fill(2, &stream).expect("fills");
+    stop.record(&stream).expect("records");
+    let (half, whole) = (middle.elapsed_ms(&start).expect("timed"), stop.elapsed_ms(&start).expect("timed"));
+    // No GPU writes 64 MiB in a microsecond.
+    assert!(half > 0.001 && whole > half, "{half} ms of {whole} ms");
+    let without = Event::new(device).expect("an event");
+    without.record(&stream).expect("records");
+    assert!(without.elapsed_ms(&start).is_err(), "it has no time");
 }

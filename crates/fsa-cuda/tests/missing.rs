@@ -1,6 +1,9 @@
 //! What a machine lacks is said in words, with what to do about it.
 
-use fsa_core::{AttentionArgs, AttentionOutput, AttentionStage, Backend, Batch, DType, Error, Tensor, TensorView};
+mod call;
+
+use call::Call;
+use fsa_core::{AttentionArgs, AttentionOutput, AttentionStage, Backend, Batch, DType, Error, Tensor};
 use fsa_cuda::driver::Device;
 use fsa_cuda::jit::Compiler;
 use fsa_cuda::source::{Kernel, Specialisation};
@@ -34,7 +37,7 @@ fn a_missing_compiler_names_where_it_was_looked_for_and_how_to_get_it() {
 fn messages_name_both_values() {
     let old = CudaError::DeviceTooOld { name: "Tesla T4".into(), capability: (7, 5) };
     assert_eq!(old.to_string(), "Tesla T4 has compute capability 7.5, needed is 8.0 or later (Ampere)");
-    let driver = CudaError::DriverTooOld { found: (11, 4) };
+    let driver = CudaError::DriverTooOld { found: (11, 4), needed: (12, 0), release: 525 };
     assert!(driver.to_string().contains("11.4") && driver.to_string().contains("12.0"), "{driver}");
     let memory: Error = CudaError::OutOfMemory { what: "key".into(), bytes: 12 }.into();
     assert_eq!(memory.to_string(), "out of memory: key on the device needs 12 bytes");
@@ -66,25 +69,32 @@ fn other_stages_are_refused_by_name() {
 #[ignore = "needs a CUDA device"]
 fn a_type_that_the_kernels_lack_is_refused_before_anything_is_written() {
     let backend = CudaBackend::new().expect("a device");
-    let batch = Batch::single(4);
-    let query = Tensor::zeros("query", DType::F32, &[4, 1, 8]).expect("small");
-    let mut out = Tensor::new("out", vec![3.0f32; 32], &[4, 1, 8]).expect("small");
-    let mut lse = Tensor::new("lse", vec![3.0f32; 4], &[1, 4]).expect("small");
-    let ids = vec![0i32; 4];
-    let stage = AttentionStage::Selected {
-        topk_indices: TensorView::new("topk_indices", &ids, &[1, 4, 1]).expect("shape"),
-        block_size: 16,
-        validate: false,
-    };
-    let args = AttentionArgs {
-        query: query.view(),
-        key: query.view(),
-        value: query.view(),
-        batch: &batch,
-        softmax_scale: None,
-    };
-    let mut output = AttentionOutput { out: out.view_mut(), lse: lse.view_mut() };
-    let error = backend.attention(&stage, &args, &mut output).expect_err("f32");
+    let mut call = Call::new(DType::F32, 4, 0);
+    let error = call.run(&backend, false).expect_err("f32");
     assert!(matches!(&error, Error::Unsupported { got, .. } if got == "f32"), "{error}");
-    assert_eq!(out.as_slice::<f32>("out").expect("f32"), [3.0; 32]);
+    call.is_untouched();
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn ids_are_validated_where_that_is_asked_for() {
+    let backend = CudaBackend::new().expect("a device");
+    let mut call = Call::new(DType::Bf16, 4, 7);
+    let error = call.run(&backend, true).expect_err("block 7 of 4 rows");
+    assert_eq!(error.argument(), Some("topk_indices"));
+    call.is_untouched();
+    call.run(&backend, false).expect("counts as absent");
+    assert!(call.lse.view().to_f64().iter().all(|lse| *lse == f64::NEG_INFINITY));
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_compiler_that_is_missing_is_an_error_before_and_at_the_call() {
+    let environment = Environment { nvrtc_path: Some("/nowhere/libnvrtc.so".into()), ..Environment::default() };
+    let backend = CudaBackend::with(&environment).expect("a device needs no compiler");
+    let mut call = Call::new(DType::Bf16, 4, 0);
+    for error in [backend.check_compiler(), call.run(&backend, false)].map(|result| result.expect_err("no NVRTC")) {
+        assert!(error.to_string().contains("pip install nvidia-cuda-nvrtc"), "{error}");
+    }
+    call.is_untouched();
 }

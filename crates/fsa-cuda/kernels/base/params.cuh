@@ -18,7 +18,7 @@ struct __align__(16) Unit {
     i32 block;          // global number of the block
     i32 entry_begin;    // first entry, relative to the entries of this (kv head, chunk)
     i32 entry_count;
-    i32 split;          // -1; reserved for the number of a block that was cut into several units
+    i32 split;          // 1: other units of the same list share the block; 0: it is the only one
     i32 reserved;
 };
 
@@ -120,6 +120,7 @@ struct BackwardParams {
     i32 chunk;
     i32 first_head;             // query head of the launch's first
     i32 rows;                   // rows that one head has in row_stats, grad_query and partial
+    i32 first_sums;             // 1: nothing was added to grad_key and grad_value yet, and no two heads of the launch share them
 };
 
 // f32 accumulators in fragment order to rows of one head in the storage type.

@@ -24,6 +24,7 @@ FSA_DEVICE void store_global(void* pointer, Vec4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 FSA_DEVICE void store_global8(void* pointer, u32 x, u32 y) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(pointer), "r"(x), "r"(y) : "memory"); }
+FSA_DEVICE Vec4 as_words(f32 x, f32 y, f32 z, f32 w) { return {__float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w)}; }
 FSA_DEVICE void store_shared(u32 address, u32 word) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory"); }
 FSA_DEVICE void store_shared(u32 address, Vec4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
@@ -58,3 +59,9 @@ template <int OFFSET>
 FSA_DEVICE void add_global(f32* pointer, f32 a, f32 b, f32 c, f32 d) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0 + %5], {%1, %2, %3, %4};" ::"l"(pointer), "f"(a), "f"(b), "f"(c), "f"(d), "n"(OFFSET) : "memory");
 }
+
+// Programmatic dependent launch. The next kernel of the stream may start once all ctas of this one have said so or are done; what
+// it does before `wait_for_previous` overlaps this one. After that, everything of the kernels before is done and visible. A cta
+// that leaves without waiting would let the order of the kernels after the next one slip.
+FSA_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+FSA_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

@@ -46,8 +46,9 @@ template <int ROWS, int THREADS = WARPGROUP>
 FSA_DEVICE void copy_rows(u32 tile, const Tensor& source, int head, i64 first_row, int valid_rows) {
     const char* base = tensor_row(source, first_row, head);
     const i64 row_bytes = source.row_stride * ELEMENT_BYTES;
-    FSA_UNROLL for (int i = 0; i < ROWS * PIECES_PER_ROW / THREADS; ++i) {
+    FSA_UNROLL for (int i = 0; i < (ROWS * PIECES_PER_ROW + THREADS - 1) / THREADS; ++i) {
         const int n = threadIdx.x + i * THREADS, row = n / PIECES_PER_ROW, piece = n % PIECES_PER_ROW;
+        if (ROWS * PIECES_PER_ROW % THREADS != 0 && row >= ROWS) break;
         const bool valid = row < valid_rows;
         copy_async(tile + SwizzledTile<ROWS>::offset(row, piece), base + (valid ? row : 0) * row_bytes + piece * 16, valid ? 16 : 0);
     }
@@ -90,9 +91,9 @@ FSA_DEVICE void gather_rows(u32 tile, const char* base, u32 row_bytes, const cha
 // packed fma per word, and the rest runs only if it is needed.
 template <int ROWS, int THREADS = WARPGROUP>
 FSA_DEVICE bool clean_rows(u32 tile) {
-    constexpr int COUNT = ROWS * PIECES_PER_ROW / THREADS;
-    auto address = [&](int i) {
-        const int n = threadIdx.x + i * THREADS;
+    constexpr int COUNT = (ROWS * PIECES_PER_ROW + THREADS - 1) / THREADS;
+    auto address = [&](int i) {     // where the threads do not divide evenly, the last ones look at a piece of another thread again
+        const int n = min_i(threadIdx.x + i * THREADS, ROWS * PIECES_PER_ROW - 1);
         return tile + SwizzledTile<ROWS>::offset(n / PIECES_PER_ROW, n % PIECES_PER_ROW);
     };
     u32 sum[4] = {0, 0, 0, 0};

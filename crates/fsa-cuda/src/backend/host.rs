@@ -2,7 +2,7 @@
 
 use crate::driver::{Device, DeviceBuffer, Stream};
 use bytemuck::Pod;
-use fsa_core::{DType, Element, Error, Result, TensorView, TensorViewMut, bf16, f16};
+use fsa_core::{DType, Element, Error, Result, Storage, TensorView, TensorViewMut, bf16, f16};
 use std::sync::Arc;
 
 /// How the innermost vectors lie on the device.
@@ -62,11 +62,7 @@ pub(super) fn upload(
     match view.dtype() {
         DType::Bf16 => upload_rows::<bf16>(what, view, dim, factor, device, stream),
         DType::F16 => upload_rows::<f16>(what, view, dim, factor, device, stream),
-        other => Err(Error::Unsupported {
-            constraint: "dtype on CUDA".into(),
-            got: other.to_string(),
-            supported: "bf16, f16".into(),
-        }),
+        other => super::unsupported_dtype(other),
     }
 }
 
@@ -108,42 +104,62 @@ fn upload_rows<T: Element + Pod>(
     Ok(buffer)
 }
 
-/// Copies the leading elements of every vector into `target`, times `factor`, 1 or -1.
-pub(super) fn download(
-    source: &DeviceBuffer,
-    rows: Rows,
-    target: &mut TensorViewMut<'_>,
-    factor: f32,
-    stream: &Stream,
-) -> Result<()> {
-    match target.dtype() {
-        DType::Bf16 => download_rows::<bf16>(source, rows, target, factor, stream),
-        DType::F16 => download_rows::<f16>(source, rows, target, factor, stream),
-        DType::F32 => download_rows::<f32>(source, rows, target, factor, stream),
-        DType::I32 => download_rows::<i32>(source, rows, target, factor, stream),
+/// Copies a whole buffer of `dtype` to host memory.
+pub(super) fn fetch(what: &str, source: &DeviceBuffer, dtype: DType, stream: &Stream) -> Result<Storage> {
+    fn typed<T: Element + Pod>(what: &str, source: &DeviceBuffer, stream: &Stream) -> Result<Vec<T>> {
+        let mut host = zeros::<T>(what, source.span().size_bytes() / size_of::<T>())?;
+        source.download(&mut host, stream)?;
+        Ok(host)
+    }
+    Ok(match dtype {
+        DType::Bf16 => Storage::Bf16(typed(what, source, stream)?),
+        DType::F16 => Storage::F16(typed(what, source, stream)?),
+        DType::F32 => Storage::F32(typed(what, source, stream)?),
+        DType::I32 => Storage::I32(typed(what, source, stream)?),
+    })
+}
+
+/// Writes the leading elements of every vector to `target`, times `factor`, 1 or -1.
+pub(super) fn store(source: &Storage, rows: Rows, target: &mut TensorViewMut<'_>, factor: f32) -> Result<()> {
+    match source {
+        Storage::Bf16(data) => store_rows(data, rows, target, factor),
+        Storage::F16(data) => store_rows(data, rows, target, factor),
+        Storage::F32(data) => store_rows(data, rows, target, factor),
+        Storage::I32(data) => store_rows(data, rows, target, factor),
     }
 }
 
-fn download_rows<T: Element + Pod>(
-    source: &DeviceBuffer,
+fn store_rows<T: Element>(
+    source: &[T],
     Rows { pitch }: Rows,
     target: &mut TensorViewMut<'_>,
     factor: f32,
-    stream: &Stream,
 ) -> Result<()> {
     let shape = target.shape().to_vec();
-    let count: usize = shape[..shape.len() - 1].iter().product();
-    let mut host = zeros::<T>("the copy of an output", count * pitch)?;
-    source.download(&mut host, stream)?;
     let length = shape[shape.len() - 1];
     let mut typed = target.typed::<T>("output")?;
     let mut values = vec![0.0; length];
     for_each_row(&shape, |row, index| {
-        for (value, element) in values.iter_mut().zip(&host[row * pitch..]) {
+        for (value, element) in values.iter_mut().zip(&source[row * pitch..]) {
             *value = element.to_f32() * factor;
         }
         // Rounding what came from the dtype gives it back.
         typed.store_row(index, &values);
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padded_vectors_are_stored_without_their_padding() {
+        // Two vectors of 3 elements, padded to 4.
+        let source = Storage::F16([1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0, 9.0].map(f16::from_f32).to_vec());
+        let mut target = [f16::ZERO; 6];
+        let mut view = TensorViewMut::new("out", &mut target, &[2, 1, 3]).expect("shape");
+        store(&source, Rows::padded(4), &mut view, -1.0).expect("the same dtype");
+        assert_eq!(target.map(f16::to_f32), [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]);
+    }
 }

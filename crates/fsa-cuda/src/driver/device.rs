@@ -85,14 +85,21 @@ fn name(raw: sys::CUdevice) -> Result<String> {
     Ok(unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned())
 }
 
+/// The architecture of a device, if it is new enough.
+fn supported(name: &str, capability: (u32, u32)) -> Result<Arch> {
+    Arch::of_capability(capability).ok_or_else(|| CudaError::DeviceTooOld { name: name.into(), capability })
+}
+
+/// The driver's number of a device that exists.
+fn number(ordinal: usize, count: usize) -> Result<c_int> {
+    c_int::try_from(ordinal).ok().filter(|_| ordinal < count).ok_or(CudaError::NoDevice { ordinal, count })
+}
+
 fn facts(raw: sys::CUdevice, driver: (u32, u32)) -> Result<DeviceFacts> {
     let name = name(raw)?;
     let major = attribute(raw, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     let minor = attribute(raw, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-    let capability = (major as u32, minor as u32);
-    let Some(arch) = Arch::of_capability(capability) else {
-        return Err(CudaError::DeviceTooOld { name, capability });
-    };
+    let arch = supported(&name, (major as u32, minor as u32))?;
     let mut memory_bytes = 0;
     // SAFETY: `raw` is a device, and the number outlives the call.
     check("cuDeviceTotalMem", unsafe { sys::cuDeviceTotalMem_v2(&mut memory_bytes, raw) })?;
@@ -118,8 +125,7 @@ impl Device {
         // SAFETY: the driver is initialised, and `count` outlives the call.
         check("cuDeviceGetCount", unsafe { sys::cuDeviceGetCount(&mut count) })?;
         let count = usize::try_from(count).unwrap_or(0);
-        let number = c_int::try_from(ordinal).ok().filter(|_| ordinal < count);
-        let number = number.ok_or(CudaError::NoDevice { ordinal, count })?;
+        let number = number(ordinal, count)?;
         let (mut raw, mut context) = (0, std::ptr::null_mut());
         // SAFETY: `number` is below the number of devices.
         check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut raw, number) })?;
@@ -184,6 +190,32 @@ impl Drop for Bound {
             let mut context = std::ptr::null_mut();
             // SAFETY: pops what `bind` pushed on this thread's stack.
             ignore(unsafe { sys::cuCtxPopCurrent_v2(&mut context) });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_before_ampere_is_refused_by_name() {
+        for capability in [(7, 5), (7, 0), (3, 7)] {
+            let error = supported("Tesla T4", capability).expect_err("too old");
+            assert_eq!(error, CudaError::DeviceTooOld { name: "Tesla T4".into(), capability });
+            assert!(error.to_string().contains(&format!("{}.{}", capability.0, capability.1)), "{error}");
+        }
+        assert_eq!(supported("NVIDIA A100", (8, 0)), Ok(Arch::SM80));
+        assert_eq!(supported("NVIDIA H200", (9, 0)), Ok(Arch::SM90));
+    }
+
+    #[test]
+    fn a_number_without_a_device_is_refused_with_how_many_there_are() {
+        assert_eq!(number(1, 2), Ok(1));
+        for (ordinal, count) in [(0, 0), (2, 2), (usize::MAX, 8)] {
+            let error = number(ordinal, count).expect_err("no such device");
+            assert_eq!(error, CudaError::NoDevice { ordinal, count });
+            assert!(error.to_string().contains(&format!("no CUDA device {ordinal}: the driver shows {count}")));
         }
     }
 }

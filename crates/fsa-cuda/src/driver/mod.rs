@@ -50,7 +50,7 @@ fn initialise() -> Result<(u32, u32)> {
     // SAFETY: the library is present, and `number` outlives the call.
     check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut number) })?;
     if number < OLDEST_DRIVER {
-        return Err(CudaError::DriverTooOld { found: version(number) });
+        return Err(CudaError::DriverTooOld { found: version(number), needed: version(OLDEST_DRIVER), release: 525 });
     }
     // SAFETY: the library is present; 0 is the only flag.
     match unsafe { sys::cuInit(0) } {

@@ -76,6 +76,9 @@ pub(crate) struct LaunchDims {
     pub threads: u32,
     /// Dynamic shared memory of a CTA.
     pub smem_bytes: u32,
+    /// The kernel may start before the one ahead of it in the stream has ended (programmatic dependent launch): both
+    /// order themselves (`let_next_start`, `wait_for_previous` in `ptx/memory.cuh`). Hopper and later.
+    pub overlaps: bool,
 }
 
 /// A kernel that takes a `P`.
@@ -95,16 +98,33 @@ impl<P: KernelParams> Function<P> {
     /// Gives the kernel to `stream`; an empty grid gives nothing. The context of the device must be current.
     pub(crate) fn launch(&self, stream: &Stream, dims: LaunchDims, params: &P) -> Result<()> {
         debug_assert!(Arc::ptr_eq(stream.device(), &self.module.device), "a stream of the kernel's device");
-        let LaunchDims { grid: [x, y, z], threads, smem_bytes } = dims;
+        let LaunchDims { grid: [x, y, z], threads, smem_bytes, overlaps } = dims;
         if x == 0 || y == 0 || z == 0 {
             return Ok(());
         }
         let mut argument: *mut c_void = std::ptr::from_ref(params).cast_mut().cast();
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: smem_bytes,
+            hStream: stream.raw(),
+            attrs: &mut attribute,
+            numAttrs: u32::from(overlaps),
+        };
         // SAFETY: the kernel takes one `P`, which its translation unit asserts by name, size and offsets; the driver
-        // copies it before it returns. The addresses in it are spans whose sizes the plan of the stage checked.
-        check("cuLaunchKernel", unsafe {
-            let none = std::ptr::null_mut();
-            sys::cuLaunchKernel(self.raw, x, y, z, threads, 1, 1, smem_bytes, stream.raw(), &mut argument, none)
+        // copies it and the configuration before it returns. The addresses in it are spans whose sizes the plan of the
+        // stage checked.
+        check("cuLaunchKernelEx", unsafe {
+            sys::cuLaunchKernelEx(&config, self.raw, &mut argument, std::ptr::null_mut())
         })
     }
 }

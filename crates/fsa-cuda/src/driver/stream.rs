@@ -1,9 +1,13 @@
 //! Streams and events.
 
 use super::{Device, check, ignore};
-use crate::error::Result;
+use crate::error::{CudaError, Result};
 use cudarc::driver::sys;
 use std::sync::Arc;
+
+/// Oldest CUDA version of a driver that has the function which reads times (`cuEventElapsedTime_v2`): 12.8, first in
+/// release 570. Nothing but measuring needs it.
+const OLDEST_TIMING_DRIVER: (u32, u32) = (12, 8);
 
 /// A stream: one of the crate's own, or a caller's.
 #[derive(Debug)]
@@ -81,6 +85,14 @@ impl Drop for Stream {
     }
 }
 
+fn check_timing(device: &Device) -> Result<()> {
+    let found = device.facts().driver;
+    if found >= OLDEST_TIMING_DRIVER {
+        return Ok(());
+    }
+    Err(CudaError::DriverTooOld { found, needed: OLDEST_TIMING_DRIVER, release: 570 })
+}
+
 /// A point in a stream's work. Waiting takes the record of that moment, so an event can be used again.
 #[derive(Debug)]
 pub struct Event {
@@ -96,11 +108,23 @@ unsafe impl Sync for Event {}
 impl Event {
     /// A new event without a time stamp.
     pub fn new(device: &Arc<Device>) -> Result<Self> {
+        Self::create(device, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// A new event whose record carries the device's time. Costs more than one without.
+    ///
+    /// # Errors
+    /// The driver is older than CUDA 12.8, which the function that reads times came with. Or it fails.
+    pub fn timed(device: &Arc<Device>) -> Result<Self> {
+        check_timing(device)?;
+        Self::create(device, sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn create(device: &Arc<Device>, flags: sys::CUevent_flags) -> Result<Self> {
         let _bound = device.bind()?;
         let mut raw = std::ptr::null_mut();
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
         // SAFETY: the context is current; the event is destroyed in `drop`.
-        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut raw, flags) })?;
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut raw, flags as u32) })?;
         Ok(Self { device: Arc::clone(device), raw })
     }
 
@@ -108,6 +132,26 @@ impl Event {
     pub fn record(&self, stream: &Stream) -> Result<()> {
         // SAFETY: stream and event live while the borrows do.
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, stream.raw()) })
+    }
+
+    /// Waits until the device has done what was recorded.
+    pub fn synchronize(&self) -> Result<()> {
+        let _bound = self.device.bind()?;
+        // SAFETY: the context is current, and the event lives while `self` does.
+        check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.raw) })
+    }
+
+    /// Milliseconds of the device from the record of `start` to the record of this event, which it waits for. Both are
+    /// [`Event::timed`] and were recorded; the driver refuses others.
+    pub fn elapsed_ms(&self, start: &Event) -> Result<f32> {
+        self.synchronize()?;
+        let _bound = self.device.bind()?;
+        let mut elapsed_ms = 0.0;
+        check_timing(&self.device)?;
+        // SAFETY: both events live while the borrows do, the number outlives the call, and the driver is new enough.
+        let status = unsafe { sys::cuEventElapsedTime_v2(&mut elapsed_ms, start.raw, self.raw) };
+        check("cuEventElapsedTime", status)?;
+        Ok(elapsed_ms)
     }
 }
 

@@ -1,13 +1,9 @@
 //! The plan of the backward: sums per lane, some heads and one chunk at a time.
 
 use super::index::{IndexInput, max_tiles, slots, sub_tiles};
-use super::{
-    IndexPlan, MAX_CTA_SMEM_BYTES, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass, most_bytes,
-};
-use crate::arch::KernelSet;
+use super::{IndexPlan, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass, most_bytes};
 use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
-use crate::source::{Kernel, MAX_PARTIALS_BLOCK};
 use serde::Serialize;
 use std::fmt;
 
@@ -67,7 +63,7 @@ struct Choice {
 impl BackwardPlan {
     /// Plans a checked problem.
     pub fn new(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions) -> Self {
-        let bytes = if Self::has_partials(problem, options) { QUERY_PARTIAL_BYTES } else { QUERY_SUM_BYTES };
+        let bytes = if options.deterministic { QUERY_PARTIAL_BYTES } else { QUERY_SUM_BYTES };
         let most = most_bytes(problem, options);
         let plans = |lanes: usize| {
             let choices = kv_heads_per_pass(problem.num_kv_heads)
@@ -80,17 +76,9 @@ impl BackwardPlan {
         two.or_else(|| plans(1)).unwrap_or_else(|| Self::with(problem, facts, options, least))
     }
 
-    /// A call that must be repeatable merges partials, where the kernel that writes them can be had.
-    pub(crate) fn has_partials(problem: &Problem, options: &PlanOptions) -> bool {
-        let partials = problem.specialisation(Kernel::Backward, KernelSet::Sm90).with_query_partials();
-        options.deterministic
-            && problem.block_size <= MAX_PARTIALS_BLOCK
-            && partials.smem_bytes(1) <= MAX_CTA_SMEM_BYTES
-    }
-
     fn with(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions, choice: Choice) -> Self {
         let Choice { kv_heads, lanes, query_bytes } = choice;
-        let query_partials = Self::has_partials(problem, options);
+        let query_partials = options.deterministic;
         let sum_bytes = problem.head_dim * size_of::<f32>();
         let partial_bytes = slots(problem, false) * problem.head_dim * problem.dtype.size_bytes();
         let row_bytes = if query_partials { partial_bytes } else { sum_bytes };

@@ -126,6 +126,16 @@ impl Problem {
         Ok(())
     }
 
+    /// The kernels of `set`, or the portable ones where those have none for this call: Hopper's hold a whole block of keys.
+    pub(crate) fn first_that_exists<const N: usize>(
+        &self,
+        set: KernelSet,
+        of: impl Fn(KernelSet) -> [Specialisation; N],
+    ) -> [Specialisation; N] {
+        let own = of(set);
+        if own.iter().all(|specialisation| specialisation.exists(self.topk)) { own } else { of(KernelSet::Sm80) }
+    }
+
     /// The specialisation of a kernel for this call.
     pub fn specialisation(&self, kernel: Kernel, set: KernelSet) -> Specialisation {
         Specialisation::new(kernel, set, self.dtype, self.head_dim, self.block_size)
@@ -156,7 +166,6 @@ pub struct PlanOptions {
     /// Scratch memory besides one copy of `topk_indices`.
     pub budget_bytes: usize,
     /// Backward: equal bits for equal input. Costs time: sums that could be taken in any order are taken in one.
-    /// With blocks of 256 keys, and of 128 at head_dim 256, gradients of queries may still differ in their last bits.
     pub deterministic: bool,
 }
 

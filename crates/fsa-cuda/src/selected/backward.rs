@@ -1,6 +1,6 @@
 //! Backward of stage `selected`: index, then head by head and chunk by chunk one KV-major pass.
 
-use super::{BackwardTensors, LOG2_E, LaunchContext, check_batch, check_scale};
+use super::{BackwardTensors, LaunchContext, check_batch, check_scale, scale_log2};
 use crate::backward::BackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::index::IndexKernels;
@@ -36,10 +36,13 @@ impl SelectedBackward {
     /// # Errors
     /// The kernels do not support the problem, or cannot be had.
     pub fn plan(kernels: &Arc<Kernels>, problem: &Problem, options: &PlanOptions) -> Result<Self> {
-        let backward = problem.specialisation(Kernel::Backward, kernels.set());
-        let partials = BackwardPlan::has_partials(problem, options);
-        let backward = if partials { backward.with_query_partials() } else { backward };
-        let specialisations = [problem.specialisation(Kernel::Index, kernels.set()), backward];
+        // Gradients of queries are repeatable as partials, merged in order.
+        let of = |set| {
+            let backward = problem.specialisation(Kernel::Backward, set);
+            let backward = if options.deterministic { backward.with_query_partials() } else { backward };
+            [problem.specialisation(Kernel::Index, set), backward]
+        };
+        let specialisations = problem.first_that_exists(kernels.set(), of);
         let facts = kernels.device().facts();
         problem.check(facts, &specialisations)?;
         let plan = BackwardPlan::new(problem, facts, options);
@@ -149,7 +152,7 @@ impl SelectedBackward {
         if !self.plan.query_partials {
             sums.grad_query.span(&pass.workspace).fill(0, stream)?;
         }
-        let params = self.chunk_params(pass, sums, heads.start, chunk);
+        let params = self.chunk_params(pass, sums, &heads, chunk);
         self.backward.launch(stream, plan, heads.len(), &params)?;
         if self.plan.query_partials {
             return Ok(());
@@ -168,8 +171,11 @@ impl SelectedBackward {
         Ok(self.backward.convert(stream, rows, heads.len(), &params)?)
     }
 
-    fn chunk_params(&self, pass: &Pass<'_>, sums: &LaneSums, first_head: usize, chunk: usize) -> BackwardParams {
+    fn chunk_params(&self, pass: &Pass<'_>, sums: &LaneSums, heads: &Range<usize>, chunk: usize) -> BackwardParams {
         let (problem, tensors) = (&self.plan.problem, pass.tensors);
+        let (group, first_head) = (problem.gqa_group_size(), heads.start);
+        // Launches of a lane follow one another: the first has its kv heads' sums to itself, unless query heads share them.
+        let first_sums = chunk == 0 && first_head.is_multiple_of(group) && (heads.len() == 1 || group == 1);
         let grad_query = sums.grad_query.address(&pass.workspace);
         BackwardParams {
             layout: pass.layout,
@@ -188,12 +194,13 @@ impl SelectedBackward {
             grad_key: sums.grad_key.address(&pass.workspace),
             grad_value: sums.grad_value.address(&pass.workspace),
             total_kv: problem.total_kv as i64,
-            scale_log2: pass.softmax_scale * LOG2_E,
+            scale_log2: scale_log2(pass.softmax_scale),
             scale: pass.softmax_scale,
-            group_size: problem.gqa_group_size() as i32,
+            group_size: group as i32,
             chunk: chunk as i32,
             first_head: first_head as i32,
             rows: self.plan.index.chunk_rows(problem) as i32,
+            first_sums: first_sums.into(),
         }
     }
 }

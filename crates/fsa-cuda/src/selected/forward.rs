@@ -1,6 +1,7 @@
 //! Forward of stage `selected`: index, then per chunk the gathered blocks and the merge.
 
-use super::{ForwardTensors, LOG2_E, LaunchContext, check_batch, check_scale};
+use super::{ForwardTensors, LaunchContext, check_batch, check_scale, scale_log2};
+use crate::arch::KernelSet;
 use crate::attend::AttendKernel;
 use crate::driver::{DeviceBatch, Stream};
 use crate::index::IndexKernels;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct SelectedForward {
     kernels: Arc<Kernels>,
+    set: KernelSet,
     plan: ForwardPlan,
     index: Arc<IndexKernels>,
     attend: Arc<AttendKernel>,
@@ -38,13 +40,15 @@ impl SelectedForward {
     /// The kernels do not support the problem, or cannot be had.
     pub fn plan(kernels: &Arc<Kernels>, problem: &Problem, options: &PlanOptions) -> Result<Self> {
         let names = [Kernel::Index, Kernel::Attend, Kernel::Reduce];
-        let specialisations = names.map(|kernel| problem.specialisation(kernel, kernels.set()));
+        let specialisations =
+            problem.first_that_exists(kernels.set(), |set| names.map(|kernel| problem.specialisation(kernel, set)));
         let facts = kernels.device().facts();
         problem.check(facts, &specialisations)?;
         let plan = ForwardPlan::new(problem, facts, options);
         match &kernels.get(&specialisations)?[..] {
             [Loaded::Index(index), Loaded::Attend(attend), Loaded::Reduce(reduce)] => Ok(Self {
                 kernels: Arc::clone(kernels),
+                set: specialisations[1].set,
                 plan,
                 index: Arc::clone(index),
                 attend: Arc::clone(attend),
@@ -91,7 +95,7 @@ impl SelectedForward {
             let index = self.plan.index.index(problem, indices, first, &context.workspace);
             let params = IndexParams { layout, index, first_kv_head: first as i32 };
             self.index.launch(context.stream, &self.plan.index, kv_heads, &params)?;
-            let pass = Pass { tensors, context, layout, index, scale_log2: softmax_scale * LOG2_E };
+            let pass = Pass { tensors, context, layout, index, scale_log2: scale_log2(softmax_scale) };
             self.launch_pass(&pass, heads)?;
         }
         Ok(())
@@ -107,7 +111,7 @@ impl SelectedForward {
             // Nothing overlaps: the side streams would only cost their events.
             return steps.into_iter().try_for_each(|step| {
                 let count = (heads.end - step.0).min(self.plan.heads);
-                self.attend(pass, stream, step, count, 0)?;
+                self.attend(pass, stream, step, count, (0, false))?;
                 self.reduce(pass, stream, step, count, 0)
             });
         }
@@ -116,7 +120,9 @@ impl SelectedForward {
         for (number, step) in steps.enumerate() {
             let count = (heads.end - step.0).min(self.plan.heads);
             let buffer = number % self.plan.buffers;
-            self.attend(pass, &set.lanes[buffer], step, count, buffer)?;
+            // The first waits for the index, which did not say when the next may start.
+            let follows = number >= self.plan.buffers;
+            self.attend(pass, &set.lanes[buffer], step, count, (buffer, follows))?;
             self.reduce(pass, &set.lanes[buffer], step, count, buffer)?;
         }
         Ok(set.join(stream, self.plan.buffers)?)
@@ -128,7 +134,7 @@ impl SelectedForward {
         stream: &Stream,
         (head, chunk): (usize, usize),
         heads: usize,
-        buffer: usize,
+        (buffer, follows): (usize, bool),
     ) -> Result<()> {
         let (partial, partial_lse) = self.plan.buffer(buffer);
         let params = AttendParams {
@@ -144,7 +150,7 @@ impl SelectedForward {
             chunk: chunk as i32,
             first_head: head as i32,
         };
-        Ok(self.attend.launch(stream, &self.plan.index, heads, &params)?)
+        Ok(self.attend.launch(stream, &self.plan.index, heads, follows && self.overlaps(), &params)?)
     }
 
     fn reduce(
@@ -171,6 +177,11 @@ impl SelectedForward {
             chunk: chunk as i32,
             first_head: head as i32,
         };
-        Ok(self.reduce.launch(stream, &self.plan.index, heads, &params)?)
+        Ok(self.reduce.launch(stream, &self.plan.index, heads, self.overlaps(), &params)?)
+    }
+
+    /// The kernels for Hopper order themselves: each starts under the last CTAs of the one before.
+    fn overlaps(&self) -> bool {
+        self.set == KernelSet::Sm90
     }
 }

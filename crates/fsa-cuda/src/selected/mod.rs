@@ -30,6 +30,12 @@ fn check_scale(scale: f32) -> Result<()> {
     })
 }
 
+/// The factor of the logits as the kernels take it. Never 0: minus infinity, which a masked logit is, would become NaN; the
+/// smallest positive factor makes every finite logit 0 as well.
+fn scale_log2(scale: f32) -> f32 {
+    (scale * LOG2_E).max(f32::MIN_POSITIVE)
+}
+
 /// Checks that a batch has the sizes that were planned for.
 fn check_batch(batch: &DeviceBatch<'_>, problem: &Problem) -> Result<()> {
     let planned = (problem.sequences, problem.total_q, problem.total_kv);

@@ -1,0 +1,11 @@
+// Numbers of this thread.
+#pragma once
+#include "base/types.cuh"
+
+// threadIdx.x, read again at every call: what follows from it is not kept in registers over loops that need them all.
+FSA_DEVICE int thread_number() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+FSA_DEVICE int lane_number() { return thread_number() & 31; }
