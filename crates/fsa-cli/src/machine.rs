@@ -1,5 +1,6 @@
 //! The machine that a figure was measured on.
 
+use crate::gpu::Gpu;
 use serde::Serialize;
 
 /// What a reader of a figure needs to know about the machine.
@@ -19,6 +20,9 @@ pub struct Machine {
     pub memory_bytes: Option<usize>,
     /// Operating system and architecture.
     pub system: String,
+    /// The GPU that the stages ran on, if it was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<Gpu>,
 }
 
 impl Machine {
@@ -32,21 +36,24 @@ impl Machine {
             features: features(),
             memory_bytes: memory_bytes(),
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            gpu: None,
         }
     }
 
-    /// A directory name for this machine: the processor and the number of its cores.
+    /// A directory name for this machine: the GPU, or the processor and the number of its cores.
     pub fn slug(&self) -> String {
-        let mut slug = String::new();
-        for word in self.cpu.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty()) {
-            let word = word.to_ascii_lowercase();
-            if !["r", "tm", "cpu", "processor", "core"].contains(&word.as_str()) {
-                slug.push_str(&word);
-                slug.push('-');
-            }
+        match &self.gpu {
+            Some(gpu) => words(&gpu.name).join("-"),
+            None => format!("{}-{}c", words(&self.cpu).join("-"), self.cores),
         }
-        format!("{slug}{}c", self.cores)
     }
+}
+
+/// The words of a name that tell it from others, in lower case.
+fn words(name: &str) -> Vec<String> {
+    let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    let empty = ["r", "tm", "cpu", "processor", "core"];
+    words.map(str::to_ascii_lowercase).filter(|word| !empty.contains(&word.as_str())).collect()
 }
 
 /// Cores that this process may use.
@@ -148,7 +155,9 @@ mod tests {
             features: Vec::new(),
             memory_bytes: None,
             system: "linux x86_64".into(),
+            gpu: None,
         };
         assert_eq!(machine.slug(), "amd-epyc-7r13-2c");
+        assert_eq!(words("NVIDIA H100 80GB HBM3").join("-"), "nvidia-h100-80gb-hbm3");
     }
 }

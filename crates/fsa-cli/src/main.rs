@@ -7,6 +7,7 @@
 
 mod commands;
 mod failure;
+mod gpu;
 mod machine;
 mod options;
 mod output;

@@ -1,9 +1,12 @@
 //! Flags that several commands share, and what they resolve to.
 
 use crate::failure::{Failure, Outcome};
-use clap::Args;
+use clap::{Args, ValueEnum};
+use fsa::cuda::{CudaBackend, KernelSet};
 use fsa::{CpuOptions, DType, Engine, Environment, NsaConfig, Rope, RopeScaling, ScoreHeads};
+use serde::Serialize;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Parameters of native sparse attention.
 #[derive(Debug, Clone, Default, Args)]
@@ -122,9 +125,85 @@ pub fn threads(flag: Option<usize>) -> Outcome<usize> {
     }
 }
 
-/// The backend of this run.
-pub fn engine(threads: usize) -> Outcome<Engine> {
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// The processor
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU of compute capability 8.0 or later; FSA_CUDA_DEVICE says which
+    Cuda,
+}
+
+/// Where the stages run.
+#[derive(Debug, Clone, Copy, Default, Args)]
+#[command(next_help_heading = "Device")]
+pub struct DeviceFlags {
+    /// Where the stages run
+    #[arg(long, value_enum, default_value_t)]
+    pub device: Device,
+    /// Kernels for --device cuda: sm80 (any GPU) or sm90a (Hopper) [FSA_CUDA_ARCH, or those of the GPU]
+    #[arg(long, value_name = "SET", value_parser = kernel_set)]
+    pub kernels: Option<KernelSet>,
+}
+
+impl DeviceFlags {
+    /// Kernels can be chosen for a GPU only.
+    pub fn check(&self) -> Outcome {
+        match (self.device, self.kernels) {
+            (Device::Cpu, Some(_)) => Err(Failure::misuse("--kernels", "--device cuda", "--device cpu")),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn kernel_set(text: &str) -> Result<KernelSet, String> {
+    match text {
+        "sm80" => Ok(KernelSet::Sm80),
+        "sm90" | "sm90a" => Ok(KernelSet::Sm90),
+        other => Err(format!("expected sm80 or sm90a, got {other}")),
+    }
+}
+
+/// The engine of a run, and the GPU that it runs on, if it does.
+#[derive(Debug, Clone)]
+pub struct Chosen {
+    pub engine: Engine,
+    pub cuda: Option<Arc<CudaBackend>>,
+}
+
+/// The engine of this run. An error says what is missing; nothing has been read or written.
+pub fn engine(flags: &DeviceFlags, threads: usize) -> Outcome<Chosen> {
+    flags.check()?;
+    match flags.device {
+        Device::Cpu => Ok(Chosen { engine: cpu(threads)?, cuda: None }),
+        Device::Cuda => {
+            let backend = cuda(flags.kernels)?;
+            backend.check_compiler()?;
+            Ok(Chosen { engine: Engine::from_backend(backend.clone()), cuda: Some(backend) })
+        }
+    }
+}
+
+/// The CPU backend.
+pub fn cpu(threads: usize) -> Outcome<Engine> {
     Ok(Engine::cpu_with(&CpuOptions { threads: Some(threads), ..CpuOptions::default() })?)
+}
+
+/// The CUDA backend, with other kernels than the environment's if they are named.
+pub fn cuda(kernels: Option<KernelSet>) -> Outcome<Arc<CudaBackend>> {
+    let mut environment = fsa::cuda::Environment::read()?;
+    environment.kernels = kernels.or(environment.kernels);
+    let backend = CudaBackend::with(&environment)?;
+    let (set, facts) = (backend.kernels().set(), backend.kernels().device().facts());
+    match kernels {
+        // Older kernels run on a newer device, but not the other way round.
+        Some(asked) if asked != set => {
+            Err(Failure::misuse("--kernels", format!("{set}, the kernels that {} runs", facts.name), asked))
+        }
+        _ => Ok(Arc::new(backend)),
+    }
 }
 
 /// Parses a floating-point element type.

@@ -1,5 +1,8 @@
 //! Random numbers that are the same on every machine (SplitMix64).
 
+use fsa::{DType, Element, Tensor, bf16, f16};
+use rayon::prelude::*;
+
 /// Mixes the bits of a word: a hash of it.
 pub fn mix(word: u64) -> u64 {
     let word = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -10,13 +13,29 @@ pub fn mix(word: u64) -> u64 {
 
 /// `count` numbers of mean 0 and variance 1: sums of four uniforms.
 pub fn normal(seed: u64, count: usize) -> Vec<f32> {
+    elements(seed, count)
+}
+
+/// A tensor of [`normal`] numbers.
+pub fn normal_tensor(name: &str, seed: u64, dtype: DType, shape: &[usize]) -> fsa::Result<Tensor> {
+    let count = shape.iter().product();
+    match dtype {
+        DType::F32 => Tensor::new(name, elements::<f32>(seed, count), shape),
+        DType::Bf16 => Tensor::new(name, elements::<bf16>(seed, count), shape),
+        DType::F16 => Tensor::new(name, elements::<f16>(seed, count), shape),
+        DType::I32 => Err(fsa::Error::input(name, "a floating-point dtype", dtype)),
+    }
+}
+
+/// Every element depends on its place alone: the threads only save time.
+fn elements<T: Element>(seed: u64, count: usize) -> Vec<T> {
     let unit = |word: u64, shift: u32| f64::from((word >> shift) as u16) / 65_536.0;
-    let number = |i: u64| {
-        let word = mix(mix(seed).wrapping_add(i));
+    let number = |i: usize| {
+        let word = mix(mix(seed).wrapping_add(i as u64));
         let sum: f64 = [0, 16, 32, 48].into_iter().map(|shift| unit(word, shift)).sum();
-        ((sum - 2.0) * 3.0f64.sqrt()) as f32
+        T::from_f32(((sum - 2.0) * 3.0f64.sqrt()) as f32)
     };
-    (0..count as u64).map(number).collect()
+    (0..count).into_par_iter().map(number).collect()
 }
 
 #[cfg(test)]

@@ -144,31 +144,27 @@ impl Sample {
         &self,
         stage: &AttentionStage<'_>,
         args: &AttentionArgs<'_>,
-        [out, lse]: [&Tensor; 2],
+        [out, lse]: [TensorView<'_>; 2],
     ) -> fsa::Result<Vec<Compared>> {
         let inputs = self.inputs(args)?;
-        let got = [self.gather(&out.view())?, self.gather_lse(&lse.view())?];
+        let got = [self.gather(&out)?, self.gather_lse(&lse)?];
         compare(&["out", "lse"], [out.dtype(), DType::F32], &got, |a| {
             let forward = self.forward(a, stage, &inputs, args.batch)?;
             Ok(vec![forward.out, forward.lse])
         })
     }
 
-    /// Gradients of an attention stage, for a `grad_out` of this sample.
+    /// Gradients of query, key and value of an attention stage, for a `grad_out` of this sample.
     pub fn attention_backward(
         &self,
         stage: &AttentionStage<'_>,
         args: &AttentionArgs<'_>,
-        grad_out: &Tensor,
-        grads: &fsa::AttentionGradTensors,
+        grad_out: &TensorView<'_>,
+        [grad_query, grad_key, grad_value]: [TensorView<'_>; 3],
     ) -> fsa::Result<Vec<Compared>> {
         let inputs = self.inputs(args)?;
-        let grad_out = self.gather(&grad_out.view())?;
-        let got = [
-            self.gather(&grads.grad_query.view())?,
-            Array::from_view(&grads.grad_key.view()),
-            Array::from_view(&grads.grad_value.view()),
-        ];
+        let grad_out = self.gather(grad_out)?;
+        let got = [self.gather(&grad_query)?, Array::from_view(&grad_key), Array::from_view(&grad_value)];
         compare(&["grad_query", "grad_key", "grad_value"], [args.query.dtype(); 3], &got, |a| {
             let forward = self.forward(a, stage, &inputs, args.batch)?;
             let grads = attention::backward(a, &inputs, &forward, &grad_out, None);

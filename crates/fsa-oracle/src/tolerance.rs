@@ -90,9 +90,14 @@ pub fn bound<'a>(dtype: DType, exact: &Array, naive: impl IntoIterator<Item = &'
 
 /// The element with the largest error over `bound`; `None` for an empty tensor.
 pub fn worst(tensor: &str, view: &TensorView<'_>, exact: &Array, bound: f64) -> Option<Worst> {
+    worst_value(tensor, view.dtype(), &view.to_f64(), exact, bound)
+}
+
+/// [`worst`] of the elements of a tensor of `dtype`.
+pub fn worst_value(tensor: &str, dtype: DType, values: &[f64], exact: &Array, bound: f64) -> Option<Worst> {
     let mut worst: Option<(f64, usize, f64, f64)> = None;
-    for (place, (got, expected)) in view.to_f64().into_iter().zip(exact.data()).enumerate() {
-        let overflows = got.is_infinite() && *expected * got.signum() + bound > largest(view.dtype());
+    for (place, (got, expected)) in values.iter().copied().zip(exact.data()).enumerate() {
+        let overflows = got.is_infinite() && *expected * got.signum() + bound > largest(dtype);
         let ratio = if overflows { 0.0 } else { ratio(got, *expected, bound) };
         if worst.is_none_or(|(largest, ..)| ratio > largest) {
             worst = Some((ratio, place, got, *expected));

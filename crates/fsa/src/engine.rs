@@ -3,6 +3,7 @@
 use crate::environment::Environment;
 use fsa_core::{Backend, NsaArgs, Result};
 use fsa_cpu::{CpuBackend, CpuOptions};
+use fsa_cuda::CudaBackend;
 use std::fmt;
 use std::sync::Arc;
 
@@ -54,6 +55,56 @@ impl Engine {
     /// ```
     pub fn cpu_with(options: &CpuOptions) -> Result<Self> {
         Ok(Self::from_backend(Arc::new(CpuBackend::new(options)?)))
+    }
+
+    /// The CUDA backend on the GPU that [`cuda::Environment`](crate::cuda::Environment) asks for: `FSA_CUDA_DEVICE`,
+    /// else the first. It has stage `selected`, forward and backward, in bf16 and f16; the other stages are refused as
+    /// unsupported. Tensors are the caller's host tensors, copied in and out by every call; what is to be fast keeps
+    /// them on the device and uses [`cuda::selected`](crate::cuda::selected).
+    ///
+    /// Kernels are compiled when they are first used, and kept on disk.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`](crate::Error::Input) that names a variable which does not hold what it must;
+    /// [`Error::Backend`](crate::Error::Backend) that says what is missing: the driver, a GPU of that number, one that
+    /// is new enough.
+    ///
+    /// ```
+    /// # fn main() -> fsa::Result<()> {
+    /// // On a machine without a GPU the error says so, and the CPU computes the same.
+    /// let engine = match fsa::Engine::cuda() {
+    ///     Ok(engine) => engine,
+    ///     Err(missing) => {
+    ///         eprintln!("{missing}");
+    ///         fsa::Engine::cpu()?
+    ///     }
+    /// };
+    /// assert!(["cuda", "cpu"].contains(&engine.backend().name()));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn cuda() -> Result<Self> {
+        Self::cuda_with(&fsa_cuda::Environment::read()?)
+    }
+
+    /// The CUDA backend as `environment` asks for; the variables of the process are not read.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Backend`](crate::Error::Backend) that says what is missing, as for [`Engine::cuda`].
+    ///
+    /// ```no_run
+    /// # fn main() -> fsa::Result<()> {
+    /// use fsa::cuda::{Environment, KernelSet};
+    /// // The second GPU, with the kernels that run on every architecture.
+    /// let environment = Environment { device: 1, kernels: Some(KernelSet::Sm80), ..Environment::read()? };
+    /// let engine = fsa::Engine::cuda_with(&environment)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn cuda_with(environment: &fsa_cuda::Environment) -> Result<Self> {
+        Ok(Self::from_backend(Arc::new(CudaBackend::with(environment)?)))
     }
 
     /// An engine over any backend.

@@ -5,8 +5,9 @@ use crate::array::Array;
 use crate::buffer::{Buffer, unravel};
 use crate::case::{Case, Hostile};
 use crate::inputs::{Stream, random};
+use crate::suite::trial::Beside;
 use crate::tolerance::{self, Worst};
-use fsa_core::{Error, Result};
+use fsa_core::{DType, Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The result of one case.
@@ -26,6 +27,8 @@ pub struct CaseOutcome {
     pub decided_rows: usize,
     /// Hash of the bits of every output: equal for equal results, to compare runs on several numbers of threads.
     pub digest: u64,
+    /// What another backend made of the case, if one was asked for.
+    pub beside: Option<Beside>,
 }
 
 impl CaseOutcome {
@@ -50,14 +53,25 @@ pub(super) fn gradient(case: &Case, name: &'static str, like: &Buffer) -> Buffer
     Buffer::poisoned(name, case.dtype, like.shape(), case.layout)
 }
 
+/// A tensor that was compared with the oracle.
+struct Judged {
+    name: &'static str,
+    dtype: DType,
+    got: Array,
+    bound: f64,
+}
+
 /// A case under way.
 pub(super) struct Check<'c> {
     case: &'c Case,
+    /// Calls that must give equal bits.
+    calls: usize,
+    judged: Vec<Judged>,
     outcome: CaseOutcome,
 }
 
 impl<'c> Check<'c> {
-    pub(super) fn new(case: &'c Case) -> Self {
+    pub(super) fn new(case: &'c Case, calls: usize) -> Self {
         let outcome = CaseOutcome {
             case: case.clone(),
             failures: Vec::new(),
@@ -66,8 +80,9 @@ impl<'c> Check<'c> {
             ambiguous_rows: 0,
             decided_rows: 0,
             digest: 0xcbf2_9ce4_8422_2325,
+            beside: None,
         };
-        Self { case, outcome }
+        Self { case, calls, judged: Vec::new(), outcome }
     }
 
     pub(super) fn outcome(self) -> CaseOutcome {
@@ -83,26 +98,45 @@ impl<'c> Check<'c> {
         self.outcome.ambiguous_rows += ambiguous;
     }
 
-    /// Calls the backend twice and returns the outputs of the first call.
+    /// Takes over what another backend made of the same case.
+    pub(super) fn set_beside(&mut self, name: &str, other: Check<'_>) {
+        let mut difference: Option<Worst> = None;
+        for (own, other) in self.judged.iter().zip(&other.judged) {
+            let worst = tolerance::worst_value(own.name, own.dtype, own.got.data(), &other.got, own.bound);
+            if let Some(worst) = worst.filter(|new| difference.as_ref().is_none_or(|old| new.ratio > old.ratio)) {
+                difference = Some(worst);
+            }
+        }
+        let CaseOutcome { failures, worst_ratio, .. } = other.outcome;
+        self.outcome.failures.extend(failures.into_iter().map(|failure| format!("backend {name}: {failure}")));
+        self.outcome.beside = Some(Beside { worst_ratio, difference });
+    }
+
+    /// Calls the backend as often as asked for and returns the outputs of the first call.
     pub(super) fn run(&mut self, call: impl Fn() -> Result<Vec<Buffer>>) -> Result<Vec<Buffer>> {
-        let (first, second) = (guarded(&call)?, guarded(&call)?);
-        for (a, b) in first.iter().zip(&second) {
-            self.look_at_memory(a);
-            self.same_bits("a repeated call", a, b)?;
+        let first = guarded(&call)?;
+        first.iter().for_each(|buffer| self.look_at_memory(buffer));
+        for number in 2..=self.calls {
+            let again = guarded(&call)?;
+            for (a, b) in first.iter().zip(&again) {
+                if !self.same_bits(&format!("call {number}"), a, b)? {
+                    return Ok(first);
+                }
+            }
         }
         Ok(first)
     }
 
-    /// Requires equal bits of two results of the same call.
-    pub(super) fn same_bits(&mut self, what: &str, a: &Buffer, b: &Buffer) -> Result<()> {
+    /// Requires equal bits of two results of the same call; false if they are not.
+    pub(super) fn same_bits(&mut self, what: &str, a: &Buffer, b: &Buffer) -> Result<bool> {
         if a.bits() == b.bits() {
-            return Ok(());
+            return Ok(true);
         }
         let (x, y) = (a.view()?.to_f64(), b.view()?.to_f64());
         let place = x.iter().zip(&y).position(|(x, y)| x.to_bits() != y.to_bits()).unwrap_or(0);
         let (name, index) = (a.name(), unravel(place, a.shape()));
         self.fail(format!("{name}{index:?}: {what} gave {:e} after {:e}", y[place], x[place]));
-        Ok(())
+        Ok(false)
     }
 
     fn look_at_memory(&mut self, buffer: &Buffer) {
@@ -144,6 +178,8 @@ impl<'c> Check<'c> {
             if let Some(worst) = tolerance::worst(buffer.name(), &view, exact, bound) {
                 self.judge(worst);
             }
+            let got = Array::from_view(&view);
+            self.judged.push(Judged { name: buffer.name(), dtype: view.dtype(), got, bound });
         }
         Ok(())
     }

@@ -1,8 +1,9 @@
 //! The conformance suite: one for every backend.
 //!
-//! Every case calls the backend twice over poisoned outputs, requires equal bits, requires that every element of
-//! the outputs and nothing else was written, and compares every tensor with the oracle under the tolerance rule
-//! ([`crate::tolerance`]). The backward of an attention stage is given the backend's own forward.
+//! Every case calls the backend twice (more often where a [`Trial`] says so) over poisoned outputs, requires equal bits,
+//! requires that every element of the outputs and nothing else was written, and compares every tensor with the oracle
+//! under the tolerance rule ([`crate::tolerance`]). The backward of an attention stage is given the backend's own
+//! forward.
 
 mod attention;
 mod check;
@@ -11,8 +12,10 @@ mod compress;
 mod nsa;
 mod rope;
 mod select;
+mod trial;
 
 pub use check::CaseOutcome;
+pub use trial::{Beside, BesideReport, Trial};
 
 use crate::case::{Case, Pass};
 use crate::generate::generate;
@@ -119,6 +122,9 @@ pub struct StageReport {
     /// Line of the case with the largest ratio.
     #[serde(skip)]
     pub worst_case: Option<String>,
+    /// What the other backend of a [`Trial`] made of the same cases.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beside: Option<BesideReport>,
 }
 
 /// Cases that run side by side before `progress` hears of them.
@@ -127,6 +133,10 @@ const CHUNK: usize = 16;
 /// Runs the suite. Cases run in the current rayon pool; `progress` hears of them in their order, which does not
 /// depend on the number of threads.
 pub fn run(backend: &dyn Backend, options: &CheckOptions, progress: &mut dyn FnMut(&CaseOutcome)) -> Vec<StageReport> {
+    Trial::new(backend).run(options, progress)
+}
+
+fn run_groups(trial: &Trial<'_>, options: &CheckOptions, progress: &mut dyn FnMut(&CaseOutcome)) -> Vec<StageReport> {
     let mut reports = Vec::new();
     for (stage, pass, dtype) in options.groups() {
         let mut report = StageReport {
@@ -140,11 +150,12 @@ pub fn run(backend: &dyn Backend, options: &CheckOptions, progress: &mut dyn FnM
             ambiguous_rows: 0,
             decided_rows: 0,
             worst_case: None,
+            beside: trial.beside_report(),
         };
         for start in (0..options.cases).step_by(CHUNK) {
             let numbers = start..(start + CHUNK).min(options.cases);
             let cases: Vec<Case> = numbers.map(|number| generate(stage, pass, dtype, options.seed, number)).collect();
-            let outcomes: Vec<CaseOutcome> = cases.par_iter().map(|case| run_case(backend, case)).collect();
+            let outcomes: Vec<CaseOutcome> = cases.par_iter().map(|case| trial.run_case(case)).collect();
             for outcome in &outcomes {
                 report.add(outcome);
                 progress(outcome);
@@ -164,6 +175,9 @@ impl StageReport {
             self.worst_ratio = outcome.worst_ratio;
             self.worst_case = Some(outcome.case.to_string());
         }
+        if let (Some(report), Some(beside)) = (&mut self.beside, &outcome.beside) {
+            report.add(&outcome.case, beside);
+        }
         if !outcome.passed() {
             self.failures += 1;
             let (case, message) = (outcome.case.to_string(), outcome.failures.join("; "));
@@ -174,11 +188,7 @@ impl StageReport {
 
 /// Runs one case.
 pub fn run_case(backend: &dyn Backend, case: &Case) -> CaseOutcome {
-    let mut check = Check::new(case);
-    if let Err(error) = dispatch(backend, case, &mut check) {
-        check.fail(error.to_string());
-    }
-    check.outcome()
+    Trial::new(backend).run_case(case)
 }
 
 fn dispatch(backend: &dyn Backend, case: &Case, check: &mut Check<'_>) -> Result<()> {

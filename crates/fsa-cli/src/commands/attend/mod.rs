@@ -5,13 +5,13 @@ mod stages;
 
 use super::Context;
 use crate::failure::{Failure, Outcome};
-use crate::options::{self, ConfigFlags, RopeFlags, numbers};
+use crate::options::{self, ConfigFlags, Device, DeviceFlags, RopeFlags, numbers};
 use crate::output::{self, Output, Report};
 use crate::progress::Progress;
 use crate::tensor_file::{self, TensorFile};
 use crate::whole_file::WholeFile;
 use clap::{Args, ValueEnum};
-use fsa::{DType, NsaConfig, Tensor};
+use fsa::{DType, NsaConfig, Stage, Tensor};
 use inputs::Inputs;
 use serde::Serialize;
 use std::collections::HashMap;
@@ -31,6 +31,18 @@ pub enum StageFlag {
     Compressed,
     /// Dense causal attention.
     Dense,
+}
+
+impl StageFlag {
+    fn stage(self) -> Stage {
+        match self {
+            Self::Nsa => Stage::Nsa,
+            Self::Selected => Stage::Selected,
+            Self::Window => Stage::Window,
+            Self::Compressed => Stage::Compressed,
+            Self::Dense => Stage::Dense,
+        }
+    }
 }
 
 /// Attention over the tensors of a safetensors file
@@ -71,6 +83,8 @@ pub struct Flags {
     #[arg(long)]
     branches: bool,
     #[command(flatten)]
+    device: DeviceFlags,
+    #[command(flatten)]
     config: ConfigFlags,
     #[command(flatten)]
     rope: RopeFlags,
@@ -101,6 +115,7 @@ struct Attended {
     stage: StageFlag,
     backward: bool,
     config: NsaConfig,
+    device: Device,
     threads: usize,
     time_ms: TimeMs,
     tensors: Vec<Described>,
@@ -128,12 +143,17 @@ pub fn run(flags: &Flags, context: &Context) -> Outcome {
     if flags.branches && flags.stage != StageFlag::Nsa {
         return Err(Failure::misuse("--branches", "--stage nsa", "another stage"));
     }
+    let chosen = options::engine(&flags.device, context.threads)?;
+    if let Some(backend) = &chosen.cuda {
+        backend.check_stage(flags.stage.stage(), flags.backward)?;
+        rope.as_ref().map_or(Ok(()), |_| backend.check_stage(Stage::Rope, flags.backward))?;
+    }
     let mut file = TensorFile::open(&flags.input)?;
     let inputs = Inputs::read(&mut file, flags)?;
     let target = WholeFile::create(&flags.output)?;
     let progress = Progress::new(if flags.backward { 2 } else { 1 });
     let call = stages::Call {
-        engine: options::engine(context.threads)?,
+        engine: chosen.engine,
         flags,
         config: &config,
         rope: rope.as_ref(),
@@ -147,6 +167,7 @@ pub fn run(flags: &Flags, context: &Context) -> Outcome {
         output: flags.output.display().to_string(),
         stage: flags.stage,
         backward: flags.backward,
+        device: flags.device.device,
         threads: context.threads,
         time_ms: TimeMs { forward: produced.forward_ms, backward: produced.backward_ms },
         tensors: produced.tensors.iter().map(|(name, tensor)| describe(name, tensor)).collect(),

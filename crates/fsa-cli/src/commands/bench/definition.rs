@@ -6,12 +6,13 @@ use fsa_oracle::Pass;
 use serde::{Deserialize, Serialize};
 
 /// The definitions that come with the command.
-const BUILT_IN: [&str; 5] = [
+const BUILT_IN: [&str; 6] = [
     include_str!("../../../../../bench/definitions/acceptance.json"),
     include_str!("../../../../../bench/definitions/quick.json"),
     include_str!("../../../../../bench/definitions/stages.json"),
     include_str!("../../../../../bench/definitions/shapes.json"),
     include_str!("../../../../../bench/definitions/scaling.json"),
+    include_str!("../../../../../bench/definitions/cuda.json"),
 ];
 
 /// Stages that can be measured.

@@ -30,7 +30,7 @@ pub fn save(record: &Record, path: &Path) -> Outcome<Vec<PathBuf>> {
 /// Columns of the CSV form and how they are filled.
 type Column = (&'static str, fn(&Row) -> String);
 
-const COLUMNS: [Column; 22] = [
+const COLUMNS: [Column; 27] = [
     ("definition", |row| row.point.definition.clone()),
     ("stage", |row| row.point.stage.to_string()),
     ("pass", |row| row.point.pass.to_string()),
@@ -48,12 +48,22 @@ const COLUMNS: [Column; 22] = [
     ("max_ms", |row| format!("{:.4}", row.times.max_ms)),
     ("repetitions", |row| row.times.repetitions.to_string()),
     ("gflops", |row| format!("{:.2}", row.gflops)),
-    ("matrix_gflops", |row| format!("{:.2}", row.matrix_gflops)),
-    ("matrix_share", |row| format!("{:.4}", row.matrix_share)),
-    ("speedup", |row| row.speedup.map_or(String::new(), |speedup| format!("{speedup:.3}"))),
+    ("matrix_gflops", |row| optional(row.matrix_gflops, |rate| format!("{rate:.2}"))),
+    ("matrix_share", |row| optional(row.matrix_share, |share| format!("{share:.4}"))),
+    ("speedup", |row| optional(row.speedup, |speedup| format!("{speedup:.3}"))),
     ("max_error", |row| format!("{:e}", row.max_error)),
     ("error_bound", |row| format!("{:e}", row.error_bound)),
+    ("graph_median_ms", |row| optional(row.device.as_ref(), |device| format!("{:.4}", device.graph_median_ms))),
+    ("host_us", |row| optional(row.device.as_ref(), |device| format!("{:.2}", device.host_us))),
+    ("plan_host_us", |row| optional(row.device.as_ref(), |device| format!("{:.2}", device.plan_host_us))),
+    ("graph_host_us", |row| optional(row.device.as_ref(), |device| format!("{:.2}", device.graph_host_us))),
+    ("workspace_bytes", |row| optional(row.device.as_ref(), |device| device.workspace_bytes.to_string())),
 ];
+
+/// An empty cell where there is nothing.
+fn optional<T>(value: Option<T>, cell: impl FnOnce(T) -> String) -> String {
+    value.map_or(String::new(), cell)
+}
 
 /// The machine in comments, then one line per row.
 fn to_csv(record: &Record) -> String {
@@ -74,6 +84,9 @@ fn to_csv(record: &Record) -> String {
     for (name, value) in header {
         // Writing to a string does not fail.
         let _ = writeln!(text, "# {name}: {value}");
+    }
+    if let Some(gpu) = &machine.gpu {
+        let _ = writeln!(text, "# gpu: {}", gpu.line());
     }
     let names: Vec<&str> = COLUMNS.iter().map(|(name, _)| *name).collect();
     let _ = writeln!(text, "{}", names.join(","));

@@ -51,12 +51,19 @@ impl Times {
 
 /// Times `call`, which has been warmed up, until `budget` is spent.
 pub fn measure(budget: Duration, mut call: impl FnMut() -> fsa::Result<()>) -> fsa::Result<Times> {
+    collect(budget, || {
+        let start = Instant::now();
+        call()?;
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    })
+}
+
+/// Calls `timed`, which says how many milliseconds a call took, until `budget` is spent.
+pub fn collect(budget: Duration, mut timed: impl FnMut() -> fsa::Result<f64>) -> fsa::Result<Times> {
     let mut times = Vec::new();
     let begin = Instant::now();
     loop {
-        let start = Instant::now();
-        call()?;
-        times.push(start.elapsed().as_secs_f64() * 1e3);
+        times.push(timed()?);
         let spent = begin.elapsed();
         let budget = if times.len() < WANTED { budget.mul_f64(1.5) } else { budget };
         // Stops before a repetition that would end beyond the budget.

@@ -4,7 +4,7 @@
 
 use super::definition::Point;
 use super::timing::{Times, measure};
-use crate::random::normal;
+use crate::random::{normal, normal_tensor};
 use crate::sampled::{Compared, Sample, compare};
 use fsa::{
     AttentionArgs, AttentionStage, Batch, CombineArgs, CompressArgs, Compression, Engine, NsaArgs, Rope, RopeArgs,
@@ -17,7 +17,7 @@ use fsa_oracle::{Pass, rope};
 use std::time::Duration;
 
 /// Rows that are compared with the oracle.
-const SAMPLED_ROWS: usize = 12;
+pub const SAMPLED_ROWS: usize = 12;
 
 /// Times of a measurement and the comparisons that preceded them.
 #[derive(Debug)]
@@ -49,9 +49,7 @@ impl<'a> Work<'a> {
     /// Normal numbers of the shapes of `point`.
     pub fn new(engine: &'a Engine, point: &'a Point, budget: Duration) -> fsa::Result<Self> {
         let Point { tokens, num_q_heads, num_kv_heads, head_dim, dtype, .. } = *point;
-        let tensor = |name: &str, seed, shape: &[usize]| {
-            Tensor::from_f32(name, &normal(seed, shape.iter().product()), dtype, shape)
-        };
+        let tensor = |name: &str, seed, shape: &[usize]| normal_tensor(name, seed, dtype, shape);
         let (q, kv) = ([tokens, num_q_heads, head_dim], [tokens, num_kv_heads, head_dim]);
         let gates: Vec<f32> = normal(4, tokens * 3).into_iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
         let batch = Batch::from_lengths(&[tokens])?;
@@ -141,12 +139,13 @@ impl<'a> Work<'a> {
     fn attention(&self, stage: &AttentionStage<'_>, args: &AttentionArgs<'_>) -> fsa::Result<Measured> {
         let mut result = self.engine.attention(stage, args)?;
         if self.point.pass == Pass::Forward {
-            let compared = self.sample.attention(stage, args, [&result.out, &result.lse])?;
+            let compared = self.sample.attention(stage, args, [result.out.view(), result.lse.view()])?;
             return self.timed(compared, 0, || self.engine.attention_into(stage, args, &mut result.as_output()));
         }
         let sparse = self.sample.grad_out(self.point.dtype, self.query.shape(), 6)?;
         let mut grads = self.engine.attention_backward(stage, args, &result.grad_args(sparse.view()))?;
-        let compared = self.sample.attention_backward(stage, args, &sparse, &grads)?;
+        let views = [grads.grad_query.view(), grads.grad_key.view(), grads.grad_value.view()];
+        let compared = self.sample.attention_backward(stage, args, &sparse.view(), views)?;
         let grad = result.grad_args(self.grad_out.view());
         self.timed(compared, 0, || self.engine.attention_backward_into(stage, args, &grad, &mut grads.as_grads()))
     }
@@ -155,7 +154,7 @@ impl<'a> Work<'a> {
         let [key, value] = self.compressed()?;
         let args = SelectArgs { attention: self.args(&key, &value), config: &self.point.config };
         let mut result = self.engine.select(&args)?;
-        let outputs = [&result.attention.out, &result.attention.lse];
+        let outputs = [result.attention.out.view(), result.attention.lse.view()];
         let compared = self.sample.attention(&args.stage(), &args.attention, outputs)?;
         let wrong = self.sample.wrong_selections(&args.attention, args.config, &result.topk_indices)?;
         self.timed(compared, wrong, || {

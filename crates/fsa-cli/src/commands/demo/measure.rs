@@ -98,8 +98,8 @@ pub fn run(engine: &Engine, args: &NsaArgs<'_>, seed: u64, progress: &Progress) 
     let sample = Sample::new(args.batch, SAMPLED_ROWS, seed)?;
     let check = || -> fsa::Result<Vec<Compared>> {
         let mut errors = sample.nsa(args, &out, &saved)?;
-        errors
-            .extend(renamed("dense", sample.attention(&AttentionStage::Dense, &attention, [&dense.out, &dense.lse])?));
+        let outputs = [dense.out.view(), dense.lse.view()];
+        errors.extend(renamed("dense", sample.attention(&AttentionStage::Dense, &attention, outputs)?));
         Ok(errors)
     };
     let errors = progress.step("oracle on sampled rows", check)?;

@@ -89,7 +89,7 @@ pub fn run(flags: &Flags, context: &Context) -> Outcome {
     let (name, text) = read(flags)?;
     let png = WholeFile::create(&flags.png)?;
     let config = NsaConfig::default();
-    let engine = options::engine(context.threads)?;
+    let engine = options::cpu(context.threads)?;
     let progress = Progress::new(measure::STEPS + 2);
     let coded = progress.step("codes", || Coded::new(&text, &config, flags.seed))?;
     let args = coded.args(&config);
