@@ -2,11 +2,11 @@
 
 use crate::failure::{Failure, renamed};
 use crate::memory::{Memory, Role, write_views};
-use crate::packed::{COMPRESSED, Packed, compressed_count, compressed_rows, config};
-use crate::run::run;
+use crate::packed::{COMPRESSED, Packed, compressed_count, compressed_rows, config, prefix_sums};
+use crate::run::{detached, run};
 use fsa::{
-    AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionStage, Batch, NsaConfig, Result,
-    SelectArgs, TensorViewMut,
+    AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionStage, Batch, Error, NsaConfig, Result,
+    SelectArgs, TensorViewMut, selection,
 };
 use pyo3::prelude::*;
 
@@ -77,6 +77,28 @@ pub fn attention(
     let ([out, lse], []) = write_views(&read.collect::<Vec<_>>(), required, [])?;
     let mut output = AttentionOutput { out, lse };
     run(py, |engine| engine.attention_into(&view, &args, &mut output))
+}
+
+/// Checks prefix sums and a selection, copied to the host from the device of the call; `rows` are those of `q` and `k`.
+#[pyfunction]
+pub fn validate(
+    py: Python<'_>,
+    rows: [usize; 2],
+    block_size: usize,
+    topk_indices: Memory<'_>,
+    cu_seqlens: (Memory<'_>, Memory<'_>),
+) -> Result<(), Failure> {
+    let [q, k] = [prefix_sums("cu_seqlens_q", &cu_seqlens.0)?, prefix_sums("cu_seqlens_k", &cu_seqlens.1)?];
+    let batch = Batch::from_cu_seqlens(&q, &k)?;
+    for (name, sums, rows) in [("cu_seqlens_q", &q, rows[0]), ("cu_seqlens_k", &k, rows[1])] {
+        if sums.last().is_none_or(|last| usize::try_from(*last) != Ok(rows)) {
+            return Err(Error::input(name, format!("prefix sums that end at {rows}"), format!("{sums:?}")).into());
+        }
+    }
+    let view = topk_indices.view("topk_indices", Role::Index)?;
+    let heads = topk_indices.shape().first().copied().unwrap_or(0);
+    let typed = selection::check(&view, heads, rows[0])?;
+    detached(py, || selection::validate(&typed, &batch, block_size))
 }
 
 /// `(out, lse, grad_out, grad_lse or None)`.

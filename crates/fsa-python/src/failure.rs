@@ -5,11 +5,14 @@ use pyo3::PyErr;
 use pyo3::exceptions::{PyMemoryError, PyNotImplementedError, PyRuntimeError, PyValueError};
 
 /// Argument names of the Rust interface and of the Python functions.
-const NAMES: [(&str, &str); 11] = [
+const NAMES: [(&str, &str); 14] = [
     ("query", "q"),
     ("key", "k"),
     ("value", "v"),
     ("cu_seqlens_kv", "cu_seqlens_k"),
+    ("grad_query", "grad_q"),
+    ("grad_key", "grad_k"),
+    ("grad_value", "grad_v"),
     ("key_compression.weight", "k_weight"),
     ("key_compression.position", "k_position"),
     ("value_compression.weight", "v_weight"),

@@ -7,17 +7,20 @@
 //! | module | holds |
 //! |---|---|
 //! | `memory` | address, dtype, shape, strides and device of a Python array; the only `unsafe` code |
+//! | `memory::device` | the same of a tensor on a CUDA device, as spans for the kernels |
 //! | `failure` | errors to Python exceptions, in the argument names of the Python functions |
 //! | `run` | the engine, the release of the interpreter lock, panics to exceptions |
 //! | `packed` | what the calls share: packed inputs, prefix sums, parameters |
-//! | `attention`, `compress`, `nsa` | the calls |
+//! | `attention`, `compress`, `nsa` | the calls on the CPU |
+//! | `cuda` | stage `selected` on CUDA tensors: checks, plans, launches on PyTorch's stream |
 //!
-//! A `Memory` is a plain description, made for any device; only `Memory::view` asks for host memory. That is
-//! where a call decides: today memory of another device is [`Unsupported`](fsa::Error::Unsupported) there; a
-//! backend for another device takes the address, the strides and the caller's stream instead of a view.
+//! A `Memory` is a plain description, made for any device; only `Memory::view` asks for host memory, and memory of
+//! another device is [`Unsupported`](fsa::Error::Unsupported) there. The stages that run on CUDA take a
+//! `DeviceTensor` instead, which becomes a span on the caller's stream.
 
 mod attention;
 mod compress;
+mod cuda;
 mod failure;
 mod memory;
 mod nsa;
@@ -32,6 +35,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(attention::attention, module)?)?;
     module.add_function(wrap_pyfunction!(attention::attention_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(attention::validate, module)?)?;
+    module.add_class::<cuda::SelectedPlan>()?;
+    module.add_function(wrap_pyfunction!(cuda::selected_plan, module)?)?;
     module.add_function(wrap_pyfunction!(attention::select, module)?)?;
     module.add_function(wrap_pyfunction!(compress::compress, module)?)?;
     module.add_function(wrap_pyfunction!(compress::compress_backward, module)?)?;

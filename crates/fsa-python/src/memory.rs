@@ -1,4 +1,4 @@
-//! Arrays of NumPy and tensors of PyTorch as views. All `unsafe` code of the crate is here.
+//! Arrays of NumPy and tensors of PyTorch as views. All `unsafe` code of the crate is here and in [`device`].
 //!
 //! Who guarantees what:
 //!
@@ -9,6 +9,8 @@
 //! - The caller of a Python function: as in NumPy and PyTorch themselves, no other thread writes to or
 //!   resizes an argument during the call.
 #![allow(unsafe_code, reason = "this module turns addresses that Python objects report into slices")]
+
+pub mod device;
 
 use fsa::{DType, Element, Error, Result, TensorView, TensorViewMut, bf16, f16};
 use pyo3::exceptions::PyTypeError;
@@ -173,7 +175,7 @@ impl Memory<'_> {
             return Ok(());
         }
         let (constraint, got) = (format!("device of {argument}"), self.device.clone());
-        Err(Error::Unsupported { constraint, got, supported: "cpu".into() })
+        Err(Error::Unsupported { constraint, got, supported: "cpu (selected_attn_varlen_func: cuda, too)".into() })
     }
 
     fn host_dtype(&self, argument: &str, role: Role) -> Result<DType> {

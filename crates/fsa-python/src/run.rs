@@ -26,10 +26,14 @@ fn engine() -> Result<Engine> {
     Ok(engine)
 }
 
-/// Releases the interpreter lock, runs `work`, and turns an error or a panic into an exception.
+/// Runs `work` on the engine, [`detached`].
 pub fn run<T: Send>(py: Python<'_>, work: impl FnOnce(&Engine) -> Result<T> + Send) -> Result<T, Failure> {
-    let done = py.detach(|| catch_unwind(AssertUnwindSafe(|| work(&engine()?))));
-    match done {
+    detached(py, || work(&engine()?))
+}
+
+/// Releases the interpreter lock, runs `work`, and turns an error or a panic into an exception.
+pub fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> Result<T, Failure> {
+    match py.detach(|| catch_unwind(AssertUnwindSafe(work))) {
         Ok(result) => Ok(result?),
         Err(panic) => Err(Failure::from_panic(message(&*panic))),
     }

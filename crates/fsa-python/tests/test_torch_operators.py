@@ -68,18 +68,18 @@ def arguments():
     compress = ("k", [16, 8], k, CU_K, *parameters)
     whole = (*packed, GATES.clone().requires_grad_(), *parameters, None, None, sizes, [1e4], None)
     ops = torch.ops.fsa_rs
-    yield "dense", ops.attention, (*packed, None, None, None)
-    yield "window", ops.attention, (*packed, 0.3, None, [5])
-    yield "selected", ops.attention, (*packed, None, IDS, [16, 1])
-    yield "compressed", ops.attention, (q, k_cmp, v_cmp, CU_Q, CU_K, None, None, [16, 8])
+    yield "dense", ops.attention, (*packed, None, None, None, False)
+    yield "window", ops.attention, (*packed, 0.3, None, [5], False)
+    yield "selected", ops.attention, (*packed, None, IDS, [16, 1], False)
+    yield "compressed", ops.attention, (q, k_cmp, v_cmp, CU_Q, CU_K, None, None, [16, 8], True)
     yield "select", ops.select, (q, k_cmp, v_cmp, CU_Q, CU_K, None, sizes)
     yield "compress", ops.compress, compress
     yield "nsa", ops.nsa, (*whole, True)
     with torch.no_grad():
-        out, lse = ops.attention(*packed, None, IDS, [16, 0])
+        out, lse = ops.attention(*packed, None, IDS, [16, 0], False)
         grad_k = torch.ones_like(ops.compress(*compress))
         result, ids, *state = ops.nsa(*whole, True)
-    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in (*packed, None, IDS, [16, 0])]
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in (*packed, None, IDS, [16, 0], False)]
     yield "attention_backward", ops.attention_backward, (*detached, out, lse, torch.ones_like(out), lse.exp())
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in compress]
     yield "compress_backward", ops.compress_backward, (*detached, grad_k)
@@ -268,10 +268,3 @@ ERRORS = [
 def test_errors_name_the_argument(changes, kind, message):
     with pytest.raises(kind, match=message):
         call(**changes)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_tensors_are_refused_until_there_is_a_backend():
-    inputs = [x.detach().cuda() for x in qkv()]
-    with pytest.raises(NotImplementedError, match="device of q is not supported: got cuda:0, supported: cpu"):
-        fsa_rs.dense_attn_varlen_func(*inputs, CU_Q.cuda(), CU_K.cuda())

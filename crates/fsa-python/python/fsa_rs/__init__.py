@@ -4,6 +4,8 @@ Every function takes packed sequences, as the ``varlen`` functions of FlashAtten
 lie end to end and ``cu_seqlens`` (int32, ``[batch + 1]``) says where each sequence begins. ``torch.Tensor`` in,
 ``torch.Tensor`` out, with gradients; ``numpy.ndarray`` in, ``numpy.ndarray`` out. PyTorch is optional.
 
+On CUDA tensors :func:`selected_attn_varlen_func` runs, the core of Flash Sparse Attention; the rest runs on the CPU.
+
 The whole operation is :func:`nsa_attn_varlen_func`; its parts are functions of their own:
 
 ==============================  ===========================================================

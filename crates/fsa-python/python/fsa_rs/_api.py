@@ -146,20 +146,25 @@ def selected_attn_varlen_func(
     """Causal attention of every row to the blocks of keys that it lists: the core of Flash Sparse Attention.
 
     Args:
-        q: ``[total_q, num_q_heads, head_dim]``; float32, bfloat16 or float16. ``head_dim`` is a multiple of 8 up
-            to 256. May be strided.
+        q: ``[total_q, num_q_heads, head_dim]``; float32, bfloat16 or float16; on CUDA one of the latter two.
+            ``head_dim`` is a multiple of 8 up to 256; on CUDA other dimensions than 64, 96, 128, 192 and 256, or a
+            ``value_dim`` of another size, cost a padded copy. May be strided.
         k: ``[total_k, num_kv_heads, head_dim]``; ``num_q_heads`` is any multiple of ``num_kv_heads``.
         v: ``[total_k, num_kv_heads, value_dim]``.
         topk_indices: ``[num_kv_heads, total_q, topk]`` int32: block ids inside the row's own sequence, in any
             order, each at most once in a row. An id that is negative or beyond the row's own block is absent.
         block_size: keys in a block: 16, 32, 64, 128 or 256.
-        cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the numbers of query rows.
+        cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the numbers of query rows, on the device of ``q``.
         cu_seqlens_k: ``[batch + 1]`` int32, prefix sums of the numbers of keys. A sequence has at least as many
-            keys as query rows; its last row sits at its last key.
+            keys as query rows; its last row sits at its last key. On CUDA nobody looks at the numbers unless
+            ``validate`` is set: wrong ones are undefined behaviour there.
         softmax_scale: factor of the logits; ``None`` is ``head_dim ** -0.5``.
-        deterministic: ask for a backward that repeats bit for bit. On the CPU it always does.
+        deterministic: ask for a backward that repeats bit for bit; ``torch.use_deterministic_algorithms`` asks,
+            too. On the CPU it always does. On CUDA it costs time, and gradients of queries may still differ in
+            their last bits for blocks of 256, and of 128 with a ``head_dim`` above 192.
         return_lse: also return ``lse``.
-        validate: refuse ids that are out of range or repeated in a row.
+        validate: refuse ids that are out of range or repeated in a row, and on CUDA wrong prefix sums. There this
+            waits for the device.
         layout: ``"hts"`` for ``topk_indices`` as above, ``"ths"`` for ``[total_q, num_kv_heads, topk]``.
         max_seqlen_q, max_seqlen_k: accepted for compatibility, not needed.
 
@@ -177,7 +182,7 @@ def selected_attn_varlen_func(
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k=k, v=v, topk_indices=topk_indices, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     stage = (_hts(layout, topk_indices), _size("block_size", block_size), bool(validate))
-    return _result(library.attention(stage, packed, _scale(softmax_scale)), return_lse)
+    return _result(library.attention(stage, packed, _scale(softmax_scale), bool(deterministic)), return_lse)
 
 
 def window_attn_varlen_func(
@@ -200,7 +205,8 @@ def window_attn_varlen_func(
     """
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    return _result(library.attention((_window(window_size),), packed, _scale(softmax_scale)), return_lse)
+    stage = (_window(window_size),)
+    return _result(library.attention(stage, packed, _scale(softmax_scale), bool(deterministic)), return_lse)
 
 
 def dense_attn_varlen_func(
@@ -221,7 +227,7 @@ def dense_attn_varlen_func(
     """
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    return _result(library.attention((), packed, _scale(softmax_scale)), return_lse)
+    return _result(library.attention((), packed, _scale(softmax_scale), bool(deterministic)), return_lse)
 
 
 def compress_kv(

@@ -15,6 +15,16 @@ Array: TypeAlias = Any
 Stage: TypeAlias = tuple[Array, int, bool] | tuple[int, int] | tuple[int] | tuple[()]
 # q, k, v, cu_seqlens_q, cu_seqlens_k
 Packed: TypeAlias = tuple[Array, Array, Array, Array, Array]
+# data_ptr, device, dtype, shape, strides of a CUDA tensor
+Described: TypeAlias = tuple[int, int, str, Sequence[int], Sequence[int]]
+# q, k, v, topk_indices, cu_seqlens_q, cu_seqlens_k
+Inputs: TypeAlias = tuple[Described, Described, Described, Described, Described, Described]
+# the same, out, lse
+ForwardTensors: TypeAlias = tuple[
+    Described, Described, Described, Described, Described, Described, Described, Described
+]
+# grad_out, grad_lse, grad_q, grad_k, grad_v
+BackwardTensors: TypeAlias = tuple[Described, Described | None, Described, Described, Described]
 # weight, position
 Parameters: TypeAlias = tuple[Array | None, Array | None]
 # sizes, rope, softmax_scale
@@ -32,6 +42,25 @@ def attention_backward(
     forward: tuple[Array, Array, Array, Array | None],
     grads: tuple[Array, Array, Array],
 ) -> None: ...
+def validate(rows: Sequence[int], block_size: int, topk_indices: Array, cu_seqlens: tuple[Array, Array]) -> None: ...
+
+class SelectedPlan:
+    """Stage `selected` on a CUDA device, planned. A context is a stream's handle and the workspace."""
+
+    def forward(self, context: tuple[int, Described], softmax_scale: float, tensors: ForwardTensors) -> None: ...
+    def backward(
+        self,
+        context: tuple[int, Described],
+        softmax_scale: float,
+        tensors: ForwardTensors,
+        gradients: BackwardTensors,
+    ) -> None: ...
+
+def selected_plan(
+    inputs: Inputs, block_size: int, backward: bool, deterministic: bool
+) -> tuple[SelectedPlan, int, int]:
+    """The plan, the dimension that it takes vectors padded to, the size of its workspace in bytes."""
+
 def select(
     sizes: Sequence[int],
     inputs: Packed,

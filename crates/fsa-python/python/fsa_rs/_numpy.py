@@ -35,7 +35,9 @@ def _indices(q: Array, k: Array, topk: int) -> Array:
     return np.empty((*k.shape[1:2], *q.shape[:1], topk), np.int32)
 
 
-def attention(stage: tuple[Any, ...], packed: tuple[Array, ...], scale: float | None) -> tuple[Array, Array]:
+def attention(
+    stage: tuple[Any, ...], packed: tuple[Array, ...], scale: float | None, deterministic: bool
+) -> tuple[Array, Array]:
     """``out`` and ``lse`` of an attention stage."""
     stage, packed = _readables(stage), _readables(packed)
     outputs = _outputs(packed[0], packed[2])

@@ -1,7 +1,8 @@
 """The calls on PyTorch tensors: custom operators ``torch.ops.fsa_rs.*`` with fake kernels and gradients.
 
 An operator allocates its outputs and hands tensors to the extension, which reads address, shape, strides and
-device from them. Sizes follow from shapes alone: nothing is copied to the host to learn one.
+device from them. Sizes follow from shapes alone: nothing is copied to the host to learn one. On CUDA tensors
+the attention operators have kernels of their own, in `_torch_cuda`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, _torch_cuda
 from ._torch_nsa import nsa
 
 __all__ = ["Tensor", "attention", "compress", "compressed_cu_seqlens", "nsa", "select"]
@@ -26,7 +27,7 @@ def _contiguous_zeros(*tensors: Tensor) -> tuple[Tensor, ...]:
 # Stages dense, window, compressed, selected. `stage` is None, [window_size], [kernel_size, kernel_stride], or,
 # with topk_indices, [block_size, validate]. An empty list would be one of tensors to autograd.
 
-ATTENTION = f"{PACKED}, float? softmax_scale, Tensor? topk_indices, int[]? stage"
+ATTENTION = f"{PACKED}, float? softmax_scale, Tensor? topk_indices, int[]? stage, bool deterministic"
 
 
 def _native_stage(topk_indices: Tensor | None, stage: list[int] | None) -> Any:
@@ -49,6 +50,7 @@ def _attention(
     softmax_scale: float | None,
     topk_indices: Tensor | None,
     stage: list[int] | None,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     outputs = _allocate_attention(q, k, v)
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
@@ -70,6 +72,7 @@ def _attention_backward(
     softmax_scale: float | None,
     topk_indices: Tensor | None,
     stage: list[int] | None,
+    deterministic: bool,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
@@ -83,7 +86,7 @@ def _attention_backward(
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.softmax_scale, topk_indices, stage = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.softmax_scale, topk_indices, stage, ctx.deterministic = inputs
     ctx.stage = stage if topk_indices is None else [stage[0], 0]  # validated by the forward
     ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, topk_indices, *output[:2])
     ctx.set_materialize_grads(False)
@@ -91,7 +94,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _save_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *packed, softmax_scale, sizes = inputs
-    _save_attention(ctx, (*packed, softmax_scale, None, sizes[:2]), output)
+    _save_attention(ctx, (*packed, softmax_scale, None, sizes[:2], False), output)
     ctx.mark_non_differentiable(output[2])
 
 
@@ -101,7 +104,7 @@ def _differentiate_attention(
     *packed, topk_indices, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    options = (ctx.softmax_scale, topk_indices, ctx.stage)
+    options = (ctx.softmax_scale, topk_indices, ctx.stage, ctx.deterministic)
     grads = _ATTENTION_BACKWARD(*packed, *options, out, lse, grad_out, grad_lse)
     return (*grads, *(None for _ in ctx.needs_input_grad[3:]))
 
@@ -121,11 +124,23 @@ _ATTENTION_BACKWARD = torch.library.custom_op(
 _ATTENTION_BACKWARD.register_fake(_allocate_grads)
 
 
-def attention(stage: tuple[Any, ...], packed: tuple[Tensor, ...], scale: float | None) -> Any:
+@_ATTENTION.register_kernel("cuda")
+def _attention_cuda(*arguments: Any) -> Any:
+    # Of the other stages the CPU's kernel refuses the device.
+    return (_attention if arguments[6] is None else _torch_cuda.attention)(*arguments)
+
+
+@_ATTENTION_BACKWARD.register_kernel("cuda")
+def _attention_backward_cuda(*arguments: Any) -> Any:
+    return (_attention_backward if arguments[6] is None else _torch_cuda.attention_backward)(*arguments)
+
+
+def attention(stage: tuple[Any, ...], packed: tuple[Tensor, ...], scale: float | None, deterministic: bool) -> Any:
     """``out`` and ``lse`` of an attention stage."""
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     selected = len(stage) == 3
     topk_indices, sizes = (stage[0], [stage[1], int(stage[2])]) if selected else (None, list(stage) or None)
-    return _ATTENTION(*packed, scale, topk_indices, sizes)
+    return _ATTENTION(*packed, scale, topk_indices, sizes, deterministic)
 
 
 # Stage select: compressed attention that also lists blocks. Its gradient is that of compressed attention.

@@ -1,12 +1,15 @@
 //! `cargo xtask readme`: fills the performance tables of the README from the records in `bench/records`.
 //!
-//! A region `<!-- bench:BACKEND -->` ... `<!-- /bench -->` gets one table per machine, from its latest
-//! record. `--check` changes nothing and fails if the README would change, so that no figure in it is
-//! typed by hand or left behind.
+//! A region `<!-- bench:NAME -->` ... `<!-- /bench -->` gets one table per machine, from its latest record. The
+//! name is a backend that `fsa bench` recorded, or `selected`: a comparison that `bench/compare.py` recorded.
+//! `--check` changes nothing and fails if the README would change, so that no figure in it is typed by hand or left
+//! behind.
+
+mod backend;
+mod comparison;
 
 use crate::{Findings, files, read};
 use serde_json::Value;
-use std::fmt::Write;
 use std::path::Path;
 
 const README: &str = "README.md";
@@ -37,8 +40,14 @@ fn rendered(root: &Path) -> Result<(String, String), String> {
     for path in files(root, &["json"])?.iter().filter(|path| path.starts_with(RECORDS)) {
         let record = serde_json::from_str(&read(&root.join(path))?);
         let record: Value = record.map_err(|error| format!("{}: {error}", path.display()))?;
-        let table = Table::new(&record).map_err(|field| format!("{}: {field}", path.display()))?;
-        records.push(table);
+        let table = match &record {
+            Value::Array(rows) => {
+                let about = path.with_extension("txt");
+                comparison::table(rows, &read(&root.join(about))?)
+            }
+            _ => backend::table(&record),
+        };
+        records.push(table.map_err(|reason| format!("{}: {reason}", path.display()))?);
     }
     let old = read(&root.join(README))?;
     let new = fill(&old, &records)?;
@@ -62,9 +71,9 @@ fn fill(text: &str, records: &[Table]) -> Result<String, String> {
 }
 
 /// The latest table of every machine.
-fn tables(records: &[Table], backend: &str) -> String {
+fn tables(records: &[Table], region: &str) -> String {
     let mut latest: Vec<&Table> = Vec::new();
-    for table in records.iter().filter(|table| table.backend == backend) {
+    for table in records.iter().filter(|table| table.region == region) {
         match latest.iter_mut().find(|known| known.machine == table.machine) {
             Some(known) if known.date <= table.date => *known = table,
             Some(_) => {}
@@ -81,40 +90,10 @@ fn tables(records: &[Table], backend: &str) -> String {
 /// A record as the README shows it.
 #[derive(Debug)]
 struct Table {
-    backend: String,
+    region: String,
     machine: String,
     date: String,
     text: String,
-}
-
-impl Table {
-    /// Reads a record; the error names the field that is missing.
-    fn new(record: &Value) -> Result<Self, String> {
-        let (cpu, simd) = (text(record, "/machine/cpu")?, text(record, "/machine/simd")?);
-        let (cores, threads) = (number(record, "/machine/cores")?, number(record, "/machine/threads")?);
-        let machine = format!("{cpu}, {cores} cores, {threads} threads, {simd}");
-        let (date, commit) = (text(record, "/date")?, text(record, "/commit")?);
-        let mut table = format!("{machine}; {date}, commit {commit}:\n\n");
-        table.push_str("| benchmark | stage | pass | dtype | tokens | median ms | GFLOP/s | times dense |\n");
-        table.push_str("|---|---|---|---|---:|---:|---:|---:|\n");
-        let results = record["results"].as_array().ok_or("field /results is missing or no list")?;
-        for result in results {
-            row(&mut table, result)?;
-        }
-        Ok(Self { backend: text(record, "/backend")?, machine, date, text: table })
-    }
-}
-
-fn row(table: &mut String, result: &Value) -> Result<(), String> {
-    let words = ["/definition", "/stage", "/pass", "/dtype"].map(|field| text(result, field));
-    for word in words {
-        write!(table, "| {} ", word?).map_err(|error| error.to_string())?;
-    }
-    let (tokens, median) = (number(result, "/tokens")?, number(result, "/median_ms")?);
-    let gflops = number(result, "/gflops")?;
-    let speedup = result.pointer("/speedup").and_then(Value::as_f64);
-    let speedup = speedup.map_or("".into(), |speedup| format!("{speedup:.2}"));
-    writeln!(table, "| {tokens} | {median:.2} | {gflops:.1} | {speedup} |").map_err(|error| error.to_string())
 }
 
 fn text(value: &Value, field: &str) -> Result<String, String> {
@@ -129,19 +108,9 @@ fn number(value: &Value, field: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
-
-    fn record(date: &str, median_ms: f64) -> Value {
-        let machine = json!({ "cpu": "EPYC", "cores": 2, "threads": 2, "simd": "avx512" });
-        let result = json!({
-            "definition": "nsa-32k", "stage": "nsa", "pass": "forward", "dtype": "f32", "tokens": 32768,
-            "median_ms": median_ms, "gflops": 50.0, "speedup": 4.256,
-        });
-        json!({ "date": date, "commit": "abc", "backend": "cpu", "machine": machine, "results": [result] })
-    }
 
     fn table(date: &str, median_ms: f64) -> Table {
-        Table::new(&record(date, median_ms)).expect("complete")
+        backend::table(&backend::example(date, median_ms)).expect("complete")
     }
 
     #[test]
@@ -159,16 +128,25 @@ mod tests {
     }
 
     #[test]
-    fn a_region_without_records_says_so() {
-        let filled = fill("<!-- bench:cuda -->\n<!-- /bench -->", &[table("2026-02-01", 20.0)]).expect("well-formed");
-        assert_eq!(filled, "<!-- bench:cuda -->\nNo record has been committed yet.\n<!-- /bench -->");
+    fn records_go_to_the_region_of_their_kind() {
+        let text = "<!-- bench:cpu -->\n<!-- /bench -->\n<!-- bench:selected -->\n<!-- /bench -->\n";
+        let filled = fill(text, &[table("2026-02-01", 20.0), comparison::example()]).expect("well-formed");
+        let (cpu, selected) = filled.split_once("<!-- bench:selected -->").expect("both regions");
+        assert!(cpu.contains("EPYC") && !cpu.contains("H200") && selected.contains("H200"), "{filled}");
     }
 
     #[test]
-    fn what_is_missing_is_named() {
+    fn a_region_without_records_says_so() {
+        for name in ["cuda", "selected"] {
+            let text = format!("<!-- bench:{name} -->\n<!-- /bench -->");
+            let filled = fill(&text, &[table("2026-02-01", 20.0)]).expect("well-formed");
+            let expected = format!("<!-- bench:{name} -->\nNo record has been committed yet.\n<!-- /bench -->");
+            assert_eq!(filled, expected);
+        }
+    }
+
+    #[test]
+    fn what_is_not_closed_is_named() {
         assert!(fill("<!-- bench:cpu -->\n", &[]).expect_err("no end").contains(CLOSE));
-        let mut broken = record("2026-02-01", 20.0);
-        broken["results"][0]["gflops"] = Value::Null;
-        assert_eq!(Table::new(&broken).expect_err("no rate"), "field /gflops is missing or no number");
     }
 }
