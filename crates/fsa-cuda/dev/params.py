@@ -14,7 +14,7 @@ class Layout(ctypes.Structure):
 
 class Index(ctypes.Structure):
     _fields_ = [(n, ptr) for n in ("topk_indices", "plane", "entries", "row_info", "units", "unit_counts")] + [
-        (n, i32) for n in ("topk", "slots", "lanes_per_row", "has_dense", "num_subs", "sub_tiles", "max_blocks", "window_blocks", "unit_entries", "full_units")]
+        (n, i32) for n in ("topk", "slots", "lanes_per_row", "has_dense", "num_subs", "sub_tiles", "max_blocks", "window_blocks", "unit_entries", "full_units", "ordered")]
 
 
 class IndexParams(ctypes.Structure):

@@ -165,6 +165,21 @@ def check():
     return ok
 
 
+def small():
+    """A subset for compute-sanitizer, which is slow: both passes, packed and hostile, blocks of 64 and 128, several chunks, partials."""
+    import cases
+    hostile = lambda q, k, v, ids: (q, k, v, cases.hostile(ids))
+    packed_q, packed_kv = [0, 1, 1, 130, 391, 456], [0, 1, 1, 190, 451, 516]
+    ok = check_case("packed hostile", packed_q, packed_kv, 5, 1, topk=5, twist=hostile)
+    ok &= check_case("block 128", [0, 700], [0, 700], 2, 1, block_size=128, topk=4)
+    ok &= check_case("chunks", [0, 1500], [0, 1500], 2, 1, topk=8, budget=11 << 20)
+    ok &= check_backward("packed hostile", packed_q, packed_kv, 5, 1, topk=5, twist=hostile)
+    ok &= check_backward("block 128", [0, 700], [0, 700], 2, 1, block_size=128, topk=4)
+    ok &= check_backward("partials", [0, 700], [0, 700], 3, 1, topk=5, query_partials=1)
+    ok &= check_backward("chunks", [0, 1500], [0, 1500], 2, 1, topk=8, chunk_tokens=512, unit_entries=128)
+    print("small all ok" if ok else "SMALL SOME FAILED", flush=True)
+
+
 def time_graph(fn, repeats=12):
     import torch
     fn(); torch.cuda.synchronize()
@@ -283,5 +298,5 @@ if __name__ == "__main__":
         faulthandler.dump_traceback_later(150, exit=True)   # a hung kernel must not hold the machine
     for command in sys.argv[1:] or ["compile"]:
         started = time.time()
-        {"compile": compile_all, "check": check, "bench": lambda: bench(BENCH), "tune": tune, "check_backward": check_all_backward, "tune_backward": tune_backward, "bench_wide": lambda: bench(WIDE, breakdown=False), "repeat": repeat, "million": million}[command]()
+        {"compile": compile_all, "check": check, "small": small, "bench": lambda: bench(BENCH), "tune": tune, "check_backward": check_all_backward, "tune_backward": tune_backward, "bench_wide": lambda: bench(WIDE, breakdown=False), "repeat": repeat, "million": million}[command]()
         print(f"[{command}: {time.time() - started:.1f} s]", flush=True)

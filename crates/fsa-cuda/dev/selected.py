@@ -61,7 +61,7 @@ def tensor(x):
 class Selected:
     """One problem: owns its scratch; forward() only launches."""
 
-    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=False, index_parts=1, **plan_options):
+    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=False, index_parts=1, ordered=0, **plan_options):
         dev, (total_q, self.hq, d), (total_kv, self.hk, _) = query.device, query.shape, key.shape
         cu = lambda x, n: torch.tensor([0, n], dtype=torch.int32, device=dev) if x is None else x
         self.cu_q, self.cu_kv = cu(cu_seqlens_q, total_q), cu(cu_seqlens_kv, total_kv)
@@ -82,7 +82,8 @@ class Selected:
                                self.batch, total_q, p.num_chunks, p.chunk_tiles, p.max_tiles)
         lanes = min(32, 1 << (topk - 1).bit_length())
         self.index = P.Index(topk_indices.data_ptr(), ptr("plane"), ptr("entries"), ptr("row_info"), ptr("units"), ptr("unit_counts"), topk, p.slots, lanes, p.has_dense,
-                             p.num_subs, p.sub_tiles, p.max_blocks, p.window_blocks, p.unit_entries, p.full_units)
+                             p.num_subs, p.sub_tiles, p.max_blocks, p.window_blocks, p.unit_entries, p.full_units, ordered)
+        self.ordered = ordered
         self.index_parts, self.index_stream = index_parts, torch.cuda.Stream()
         self.side = [torch.cuda.Stream(priority=0) for _ in range(p.buffers)]
         self.fast = [torch.cuda.Stream(priority=-5 if priority else 0) for _ in range(p.buffers)]
@@ -96,8 +97,8 @@ class Selected:
             module.launch("index_prepare", (1, 1, 1), 1024, 0, params, stream)
         module.launch("index_count", grid, 256, 4 * p.window_blocks, params, stream)
         module.launch("index_scan", (p.num_chunks, heads, 1), 1024, 0, params, stream)
-        warps = max(1, min(8, p.sub_tiles, 200 * 1024 // (4 * p.window_blocks)))
-        module.launch("index_scatter", grid, 32 * warps, 4 * p.window_blocks * warps, params, stream)
+        warps = max(1, min(8, p.sub_tiles, 200 * 1024 // (4 * p.window_blocks))) if self.ordered else min(8, p.sub_tiles)
+        module.launch("index_scatter", grid, 32 * warps, 4 * p.window_blocks * (warps if self.ordered else 1), params, stream)
 
     def index_ahead(self, main):
         """Builds the index on a stream of its own, a few kv heads at a time; returns a function that makes a stream wait for a kv head."""
@@ -165,7 +166,7 @@ class SelectedBackward(Selected):
         row_bytes = topk * d * 2 if query_partials else d * 4
         budget = (128 if query_partials else 32) * MIB
         chunk_tokens = chunk_tokens or budget // row_bytes
-        super().__init__(query, key, value, topk_indices, block_size, *args, has_dense=0, chunk_tokens=chunk_tokens, unit_entries=unit_entries, buffers=buffers,
+        super().__init__(query, key, value, topk_indices, block_size, *args, has_dense=0, ordered=query_partials, chunk_tokens=chunk_tokens, unit_entries=unit_entries, buffers=buffers,
                          defines=dict(FSA_QUERY_PARTIALS=query_partials, **(defines or {})), **options)
         p, f32 = self.plan, dict(dtype=torch.float32, device=query.device)
         self.query_partials, self.rows = query_partials, min(p.chunk_tiles * TILE, query.shape[0])

@@ -35,13 +35,12 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
     const int head = p.first_head + blockIdx.y, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
     const int unit_number = blockIdx.x;
-    // All three loads at once: the latency of a unit's start is not hidden by much.
-    const Unit unit = index.units[list * (index.full_units + index.max_blocks) + unit_number];
-    const int chunk_token = p.layout.chunk_token[p.chunk];
     if (!unit_exists(index, list, unit_number)) {
         wait_for_previous();
         return;
     }
+    const Unit unit = index.units[list * (index.full_units + index.max_blocks) + unit_number];
+    const int chunk_token = p.layout.chunk_token[p.chunk];
     const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int low = lane / 4;               // this thread's rows of its warp's 16: low and low + 8

@@ -44,9 +44,9 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
     const Index& index = p.index;
     const int head = p.first_head + blockIdx.z, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
+    if (!unit_exists(index, list, blockIdx.x)) return;
     const Unit unit = index.units[list * (index.full_units + index.max_blocks) + blockIdx.x];
     const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
-    if (!unit_exists(index, list, blockIdx.x)) return;
     const int part = blockIdx.y * 64, keys = min_i(64, unit.valid_keys - part);
     if (keys <= 0) return;
     const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;

@@ -242,11 +242,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     const int head = p.first_head + blockIdx.z, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
     const int unit_number = blockIdx.x;
-    // All loads at once: the latency of a unit's start is not hidden by much.
+    if (!unit_exists(index, list, unit_number)) return;
     const Unit* record = &index.units[list * (index.full_units + index.max_blocks) + unit_number];
     const Unit unit = *record;
     const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
-    if (!unit_exists(index, list, unit_number)) return;
     const int part = blockIdx.y * KEYS_PER_PART, keys = min_i(KEYS_PER_PART, unit.valid_keys - part);
     if (keys <= 0) return;
     const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;

@@ -1,11 +1,11 @@
 // WHAT   Inverse index of topk_indices: for each kv head and chunk of query tiles, the rows that chose each block, as
-//        CSR, cut into units of bounded size. No sort, no global atomics, no plane of tokens times blocks; the
-//        order of entries is by (block, token), so everything downstream is repeatable.
+//        CSR, cut into units of bounded size. No sort, no global atomics, no plane of tokens times blocks. On request the
+//        order of entries is by (block, token), so that everything downstream is repeatable.
 // GRID   prepare: 1 cta. count, scatter: (pieces of chunks, kv heads, windows of blocks). scan: (chunks, kv heads).
 //        From shapes alone; what does not exist writes nothing.
 // ROLES  count: shared-memory histogram of a piece. scan: starts of all (block, piece), and the units. scatter: each
-//        warp owns consecutive tiles; ranks inside a step come from match.any, so the order is the token order.
-// SMEM   count: window_blocks counters. scatter: one counter per warp and block of the window.
+//        warp owns consecutive tiles, and takes places from counters; in order, from its own, with ranks inside a step by match.any.
+// SMEM   count: window_blocks counters. scatter: as many, in order for every warp.
 // SYNC   four launches on one stream.
 #include "block/sequence.cuh"
 
@@ -210,25 +210,18 @@ extern "C" __global__ void __launch_bounds__(1024) index_scan(const __grid_const
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) index_scatter(const __grid_constant__ IndexParams p) {
-    extern __shared__ i32 next[];       // [warps, blocks]
-    const Index& index = p.index;
-    const int piece = blockIdx.x, kv_head = p.first_kv_head + blockIdx.y, window = blockIdx.z * index.window_blocks;
-    const int blocks = min_i(index.window_blocks, index.max_blocks - window);
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+// Start of every block's entries for each warp, in order: counts what the warps before have.
+FSA_DEVICE void warp_starts(const IndexParams& p, i32* next, const i32* starts, int kv_head, int window, int blocks, int first, int last) {
+    const int warps = blockDim.x / 32;
     for (int i = threadIdx.x; i < warps * blocks; i += blockDim.x) next[i] = 0;
     __syncthreads();
-    i32* mine = next + warp * blocks;
-    const int per_warp = ceil_div(index.sub_tiles, warps);
-    const int tiles = min_i(p.layout.tile_base[p.layout.batch], (piece + 1) * index.sub_tiles);
-    const int first = piece * index.sub_tiles + warp * per_warp, last = min_i(tiles, first + per_warp);
+    i32* mine = next + threadIdx.x / 32 * blocks;
     for (int tile = first; tile < last; ++tile)
         for_each_entry<false>(p, kv_head, tile, [&](bool keep, int block, int, int) {
             const u32 local = (u32)(block - window);
             if (keep && local < (u32)blocks) atomicAdd(&mine[local], 1);
         }, no_rows);
     __syncthreads();
-    const i32* starts = index.plane + ((i64)kv_head * index.num_subs + piece) * index.max_blocks + window;
     for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
         int start = starts[i];
         for (int w = 0; w < warps; ++w) {
@@ -237,6 +230,21 @@ extern "C" __global__ void __launch_bounds__(256) index_scatter(const __grid_con
             start += here;
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256) index_scatter(const __grid_constant__ IndexParams p) {
+    extern __shared__ i32 next[];       // [blocks], in order [warps, blocks]
+    const Index& index = p.index;
+    const int piece = blockIdx.x, kv_head = p.first_kv_head + blockIdx.y, window = blockIdx.z * index.window_blocks;
+    const int blocks = min_i(index.window_blocks, index.max_blocks - window);
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    const int per_warp = ceil_div(index.sub_tiles, warps);
+    const int tiles = min_i(p.layout.tile_base[p.layout.batch], (piece + 1) * index.sub_tiles);
+    const int first = piece * index.sub_tiles + warp * per_warp, last = min_i(tiles, first + per_warp);
+    const i32* starts = index.plane + ((i64)kv_head * index.num_subs + piece) * index.max_blocks + window;
+    i32* mine = index.ordered ? next + warp * blocks : next;
+    if (index.ordered) warp_starts(p, next, starts, kv_head, window, blocks, first, last);
+    else for (int i = threadIdx.x; i < blocks; i += blockDim.x) next[i] = starts[i];
     __syncthreads();
     const int chunk = piece * index.sub_tiles / p.layout.chunk_tiles;
     const int chunk_token = p.layout.chunk_token[chunk];
@@ -247,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(256) index_scatter(const __grid_con
         for_each_entry<true>(p, kv_head, tile, [&](bool keep, int block, int rank, int token) {
             const u32 local = (u32)(block - window);
             keep = keep && local < (u32)blocks;
-            if (index.has_dense) {      // forward: the order inside a block decides nothing, every partial is computed alone
+            if (!index.ordered) {
                 if (keep) entries[atomicAdd(&mine[local], 1)] = (u32)(token - chunk_token) | (u32)rank << 24;
                 return;
             }

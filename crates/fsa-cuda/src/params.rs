@@ -97,6 +97,7 @@ device_structs! {
         window_blocks: i32,
         unit_entries: i32,
         full_units: i32,
+        ordered: i32,
     }
 
     /// Parameters of the kernels of `index`.

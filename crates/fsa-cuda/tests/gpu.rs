@@ -61,7 +61,7 @@ struct Small {
 }
 
 impl Small {
-    fn new(backend: &CudaBackend, stream: &Stream) -> Self {
+    fn new(backend: &CudaBackend, stream: &Stream, options: &PlanOptions) -> Self {
         let problem = Problem {
             total_q: 256,
             total_kv: 256,
@@ -85,7 +85,7 @@ impl Small {
         tensors[4].upload(&ids, stream).expect("uploads");
         Self {
             problem,
-            forward: SelectedForward::plan(kernels, &problem, &PlanOptions::default()).expect("plans"),
+            forward: SelectedForward::plan(kernels, &problem, options).expect("plans"),
             batch: UploadedBatch::new(kernels.device(), &fsa_core::Batch::single(256), stream).expect("uploads"),
             tensors,
         }
@@ -118,7 +118,7 @@ fn a_recorded_call_repeats_and_a_small_workspace_is_refused() {
     let backend = CudaBackend::new().expect("a device");
     let device = backend.kernels().device();
     let stream = Stream::new(device).expect("a stream");
-    let small = Small::new(&backend, &stream);
+    let small = Small::new(&backend, &stream, &PlanOptions::default());
     let workspace = DeviceBuffer::new(device, "workspace", small.forward.workspace_bytes()).expect("memory");
     let context = LaunchContext { stream: &stream, workspace: workspace.span() };
     small.launch(&context).expect("launches");
@@ -135,6 +135,32 @@ fn a_recorded_call_repeats_and_a_small_workspace_is_refused() {
     let few = workspace.span().part(0, small.forward.workspace_bytes() - 1);
     let error = small.launch(&LaunchContext { stream: &stream, workspace: few }).expect_err("too small");
     assert!(matches!(&error, Error::Input(error) if error.argument == "workspace"), "{error}");
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_call_that_comes_again_is_replayed_on_the_data_of_the_day() {
+    let backend = CudaBackend::new().expect("a device");
+    let device = backend.kernels().device();
+    let stream = Stream::new(device).expect("a stream");
+    // So little memory that every head is a launch of its own: calls of many launches are replayed.
+    let small = Small::new(&backend, &stream, &PlanOptions { budget_bytes: 1, ..PlanOptions::default() });
+    assert!(small.forward.plan_value().launches() >= 8, "{}", small.forward.plan_value());
+    let workspaces =
+        [(); 20].map(|()| DeviceBuffer::new(device, "workspace", small.forward.workspace_bytes()).expect("memory"));
+    let run = |workspace: &DeviceBuffer| {
+        small.tensors[5].upload(&vec![7.0f32; 512], &stream).expect("uploads");
+        small.launch(&LaunchContext { stream: &stream, workspace: workspace.span() }).expect("launches");
+        small.lse(&stream)
+    };
+    let direct = run(&workspaces[0]);
+    // Launched, recorded, replayed; more calls than are kept; the first again.
+    for workspace in [&workspaces[0]; 3].into_iter().chain(&workspaces).chain(&workspaces).chain([&workspaces[0]]) {
+        assert_eq!(run(workspace), direct);
+    }
+    let none = vec![-1i32; 4 * small.problem.total_q];
+    small.tensors[4].upload(&none, &stream).expect("uploads");
+    assert!(run(&workspaces[0]).iter().all(|lse| *lse == f32::NEG_INFINITY), "rows that list nothing");
 }
 
 #[test]

@@ -66,6 +66,7 @@ struct Index {
     i32 window_blocks;          // blocks that one cta counts: bounded by shared memory
     i32 unit_entries;           // entries of a full unit
     i32 full_units;             // bound on the number of full units of a chunk, from shapes
+    i32 ordered;                // 1: the entries of a block are in token order; 0: in any
 };
 
 struct IndexParams {

@@ -11,6 +11,7 @@ mod graph;
 mod memory;
 mod module;
 mod nvrtc;
+mod replay;
 mod stream;
 
 pub use batch::{DeviceBatch, UploadedBatch};
@@ -20,6 +21,7 @@ pub use memory::{Address, DeviceBuffer, DeviceSpan};
 pub use module::Module;
 pub(crate) use module::{Function, KernelParams, LaunchDims};
 pub use nvrtc::{Compiled, Nvrtc};
+pub(crate) use replay::{Call, Replays};
 pub use stream::{Event, Stream};
 
 use crate::error::{CudaError, Result};

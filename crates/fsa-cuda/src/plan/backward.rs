@@ -93,7 +93,14 @@ impl BackwardPlan {
             UNIT_ENTRIES_PER_KEY * problem.block_size.max(64)
         };
         let mut workspace = Workspace::default();
-        let input = IndexInput { has_dense: false, kv_heads, sub_tiles, chunk_tiles, unit_entries };
+        let input = IndexInput {
+            has_dense: false,
+            ordered: options.deterministic,
+            kv_heads,
+            sub_tiles,
+            chunk_tiles,
+            unit_entries,
+        };
         let index = IndexPlan::new(problem, facts, &input, &mut workspace);
         let rows = index.chunk_rows(problem);
         let (kv_heads_per_launch, heads) = if options.deterministic {

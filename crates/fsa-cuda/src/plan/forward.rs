@@ -78,7 +78,14 @@ impl ForwardPlan {
             (pass_heads.div_ceil(pass_heads.div_ceil(limit / whole)), whole)
         };
         let mut workspace = Workspace::default();
-        let input = IndexInput { has_dense: true, kv_heads, sub_tiles, chunk_tiles, unit_entries: UNIT_ENTRIES };
+        let input = IndexInput {
+            has_dense: true,
+            ordered: false,
+            kv_heads,
+            sub_tiles,
+            chunk_tiles,
+            unit_entries: UNIT_ENTRIES,
+        };
         let index = IndexPlan::new(problem, facts, &input, &mut workspace);
         let rows = heads * index.chunk_tiles * TILE_ROWS * index.slots;
         let (mut partial, mut partial_lse) = ([Slot::default(); MAX_BUFFERS], [Slot::default(); MAX_BUFFERS]);

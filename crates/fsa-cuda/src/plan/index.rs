@@ -11,7 +11,7 @@ const MIN_SUB_TILES: usize = 8;
 const PLANE_BYTES: usize = 12 << 20;
 /// Blocks that one CTA counts at most: 192 KB of counters on Hopper.
 const MAX_WINDOW_BLOCKS: usize = 48 << 10;
-/// Warps of a scattering CTA; each has counters of its own.
+/// Warps of a scattering CTA; in order, each has counters of its own.
 const MAX_SCATTER_WARPS: usize = 8;
 /// Lanes of a warp.
 const LANES: usize = 32;
@@ -21,6 +21,8 @@ const LANES: usize = 32;
 pub struct IndexPlan {
     /// The first block and the local ones are left to the reduce kernel.
     pub has_dense: bool,
+    /// The entries of a block are in token order.
+    pub ordered: bool,
     /// Partials that a row has room for.
     pub slots: usize,
     /// Bound on query tiles.
@@ -64,6 +66,7 @@ struct Regions {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct IndexInput {
     pub has_dense: bool,
+    pub ordered: bool,
     pub kv_heads: usize,
     pub sub_tiles: usize,
     pub chunk_tiles: usize,
@@ -90,15 +93,18 @@ pub(super) fn slots(problem: &Problem, has_dense: bool) -> usize {
 
 impl IndexPlan {
     pub(super) fn new(problem: &Problem, facts: &DeviceFacts, input: &IndexInput, workspace: &mut Workspace) -> Self {
-        let IndexInput { has_dense, kv_heads, sub_tiles, chunk_tiles, unit_entries } = *input;
+        let IndexInput { has_dense, ordered, kv_heads, sub_tiles, chunk_tiles, unit_entries } = *input;
         let (max_tiles, slots) = (max_tiles(problem), slots(problem, has_dense));
         let max_blocks = bound(problem.total_kv, problem.sequences, problem.block_size).max(1);
         let chunk_tiles = chunk_tiles.min(MAX_CHUNK_TILES / sub_tiles * sub_tiles);
         let smem_bytes = facts.smem_per_cta_bytes.saturating_sub(STATIC_SMEM_BYTES);
         let counters = smem_bytes / size_of::<i32>();
         let window_blocks = max_blocks.min(MAX_WINDOW_BLOCKS).min(counters.next_multiple_of(8192) - 8192);
+        // In order, each warp counts for itself.
+        let counter_sets = if ordered { counters / window_blocks } else { MAX_SCATTER_WARPS };
         let mut plan = Self {
             has_dense,
+            ordered,
             slots,
             max_tiles,
             max_blocks,
@@ -109,7 +115,7 @@ impl IndexPlan {
             unit_entries,
             full_units: chunk_tiles * TILE_ROWS * slots / unit_entries,
             window_blocks,
-            scatter_warps: (counters / window_blocks).clamp(1, MAX_SCATTER_WARPS.min(sub_tiles)),
+            scatter_warps: counter_sets.clamp(1, MAX_SCATTER_WARPS.min(sub_tiles)),
             regions: Regions::default(),
         };
         plan.regions = plan.place(problem, kv_heads, workspace);
@@ -199,6 +205,7 @@ impl IndexPlan {
             window_blocks: self.window_blocks as i32,
             unit_entries: self.unit_entries as i32,
             full_units: self.full_units as i32,
+            ordered: self.ordered.into(),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Backward of stage `selected`: index, then head by head and chunk by chunk one KV-major pass.
 
-use super::{BackwardTensors, LaunchContext, check_batch, check_scale, scale_log2};
+use super::{BackwardTensors, LaunchContext, MANY_LAUNCHES, check_batch, check_scale, scale_log2};
 use crate::backward::BackwardKernels;
-use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
+use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
 use crate::params::{BackwardParams, ConvertParams, Index, IndexParams, Layout};
@@ -19,6 +19,7 @@ pub struct SelectedBackward {
     plan: BackwardPlan,
     index: Arc<IndexKernels>,
     backward: Arc<BackwardKernels>,
+    replays: Replays,
 }
 
 /// What the launches of one pass share.
@@ -52,6 +53,7 @@ impl SelectedBackward {
                 plan,
                 index: Arc::clone(index),
                 backward: Arc::clone(backward),
+                replays: Replays::default(),
             }),
             other => unreachable!("kernels come in the order in which they were asked for: {other:?}"),
         }
@@ -78,14 +80,29 @@ impl SelectedBackward {
         tensors: &BackwardTensors<'_>,
         softmax_scale: f32,
     ) -> Result<()> {
-        let (problem, workspace) = (&self.plan.problem, context.workspace);
+        let problem = &self.plan.problem;
         check_scale(softmax_scale)?;
         check_batch(batch, problem)?;
         tensors.check(problem)?;
-        self.plan.workspace.check(&workspace)?;
+        self.plan.workspace.check(&context.workspace)?;
         if problem.total_kv == 0 {
             return Ok(());
         }
+        let work = |stream: &Stream| self.launch_all(&context.on(stream), batch, tensors, softmax_scale);
+        if self.plan.launches() < MANY_LAUNCHES {
+            return work(context.stream);
+        }
+        self.replays.run(context.stream, context.call(tensors.call(), batch, softmax_scale), work)
+    }
+
+    fn launch_all(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &BackwardTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let (problem, workspace) = (&self.plan.problem, context.workspace);
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let layout = self.plan.index.layout(problem, batch, &workspace);
         let set = self.kernels.lanes().take(context.stream)?;

@@ -1,9 +1,9 @@
 //! Forward of stage `selected`: index, then per chunk the gathered blocks and the merge.
 
-use super::{ForwardTensors, LaunchContext, check_batch, check_scale, scale_log2};
+use super::{ForwardTensors, LaunchContext, MANY_LAUNCHES, check_batch, check_scale, scale_log2};
 use crate::arch::KernelSet;
 use crate::attend::AttendKernel;
-use crate::driver::{DeviceBatch, Stream};
+use crate::driver::{DeviceBatch, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
 use crate::params::{AttendParams, Index, IndexParams, Layout, ReduceParams};
@@ -22,6 +22,7 @@ pub struct SelectedForward {
     index: Arc<IndexKernels>,
     attend: Arc<AttendKernel>,
     reduce: Arc<ReduceKernel>,
+    replays: Replays,
 }
 
 /// What the launches of one pass share.
@@ -53,6 +54,7 @@ impl SelectedForward {
                 index: Arc::clone(index),
                 attend: Arc::clone(attend),
                 reduce: Arc::clone(reduce),
+                replays: Replays::default(),
             }),
             other => unreachable!("kernels come in the order in which they were asked for: {other:?}"),
         }
@@ -87,6 +89,21 @@ impl SelectedForward {
         if problem.total_q == 0 {
             return Ok(());
         }
+        let work = |stream: &Stream| self.launch_all(&context.on(stream), batch, tensors, softmax_scale);
+        if self.plan.launches() < MANY_LAUNCHES {
+            return work(context.stream);
+        }
+        self.replays.run(context.stream, context.call(tensors.call(), batch, softmax_scale), work)
+    }
+
+    fn launch_all(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &ForwardTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let problem = &self.plan.problem;
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let layout = self.plan.index.layout(problem, batch, &context.workspace);
         for first in (0..problem.num_kv_heads).step_by(self.plan.kv_heads) {

@@ -1,6 +1,6 @@
 //! Device tensors of a call, and the checks that make a launch sound.
 
-use crate::driver::{Address, DeviceSpan};
+use crate::driver::{Address, Call, DeviceSpan};
 use crate::params;
 use crate::plan::Problem;
 use fsa_core::{Error, Result};
@@ -40,6 +40,11 @@ impl<'a> TensorSpan<'a> {
         let elements = last.and_then(|(row, head)| row.checked_add(head)?.checked_add(problem.head_dim));
         let bytes = elements.and_then(|elements| elements.checked_mul(element)).unwrap_or(usize::MAX);
         check_span(name, &self.span, bytes)
+    }
+
+    /// What a launch takes of it.
+    fn call(&self) -> [u64; 3] {
+        [self.span.address().0, self.row_stride as u64, self.head_stride as u64]
     }
 
     /// As the kernels take it.
@@ -98,6 +103,13 @@ impl ForwardTensors<'_> {
         check_span("topk_indices", &self.topk_indices, problem.topk_indices_bytes())?;
         check_span("lse", &self.lse, num_q_heads * total_q * size_of::<f32>())
     }
+
+    /// What a launch takes of the tensors.
+    pub(super) fn call(&self) -> Call {
+        let tensors = [&self.query, &self.key, &self.value, &self.out];
+        let spans = [&self.topk_indices, &self.lse];
+        tensors.into_iter().flat_map(TensorSpan::call).chain(spans.map(|span| span.address().0)).collect()
+    }
 }
 
 /// Tensors of a backward, besides those of its forward (`out` and `lse` are read).
@@ -127,5 +139,13 @@ impl BackwardTensors<'_> {
         self.grad_value.check("grad_value", total_kv, num_kv_heads, problem)?;
         let bytes = num_q_heads * total_q * size_of::<f32>();
         self.grad_lse.as_ref().map_or(Ok(()), |grad| check_span("grad_lse", grad, bytes))
+    }
+    /// What a launch takes of the tensors.
+    pub(super) fn call(&self) -> Call {
+        let mut call = self.forward.call();
+        let tensors = [&self.grad_out, &self.grad_query, &self.grad_key, &self.grad_value];
+        call.extend(tensors.into_iter().flat_map(TensorSpan::call));
+        call.push(self.grad_lse.map_or(0, |grad| grad.address().0));
+        call
     }
 }
