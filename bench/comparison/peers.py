@@ -69,6 +69,8 @@ def _commit(checkout: Path) -> str:
     """Its commit; of a checkout without git a number that its Python files give."""
     command = ["git", "-c", "safe.directory=*", "-C", str(checkout), "rev-parse", "HEAD"]
     try:
+        if not (checkout / ".git").exists():  # git would answer for a repository around it
+            raise FileNotFoundError(checkout / ".git")
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()[:12]
     except (OSError, subprocess.CalledProcessError):
         digest = hashlib.sha256()

@@ -7,8 +7,8 @@
 // SMEM   key and value tiles, two stages of query and grad_out tiles with row statistics, one dS tile per warpgroup.
 // SYNC   cp.async group per row tile. Two barriers per tile: tile arrived (and previous stage free), dS written. In the tensor cores' queue
 //        dV stands behind dP and runs under the arithmetic of dS, dK behind dQ and runs while dQ leaves.
-#include "block/rows.cuh"
-#include "block/sequence.cuh"
+#include "block/backward_rows.cuh"
+#include "block/score_gradients.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/swizzled_tile.cuh"
@@ -34,10 +34,6 @@ static_assert(!QUERY_PARTIALS || BLOCK_SIZE <= 128, "the two parts of a block of
 constexpr int BACKWARD_CTAS = GROUPS == 1 ? 2 : 1;
 // dV while dS is computed, dK while dQ leaves: needs the fragments of P beside dP. Wider rows have no registers left for that.
 constexpr bool OVERLAP = HEAD_DIM <= 128;
-
-struct RowStats {
-    f32 lse, delta;     // log2; sum of grad_out * out minus grad_lse
-};
 
 // Puts the thread's two rows of grad_key or grad_value into the warp's 16 rows in shared memory, f32 in fragment order.
 constexpr int SUM_BYTES = HEAD_DIM * 4;
@@ -113,30 +109,6 @@ FSA_DEVICE void query_gradients(u32 ds_tiles, u32 key_tile, const QueryRows& row
     if constexpr (!LAST) query_gradients<PIECE + 1, END>(ds_tiles, key_tile, rows, last);
 }
 
-// Row statistics of one head for the rows of the chunk. One warp per row.
-extern "C" __global__ void __launch_bounds__(256) backward_delta(const __grid_constant__ BackwardParams p) {
-    const int chunk_token = p.layout.chunk_token[p.chunk], end = p.layout.chunk_token[p.chunk + 1];
-    const int token = chunk_token + blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x & 31;
-    if (token >= end) return;
-    const int head = p.first_head + blockIdx.y;
-    const u32* out = (const u32*)tensor_row(p.out, token, head);
-    const u32* grad = (const u32*)tensor_row(p.grad_out, token, head);
-    f32 sum = 0.0f;
-    FSA_UNROLL for (int i = 0; i < (HEAD_DIM / 2 + 31) / 32; ++i)
-        if (i * 32 + lane < HEAD_DIM / 2) {
-            const u32 a = out[i * 32 + lane], b = grad[i * 32 + lane];
-            sum += unpack_lo(a) * unpack_lo(b) + unpack_hi(a) * unpack_hi(b);
-        }
-    FSA_UNROLL for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
-    if (lane == 0) {
-        const i64 at = (i64)head * p.layout.total_q + token;
-        if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
-        f32* stats = p.row_stats + 2 * ((i64)blockIdx.y * p.rows + token - chunk_token);
-        stats[0] = p.lse[at] * LOG2_E;
-        stats[1] = sum;
-    }
-}
-
 // A quad per 16 columns of a row, a lane per 16 bytes of the source.
 extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ ConvertParams p) {
     const int first = p.first_row ? *p.first_row : 0, end = p.end_row ? *p.end_row : p.rows;
@@ -155,76 +127,6 @@ extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_
     char* target = (char*)tensor_row(p.target, first + row, p.first_head + blockIdx.y) + (column & ~15) * ELEMENT_BYTES;
     if (t & 1) store_global8(target + 16 + (t & 2) * 4, received, upper);
     else store_global8(target + (t & 2) * 4, lower, received);
-}
-
-// Sum of a row's partials in slot order, times the softmax scale. HEAD_DIM / 8 lanes per row, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(256) backward_merge(const __grid_constant__ BackwardParams p) {
-    constexpr int LANES = HEAD_DIM / 8, ROWS = 256 / LANES, AHEAD = 8;
-    const int chunk_token = p.layout.chunk_token[p.chunk], rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
-    const int row = blockIdx.x * ROWS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    const bool present = threadIdx.x < ROWS * LANES && row < rows;
-    const int head = p.first_head + blockIdx.y;
-    RowInfo info = {0};
-    if (present) info.word = p.index.row_info[(i64)(head / p.group_size) * p.layout.total_q + chunk_token + row];
-    const char* source = (const char*)p.partial + ((i64)blockIdx.y * p.rows + row) * p.index.slots * ROW_BYTES + lane * 16;
-    f32 sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    for (int first = 0; first < info.partials(); first += AHEAD) {
-        Vec4 v[AHEAD];
-        FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
-            v[a] = Vec4{0, 0, 0, 0};
-            if (first + a < info.partials()) v[a] = load_global_once(source + (first + a) * ROW_BYTES);
-        }
-        FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
-            sum[0] += unpack_lo(v[a].x); sum[1] += unpack_hi(v[a].x); sum[2] += unpack_lo(v[a].y); sum[3] += unpack_hi(v[a].y);
-            sum[4] += unpack_lo(v[a].z); sum[5] += unpack_hi(v[a].z); sum[6] += unpack_lo(v[a].w); sum[7] += unpack_hi(v[a].w);
-        }
-    }
-    u32 w[4];
-    FSA_UNROLL for (int j = 0; j < 4; ++j) w[j] = pack2(sum[2 * j] * p.scale, sum[2 * j + 1] * p.scale);
-    const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
-    if (present) store_global((char*)tensor_row(p.grad_query_out, chunk_token + row, head) + lane * 16, natural);
-}
-
-// Statistics of the two neighbouring rows that a thread meets in columns 8 i + 2 t and + 1 of a tile: one 16-byte load.
-struct __align__(16) StatsPair {
-    RowStats first, second;
-};
-
-// Probabilities from scores, in place: column c of the tile is gathered row c; keys above its limit do not count.
-template <bool MASKED>
-FSA_DEVICE void probabilities(f32 (&s)[32], const RowStats* stats, const i32* limits, int key_low, f32 scale_log2) {
-    const int t = threadIdx.x & 3;
-    FSA_UNROLL for (int i = 0; i < 8; ++i) {
-        const StatsPair pair = *(const StatsPair*)(stats + 8 * i + 2 * t);
-        FSA_UNROLL for (int e = 0; e < 2; ++e) {
-            const f32 lse = e == 0 ? pair.first.lse : pair.second.lse;
-            s[4 * i + e] = exp2_fast(fmaf(s[4 * i + e], scale_log2, -lse));
-            s[4 * i + 2 + e] = exp2_fast(fmaf(s[4 * i + 2 + e], scale_log2, -lse));
-            if (MASKED) {
-                const int limit = limits[8 * i + 2 * t + e];
-                if (key_low > limit) s[4 * i + e] = 0.0f;
-                if (key_low + 8 > limit) s[4 * i + 2 + e] = 0.0f;
-            }
-        }
-    }
-}
-// dS = P (dP - delta), zero where P was masked even if dP is not finite.
-template <bool MASKED>
-FSA_DEVICE void score_gradients(f32 (&dp)[32], const f32 (&probability)[32], const RowStats* stats, const i32* limits, int key_low) {
-    const int t = threadIdx.x & 3;
-    FSA_UNROLL for (int i = 0; i < 8; ++i) {
-        const StatsPair pair = *(const StatsPair*)(stats + 8 * i + 2 * t);
-        FSA_UNROLL for (int e = 0; e < 2; ++e) {
-            const f32 delta = e == 0 ? pair.first.delta : pair.second.delta;
-            dp[4 * i + e] = probability[4 * i + e] * (dp[4 * i + e] - delta);
-            dp[4 * i + 2 + e] = probability[4 * i + 2 + e] * (dp[4 * i + 2 + e] - delta);
-            if (MASKED) {
-                const int limit = limits[8 * i + 2 * t + e];
-                if (key_low > limit) dp[4 * i + e] = 0.0f;
-                if (key_low + 8 > limit) dp[4 * i + 2 + e] = 0.0f;
-            }
-        }
-    }
 }
 
 // Which main kernel: the host knows the same rule.
@@ -323,8 +225,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         }
         wgmma_wait<1>();
         wgmma_pin(s);
-        if (any_masked) probabilities<true>(s, stats[stage], limits[stage], key_low, p.scale_log2);
-        else probabilities<false>(s, stats[stage], limits[stage], key_low, p.scale_log2);
+        if (any_masked) probabilities<64, true>(s, stats[stage], limits[stage], key_low, p.scale_log2);
+        else probabilities<64, false>(s, stats[stage], limits[stage], key_low, p.scale_log2);
         u32 a[4][4], b[4][4];
         FSA_UNROLL for (int k = 0; k < 4; ++k) to_fragment<64>(a[k], s, k);
         auto add_grad_value = [&]() {
@@ -346,8 +248,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
             wgmma_wait<0>();
         }
         wgmma_pin(dp);
-        if (any_masked) score_gradients<true>(dp, s, stats[stage], limits[stage], key_low);
-        else score_gradients<false>(dp, s, stats[stage], limits[stage], key_low);
+        if (any_masked) score_gradients<64, true>(dp, s, stats[stage], limits[stage], key_low);
+        else score_gradients<64, false>(dp, s, stats[stage], limits[stage], key_low);
         FSA_UNROLL for (int k = 0; k < 4; ++k) to_fragment<64>(b[k], dp, k);
         FSA_UNROLL for (int i = 0; i < 8; ++i) {    // fragment b[i / 2] holds {low, high} x pair i
             const int row = key_low & 63;
