@@ -51,9 +51,7 @@ impl IndexKernels {
     ) -> Result<()> {
         let windows = plan.max_blocks.div_ceil(plan.window_blocks);
         let pieces = [plan.num_subs as u32, kv_heads as u32, windows as u32];
-        let counters_bytes = 4 * plan.window_blocks as u32;
-        let warps = plan.scatter_warps as u32;
-        let sets = if plan.ordered { warps } else { 1 };
+        let counters_bytes = (plan.window_blocks * size_of::<i32>()) as u32;
         let dims = |grid, threads, smem_bytes| LaunchDims { grid, threads, smem_bytes, overlaps: false };
         if params.first_kv_head == 0 {
             self.prepare.launch(stream, dims([1, 1, 1], SCAN_THREADS, 0), params)?;
@@ -61,6 +59,7 @@ impl IndexKernels {
         self.count.launch(stream, dims(pieces, COUNT_THREADS, counters_bytes), params)?;
         let chunks = [plan.num_chunks as u32, kv_heads as u32, 1];
         self.scan.launch(stream, dims(chunks, SCAN_THREADS, 0), params)?;
-        self.scatter.launch(stream, dims(pieces, 32 * warps, counters_bytes * sets), params)
+        let threads = 32 * plan.scatter_warps as u32;
+        self.scatter.launch(stream, dims(pieces, threads, plan.scatter_smem_bytes() as u32), params)
     }
 }

@@ -144,6 +144,12 @@ impl IndexPlan {
         self.full_units + self.max_blocks
     }
 
+    /// Shared memory of a CTA that scatters: a set of counters per warp where the order matters, else one.
+    pub(crate) fn scatter_smem_bytes(&self) -> usize {
+        let sets = if self.ordered { self.scatter_warps } else { 1 };
+        sets * self.window_blocks * size_of::<i32>()
+    }
+
     /// Rows of a chunk, at most.
     pub(crate) fn chunk_rows(&self, problem: &Problem) -> usize {
         (self.chunk_tiles * TILE_ROWS).min(problem.total_q)

@@ -119,8 +119,7 @@ fn check_index(problem: &Problem, plan: &IndexPlan, facts: &DeviceFacts) -> Resu
     prop_assert!(plan.num_subs * plan.sub_tiles >= plan.max_tiles);
     prop_assert!(plan.chunk_tiles * TILE_ROWS <= 1 << 24, "a token of a chunk has 24 bits");
     prop_assert!(plan.chunk_tiles * TILE_ROWS * plan.slots < 1 << 31, "entries of a chunk are counted in i32");
-    let counters_bytes = 4 * plan.window_blocks * plan.scatter_warps;
-    prop_assert!(plan.window_blocks > 0 && counters_bytes <= facts.smem_per_cta_bytes);
+    prop_assert!(plan.window_blocks > 0 && plan.scatter_smem_bytes() <= facts.smem_per_cta_bytes);
     prop_assert!(plan.max_blocks.div_ceil(plan.window_blocks) <= 65_535 && problem.num_kv_heads <= 65_535);
     // However the entries of a chunk spread over blocks, their full units fit.
     let entries = plan.chunk_tiles * TILE_ROWS * plan.slots;
