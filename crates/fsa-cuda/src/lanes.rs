@@ -2,6 +2,7 @@
 
 use crate::driver::{Device, Event, Stream};
 use crate::error::Result;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Side streams of a set.
@@ -17,11 +18,11 @@ pub(crate) struct LaneSet {
 
 impl LaneSet {
     fn new(device: &Arc<Device>) -> Result<Self> {
-        Ok(Self {
-            lanes: [Stream::new(device)?, Stream::new(device)?],
-            done: [Event::new(device)?, Event::new(device)?],
-            fork: Event::new(device)?,
-        })
+        Self::of(device, [Stream::new(device)?, Stream::new(device)?])
+    }
+
+    fn of(device: &Arc<Device>, lanes: [Stream; LANES]) -> Result<Self> {
+        Ok(Self { lanes, done: [Event::new(device)?, Event::new(device)?], fork: Event::new(device)? })
     }
 
     /// The first `count` lanes wait for `stream`.
@@ -39,22 +40,45 @@ impl LaneSet {
     }
 }
 
-/// The lanes of a device, for calls that run and for calls that are recorded into a graph: a side stream stays
-/// part of a recording until all of it ends, and must not be used by others meanwhile.
+/// The lanes of a device, for calls that run and for calls on a captured stream: a side stream stays part of a capture until
+/// all of it ends, and must not be used by others meanwhile.
 #[derive(Debug)]
 pub(crate) struct Lanes {
     running: Mutex<LaneSet>,
-    recorded: Mutex<LaneSet>,
+    captured: Mutex<LaneSet>,
+}
+
+/// The lanes of a call.
+#[derive(Debug)]
+pub(crate) enum Taken<'a> {
+    /// Held while the call is given to the device, not until it is done.
+    Shared(MutexGuard<'a, LaneSet>),
+    /// Of a call that is written down.
+    Own(Box<LaneSet>),
+}
+
+impl Deref for Taken<'_> {
+    type Target = LaneSet;
+
+    fn deref(&self) -> &LaneSet {
+        match self {
+            Taken::Shared(set) => set,
+            Taken::Own(set) => set,
+        }
+    }
 }
 
 impl Lanes {
     pub(crate) fn new(device: &Arc<Device>) -> Result<Self> {
-        Ok(Self { running: Mutex::new(LaneSet::new(device)?), recorded: Mutex::new(LaneSet::new(device)?) })
+        Ok(Self { running: Mutex::new(LaneSet::new(device)?), captured: Mutex::new(LaneSet::new(device)?) })
     }
 
-    /// The lanes for a call on `stream`. Held while the call is given to the device, not until it is done.
-    pub(crate) fn take(&self, stream: &Stream) -> Result<MutexGuard<'_, LaneSet>> {
-        let set = if stream.is_capturing()? { &self.recorded } else { &self.running };
-        Ok(set.lock().unwrap_or_else(PoisonError::into_inner))
+    /// The lanes for a call on `stream`.
+    pub(crate) fn take(&self, stream: &Stream) -> Result<Taken<'_>> {
+        if let (Some(first), Some(second)) = (stream.branch(), stream.branch()) {
+            return Ok(Taken::Own(Box::new(LaneSet::of(stream.device(), [first, second])?)));
+        }
+        let set = if stream.is_capturing()? { &self.captured } else { &self.running };
+        Ok(Taken::Shared(set.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 }

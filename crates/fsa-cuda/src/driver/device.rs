@@ -135,6 +135,11 @@ impl Device {
         Ok(Arc::new(Self { raw, context, facts }))
     }
 
+    /// Its primary context.
+    pub(super) fn context(&self) -> sys::CUcontext {
+        self.context
+    }
+
     /// What plans and reports need to know about it.
     pub fn facts(&self) -> &DeviceFacts {
         &self.facts

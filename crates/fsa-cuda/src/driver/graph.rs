@@ -1,4 +1,4 @@
-//! CUDA graphs: a sequence of launches recorded once and given to the device as one.
+//! CUDA graphs: a sequence of launches given to the device as one.
 
 use super::{Device, Stream, check, ignore};
 use crate::error::{CudaError, Result};
@@ -22,18 +22,6 @@ unsafe impl Sync for Graph<'_> {}
 impl<'a> Graph<'a> {
     /// Records what `work` gives to `stream`, which nothing else may use meanwhile.
     pub fn capture<E: From<CudaError>>(stream: &Stream, work: impl FnOnce() -> Result<(), E> + 'a) -> Result<Self, E> {
-        Self::record(stream, work)
-    }
-
-    /// The same without a borrow: who launches it has to hold what it names.
-    pub(super) fn capture_for_ever<E: From<CudaError>>(
-        stream: &Stream,
-        work: impl FnOnce() -> Result<(), E>,
-    ) -> Result<Graph<'static>, E> {
-        Graph::record(stream, work)
-    }
-
-    fn record<E: From<CudaError>>(stream: &Stream, work: impl FnOnce() -> Result<(), E>) -> Result<Self, E> {
         let _bound = stream.device().bind()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the context is current, and the stream lives while the borrow does.
@@ -56,6 +44,11 @@ impl<'a> Graph<'a> {
         ended?;
         instantiated?;
         Ok(captured)
+    }
+
+    /// An instance of a graph that was written down.
+    pub(super) fn from_raw(device: &Arc<Device>, raw: sys::CUgraphExec) -> Graph<'static> {
+        Graph { device: Arc::clone(device), raw, named: PhantomData }
     }
 
     /// Runs the recorded work, in the order of the stream.

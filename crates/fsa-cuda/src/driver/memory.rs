@@ -62,6 +62,10 @@ impl DeviceSpan<'_> {
         if self.bytes == 0 {
             return Ok(());
         }
+        if let Some(recording) = stream.recording() {
+            // SAFETY: a span is memory of the device, of this size.
+            return unsafe { recording.fill(self.address.0, byte, self.bytes) };
+        }
         // SAFETY: a span is memory of the device, of this size, until the stream is done with it.
         check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(self.address.0, byte, self.bytes, stream.raw()) })
     }

@@ -11,6 +11,7 @@ mod graph;
 mod memory;
 mod module;
 mod nvrtc;
+mod recording;
 mod replay;
 mod stream;
 

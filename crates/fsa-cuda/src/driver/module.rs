@@ -1,5 +1,6 @@
 //! Loaded modules, their kernels, and the launch.
 
+use super::recording::Launch;
 use super::{Device, Stream, check, ignore};
 use crate::error::Result;
 use cudarc::driver::sys;
@@ -103,6 +104,11 @@ impl<P: KernelParams> Function<P> {
             return Ok(());
         }
         let mut argument: *mut c_void = std::ptr::from_ref(params).cast_mut().cast();
+        if let Some(recording) = stream.recording() {
+            let launch = Launch { function: self.raw, grid: dims.grid, threads, smem_bytes };
+            // SAFETY: as for the launch below.
+            return unsafe { recording.kernel(&launch, argument, overlaps) };
+        }
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],

@@ -14,17 +14,23 @@ pub(crate) type Call = Vec<u64>;
 #[derive(Debug)]
 struct Known {
     call: Call,
-    /// From the second time on.
-    graph: Option<Graph<'static>>,
+    state: Seen,
     used: u64,
+}
+
+/// How often a call came, and what became of it.
+#[derive(Debug)]
+enum Seen {
+    Once,
+    Recorded(Graph<'static>),
+    /// The driver makes no graph of it.
+    Refused,
 }
 
 #[derive(Debug, Default)]
 struct State {
     known: Vec<Known>,
     clock: u64,
-    /// Nothing but recording happens on it.
-    recorder: Option<Stream>,
 }
 
 /// The calls of a plan, whose kernels outlive it.
@@ -34,8 +40,8 @@ pub(crate) struct Replays {
 }
 
 impl Replays {
-    /// Gives `work` to `stream`: as it is when `call` is new or the stream is itself recorded, else as a graph that was recorded
-    /// the second time. `work` must follow from `call` alone. The memory that `call` names is that of the present caller,
+    /// Gives `work` to `stream`: as it is when `call` is new or the stream is itself captured, else as a graph that was written
+    /// down the second time. `work` must follow from `call` alone. The memory that `call` names is that of the present caller,
     /// who holds spans of it, so a graph touches nothing that a launch would not.
     pub(crate) fn run<E: From<CudaError>>(
         &self,
@@ -43,27 +49,37 @@ impl Replays {
         call: Call,
         work: impl Fn(&Stream) -> Result<(), E>,
     ) -> Result<(), E> {
-        if stream.is_capturing()? {
+        if stream.recording().is_some() || stream.is_capturing()? {
             return work(stream);
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.clock += 1;
         let clock = state.clock;
-        let Some(at) = state.known.iter().position(|known| known.call == call) else {
-            state.remember(Known { call, graph: None, used: clock });
+        let Some(known) = state.known.iter_mut().find(|known| known.call == call) else {
+            state.remember(Known { call, state: Seen::Once, used: clock });
             drop(state);
             return work(stream);
         };
-        state.known[at].used = clock;
-        if state.known[at].graph.is_none() {
-            let graph = state.record(stream.device(), work)?;
-            state.known[at].graph = Some(graph);
+        known.used = clock;
+        if let Seen::Once = known.state {
+            // What cannot be a graph is launched as it was the first time.
+            known.state = record(stream.device(), &work).map_or(Seen::Refused, Seen::Recorded);
         }
-        match &state.known[at].graph {
-            Some(graph) => Ok(graph.launch(stream)?),
-            None => unreachable!("recorded above"),
+        match &known.state {
+            Seen::Recorded(graph) => Ok(graph.launch(stream)?),
+            _ => {
+                drop(state);
+                work(stream)
+            }
         }
     }
+}
+
+/// The graph of `work`; `None` if the driver or the work refuses.
+fn record<E>(device: &Arc<Device>, work: impl Fn(&Stream) -> Result<(), E>) -> Option<Graph<'static>> {
+    let recorder = Stream::recorder(device).ok()?;
+    work(&recorder).ok()?;
+    recorder.into_graph().ok()?
 }
 
 impl State {
@@ -72,20 +88,6 @@ impl State {
             self.known.push(known);
         } else if let Some(oldest) = self.known.iter_mut().min_by_key(|known| known.used) {
             *oldest = known;
-        }
-    }
-
-    fn record<E: From<CudaError>>(
-        &mut self,
-        device: &Arc<Device>,
-        work: impl Fn(&Stream) -> Result<(), E>,
-    ) -> Result<Graph<'static>, E> {
-        if self.recorder.is_none() {
-            self.recorder = Some(Stream::new(device)?);
-        }
-        match &self.recorder {
-            Some(recorder) => Graph::capture_for_ever(recorder, || work(recorder)),
-            None => unreachable!("made above"),
         }
     }
 }

@@ -1,25 +1,28 @@
 //! Streams and events.
 
-use super::{Device, check, ignore};
+use super::recording::{Node, Recording};
+use super::{Device, Graph, check, ignore};
 use crate::error::{CudaError, Result};
 use cudarc::driver::sys;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Oldest CUDA version of a driver that has the function which reads times (`cuEventElapsedTime_v2`): 12.8, first in
 /// release 570. Nothing but measuring needs it.
 const OLDEST_TIMING_DRIVER: (u32, u32) = (12, 8);
 
-/// A stream: one of the crate's own, or a caller's.
+/// A stream: one of the crate's own, a caller's, or one that is only written down.
 #[derive(Debug)]
 pub struct Stream {
     device: Arc<Device>,
     raw: sys::CUstream,
     owned: bool,
+    /// What it is given is written down instead of run; `raw` is null.
+    recording: Option<Recording>,
 }
 
 // SAFETY: the driver's functions may be called from any thread with a stream of any.
 unsafe impl Send for Stream {}
-// SAFETY: as above; nothing here is mutable.
+// SAFETY: as above; what is mutable is behind a lock.
 unsafe impl Sync for Stream {}
 
 impl Stream {
@@ -30,7 +33,7 @@ impl Stream {
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the context is current; the stream is destroyed in `drop`.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut raw, flags) })?;
-        Ok(Self { device: Arc::clone(device), raw, owned: true })
+        Ok(Self { device: Arc::clone(device), raw, owned: true, recording: None })
     }
 
     /// A stream of somebody else, such as PyTorch's current stream; 0 is the default stream.
@@ -38,7 +41,32 @@ impl Stream {
     /// # Safety
     /// `handle` is a `CUstream` of the device's primary context, or 0, and outlives this value.
     pub unsafe fn from_raw(device: &Arc<Device>, handle: u64) -> Self {
-        Self { device: Arc::clone(device), raw: handle as usize as sys::CUstream, owned: false }
+        Self { device: Arc::clone(device), raw: handle as usize as sys::CUstream, owned: false, recording: None }
+    }
+
+    fn written(device: &Arc<Device>, recording: Recording) -> Self {
+        Self { device: Arc::clone(device), raw: std::ptr::null_mut(), owned: false, recording: Some(recording) }
+    }
+
+    /// A stream that writes down the kernels and fills it is given, for [`Stream::into_graph`]. It runs nothing and waits for nothing.
+    pub(crate) fn recorder(device: &Arc<Device>) -> Result<Self> {
+        Ok(Self::written(device, Recording::new(device)?))
+    }
+
+    /// Another stream whose work is written down into the same graph, if this one's is.
+    pub(crate) fn branch(&self) -> Option<Self> {
+        self.recording.as_ref().map(|recording| Self::written(&self.device, recording.branch()))
+    }
+
+    /// What was written down, ready to run. It names memory and kernels without holding them: who launches it does.
+    pub(crate) fn into_graph(self) -> Result<Option<Graph<'static>>> {
+        let instance = self.recording.as_ref().map(Recording::instantiate).transpose()?;
+        Ok(instance.map(|raw| Graph::from_raw(&self.device, raw)))
+    }
+
+    /// Where its work is written down, if it is.
+    pub(super) fn recording(&self) -> Option<&Recording> {
+        self.recording.as_ref()
     }
 
     /// Its device.
@@ -64,6 +92,10 @@ impl Stream {
 
     /// What follows on this stream waits for what `event` recorded.
     pub fn wait(&self, event: &Event) -> Result<()> {
+        if let Some(recording) = &self.recording {
+            recording.wait(&event.mark.lock().unwrap_or_else(PoisonError::into_inner));
+            return Ok(());
+        }
         // SAFETY: stream and event live while the borrows do; 0 is the only flag.
         check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) })
     }
@@ -98,11 +130,13 @@ fn check_timing(device: &Device) -> Result<()> {
 pub struct Event {
     device: Arc<Device>,
     raw: sys::CUevent,
+    /// What was last on a stream that is written down.
+    mark: Mutex<Vec<Node>>,
 }
 
 // SAFETY: the driver's functions may be called from any thread with an event of any.
 unsafe impl Send for Event {}
-// SAFETY: as above; nothing here is mutable.
+// SAFETY: as above; what is mutable is behind a lock.
 unsafe impl Sync for Event {}
 
 impl Event {
@@ -125,11 +159,15 @@ impl Event {
         let mut raw = std::ptr::null_mut();
         // SAFETY: the context is current; the event is destroyed in `drop`.
         check("cuEventCreate", unsafe { sys::cuEventCreate(&mut raw, flags as u32) })?;
-        Ok(Self { device: Arc::clone(device), raw })
+        Ok(Self { device: Arc::clone(device), raw, mark: Mutex::default() })
     }
 
     /// Records what `stream` was given so far.
     pub fn record(&self, stream: &Stream) -> Result<()> {
+        if let Some(recording) = stream.recording() {
+            *self.mark.lock().unwrap_or_else(PoisonError::into_inner) = recording.mark();
+            return Ok(());
+        }
         // SAFETY: stream and event live while the borrows do.
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, stream.raw()) })
     }
