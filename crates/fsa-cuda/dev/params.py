@@ -34,8 +34,10 @@ class ReduceParams(ctypes.Structure):
 class BackwardParams(ctypes.Structure):
     _fields_ = [("layout", Layout), ("index", Index)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [
         (n, ptr) for n in ("lse", "grad_lse", "row_stats", "grad_query", "partial")] + [
-        ("grad_query_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("total_kv", i64), ("scale_log2", f32), ("scale", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32), ("rows", i32), ("first_sums", i32)]
+        ("grad_query_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("sum_rows", i64), ("scale_log2", f32), ("scale", f32)] + [
+        (n, i32) for n in ("group_size", "chunk", "first_head", "rows", "first_sums", "first_key", "end_key")]
 
 
 class ConvertParams(ctypes.Structure):
-    _fields_ = [("source", ptr), ("source_stride", i64), ("target", Tensor), ("first_row", ptr), ("end_row", ptr), ("rows", i32), ("first_head", i32), ("scale", f32)]
+    _fields_ = [("source", ptr), ("source_stride", i64), ("target", Tensor), ("first_row", ptr), ("end_row", ptr), ("cu_seqlens_kv", ptr)] + [
+        (n, i32) for n in ("batch", "first_key", "end_key", "rows", "first_head", "accumulate")] + [("scale", f32)]

@@ -197,7 +197,7 @@ class SelectedBackward(Selected):
                 buffer.zero_()
 
         def convert(source, target, tokens, rows, first_head, heads, scale, stream):
-            c = P.ConvertParams(source.data_ptr(), source.stride(0), tensor(target), tokens, tokens + 4 if tokens else None, rows, first_head, scale)
+            c = P.ConvertParams(source.data_ptr(), source.stride(0), tensor(target), tokens, tokens + 4 if tokens else None, None, 0, 0, total_kv, rows, first_head, 0, scale)
             module.launch("backward_convert", (ceil_div(rows * self.d // 4, 256), heads, 1), 256, 0, c, stream)
 
         for turn, kv_head in enumerate(range(0, self.hk, self.kv_heads)):
@@ -215,7 +215,7 @@ class SelectedBackward(Selected):
                     a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
                                          grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, tensor(grads[0]),
                                          self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(), total_kv, self.scale * math.log2(math.e), self.scale, group,
-                                         chunk, head, self.rows, int((heads == 1 or group == 1) and chunk == 0 and head % group == 0))
+                                         chunk, head, self.rows, int((heads == 1 or group == 1) and chunk == 0 and head % group == 0), 0, total_kv)
                     module.launch("backward_delta", (ceil_div(self.rows, 8), heads, 1), 256, 0, a, stream)
                     module.launch("backward", (p.full_units + p.max_blocks, parts, heads), threads, shared, a, stream)
                     if self.query_partials:

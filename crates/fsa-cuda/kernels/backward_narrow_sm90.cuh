@@ -46,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
     if (!unit_exists(index, list, blockIdx.x)) return;
     const Unit unit = index.units[list * (index.full_units + index.max_blocks) + blockIdx.x];
+    if (!in_range(p, unit.kv_row)) return;
     const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
     const int part = blockIdx.y * 64, keys = min_i(64, unit.valid_keys - part);
     if (keys <= 0) return;
@@ -160,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
         wgmma_pin(grad_value);
     }
 
-    const i64 first = ((kv_head - p.first_head / p.group_size) * p.total_kv + unit.kv_row + part + row) * HEAD_DIM + half * NARROW_COLUMNS + (lane & 3) * 4;
+    const i64 first = ((kv_head - p.first_head / p.group_size) * p.sum_rows + unit.kv_row + part + row) * HEAD_DIM + half * NARROW_COLUMNS + (lane & 3) * 4;
     if (row < keys) {       // a second row that does not exist has sums of zero
         const i64 second = row + 8 < keys ? first + 8 * HEAD_DIM : first;
         add_sums(p.grad_key + first, p.grad_key + second, grad_key);

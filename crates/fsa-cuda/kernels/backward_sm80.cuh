@@ -90,7 +90,7 @@ struct BackwardUnit : CtaUnits {
     // One thread: goes to the next part that the cta takes, of the same unit or of its next one.
     FSA_DEVICE void advance(const BackwardParams& p) {
         part += gridDim.y;
-        while (part * KEYS_PER_PART >= unit.valid_keys) {
+        while (part * KEYS_PER_PART >= unit.valid_keys || !in_range(p, unit.kv_row)) {
             if (!CtaUnits::advance(p.layout, p.index)) return;
             part = blockIdx.y;
         }
@@ -242,15 +242,15 @@ FSA_DEVICE void query_gradients(const BackwardParams& p, const Tiles& tiles, int
 
 // f32 sums to rows of the storage type. A quad per 16 columns of a row, a lane per 16 bytes of the source.
 extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ ConvertParams p) {
-    const int first = p.first_row ? *p.first_row : 0, end = p.end_row ? *p.end_row : p.rows;
+    const int first = convert_first(p);
     const i64 n = (i64)blockIdx.x * 256 + threadIdx.x, row = n / (HEAD_DIM / 4);
     const int place = (int)(n % (HEAD_DIM / 4)) * 4, q = threadIdx.x & 3;
-    const bool present = first + row < end;
+    const bool present = is_converted(p, first + row);
     Vec4 v = {0, 0, 0, 0};
     if (present) v = load_global_once(p.source + (i64)blockIdx.y * p.source_stride + row * HEAD_DIM + place);
     const WordPair words = natural_pairs(v, p.scale);
     const int column = (place & ~15) + (q & 1) * 8 + (q >> 1) * 4;
-    if (present) store_global8((char*)tensor_row(p.target, first + row, p.first_head + blockIdx.y) + column * ELEMENT_BYTES, words.x, words.y);
+    if (present) store_converted(p, (char*)tensor_row(p.target, first + row, p.first_head + blockIdx.y) + column * ELEMENT_BYTES, words.x, words.y);
 }
 
 // P^T of the warp's keys and rows, to shared memory and in `s`.
@@ -312,7 +312,7 @@ FSA_DEVICE void backward_part(const BackwardParams& p, const BackwardUnit& u, Ro
         }
         query_gradients(p, tiles, u.first_key, w, target_low, target_high);
     }
-    const i64 first = u.launch_kv_head * p.total_kv + u.unit.kv_row + u.first_key;
+    const i64 first = u.launch_kv_head * p.sum_rows + u.unit.kv_row + u.first_key;
     flush_sums(p.grad_key + first * HEAD_DIM, grad_key, w, u.keys);
     flush_sums(p.grad_value + first * HEAD_DIM, grad_value, w, u.keys);
 }

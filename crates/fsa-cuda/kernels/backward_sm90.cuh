@@ -111,11 +111,11 @@ FSA_DEVICE void query_gradients(u32 ds_tiles, u32 key_tile, const QueryRows& row
 
 // A quad per 16 columns of a row, a lane per 16 bytes of the source.
 extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ ConvertParams p) {
-    const int first = p.first_row ? *p.first_row : 0, end = p.end_row ? *p.end_row : p.rows;
+    const int first = convert_first(p);
     const i64 n = (i64)blockIdx.x * 256 + threadIdx.x;
     const i64 row = n / (HEAD_DIM / 4);
     const int column = (int)(n % (HEAD_DIM / 4)) * 4, t = threadIdx.x & 3;
-    const bool present = first + row < end;
+    const bool present = is_converted(p, first + row);
     Vec4 v = {0, 0, 0, 0};
     if (present) v = load_global_once(p.source + (i64)blockIdx.y * p.source_stride + row * HEAD_DIM + column);
     // Columns 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t of the sixteen; an even lane takes the first pair of its neighbour, an odd one
@@ -125,8 +125,8 @@ extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_
     const u32 received = __shfl_xor_sync(0xffffffffu, t & 1 ? lower : upper, 1);
     if (!present) return;
     char* target = (char*)tensor_row(p.target, first + row, p.first_head + blockIdx.y) + (column & ~15) * ELEMENT_BYTES;
-    if (t & 1) store_global8(target + 16 + (t & 2) * 4, received, upper);
-    else store_global8(target + (t & 2) * 4, lower, received);
+    if (t & 1) store_converted(p, target + 16 + (t & 2) * 4, received, upper);
+    else store_converted(p, target + (t & 2) * 4, lower, received);
 }
 
 // Which main kernel: the host knows the same rule.
@@ -146,6 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     const int unit_number = blockIdx.x;
     if (!unit_exists(index, list, unit_number)) return;
     const Unit* record = &index.units[list * (index.full_units + index.max_blocks) + unit_number];
+    if (!in_range(p, record->kv_row)) return;
     const Unit unit = *record;
     const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
     const int part = blockIdx.y * KEYS_PER_PART, keys = min_i(KEYS_PER_PART, unit.valid_keys - part);
@@ -297,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     __syncthreads();
     const int first_key = group * 64 + (warp & 3) * 16, warp_keys = min_i(16, keys - first_key);
     const i64 launch_kv_head = kv_head - p.first_head / p.group_size;
-    const i64 offset = (launch_kv_head * p.total_kv + record->kv_row + part + first_key) * HEAD_DIM;     // read again: no register held it
+    const i64 offset = (launch_kv_head * p.sum_rows + record->kv_row + part + first_key) * HEAD_DIM;     // read again: no register held it
     // Additions to memory outside L2 run at a third of the rate of stores.
     const bool alone = p.first_sums && !record->split;
     const u32 sums = SUMS_OFFSET + key_tile + first_key * SUM_BYTES;

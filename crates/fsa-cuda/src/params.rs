@@ -156,7 +156,7 @@ device_structs! {
         grad_query_out: Tensor,
         grad_key: Address,
         grad_value: Address,
-        total_kv: i64,
+        sum_rows: i64,
         scale_log2: f32,
         scale: f32,
         group_size: i32,
@@ -164,6 +164,8 @@ device_structs! {
         first_head: i32,
         rows: i32,
         first_sums: i32,
+        first_key: i32,
+        end_key: i32,
     }
 
     /// Parameters of `backward_convert`.
@@ -173,8 +175,13 @@ device_structs! {
         target: Tensor,
         first_row: Address,
         end_row: Address,
+        cu_seqlens_kv: Address,
+        batch: i32,
+        first_key: i32,
+        end_key: i32,
         rows: i32,
         first_head: i32,
+        accumulate: i32,
         scale: f32,
     }
 }

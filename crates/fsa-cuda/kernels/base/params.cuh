@@ -112,9 +112,10 @@ struct BackwardParams {
     f32* grad_query;            // [heads in launch, rows, HEAD_DIM] f32, fragment order, zero before the launch
     void* partial;              // [heads in launch, rows, slots, HEAD_DIM] instead, with FSA_QUERY_PARTIALS
     Tensor grad_query_out;      // target of backward_merge
-    f32* grad_key;              // [kv heads in launch, total_kv, HEAD_DIM] f32, fragment order, zero before their first launch
+    f32* grad_key;              // [kv heads in launch, sum_rows, HEAD_DIM] f32, fragment order, zero before their first launch; row 0 is where that of
+                                // key row 0 would be
     f32* grad_value;            // the same
-    i64 total_kv;
+    i64 sum_rows;               // rows of the sums, the first being that of first_key
     f32 scale_log2;
     f32 scale;
     i32 group_size;
@@ -122,6 +123,8 @@ struct BackwardParams {
     i32 first_head;             // query head of the launch's first
     i32 rows;                   // rows that one head has in row_stats, grad_query and partial
     i32 first_sums;             // 1: nothing was added to grad_key and grad_value yet, and no two heads of the launch share them
+    i32 first_key;              // blocks that start at rows [first_key, end_key) of key and value are done, others left to another launch
+    i32 end_key;
 };
 
 // f32 accumulators in fragment order to rows of one head in the storage type.
@@ -129,9 +132,14 @@ struct ConvertParams {
     const f32* source;          // [heads, source_stride], each head [rows, HEAD_DIM]
     i64 source_stride;
     Tensor target;
-    const i32* first_row;       // null: 0
+    const i32* first_row;       // null: first_key
     const i32* end_row;         // null: rows
+    const i32* cu_seqlens_kv;   // not null: of keys, only rows whose block starts at rows [first_key, end_key)
+    i32 batch;
+    i32 first_key;
+    i32 end_key;
     i32 rows;
     i32 first_head;
+    i32 accumulate;             // 1: the target holds a sum of other blocks, which is added to
     f32 scale;
 };

@@ -5,6 +5,27 @@
 #include "block/sequence.cuh"
 #include "tile/swizzled_tile.cuh"
 
+// Whether a launch does a block: where the sums of all keys have no room, ranges of keys take turns.
+FSA_DEVICE bool in_range(const BackwardParams& p, int kv_row) { return kv_row >= p.first_key && kv_row < p.end_key; }
+
+// Rows of the target that a launch of backward_convert writes, and where it finds a row's sum.
+FSA_DEVICE int convert_first(const ConvertParams& p) { return p.first_row ? *p.first_row : p.first_key; }
+FSA_DEVICE bool is_converted(const ConvertParams& p, i64 row) {
+    if (row >= (p.end_row ? *p.end_row : p.rows)) return false;
+    if (p.cu_seqlens_kv == nullptr) return true;
+    const int start = p.cu_seqlens_kv[find_sequence(p.cu_seqlens_kv, p.batch, (int)row)], block = start + ((int)row - start) / BLOCK_SIZE * BLOCK_SIZE;
+    return block >= p.first_key && block < p.end_key;
+}
+// Stores 8 bytes of a row, or adds them to what is there.
+FSA_DEVICE void store_converted(const ConvertParams& p, char* target, u32 x, u32 y) {
+    if (p.accumulate) {
+        const u32 a = ((const u32*)target)[0], b = ((const u32*)target)[1];
+        x = pack2(unpack_lo(a) + unpack_lo(x), unpack_hi(a) + unpack_hi(x));
+        y = pack2(unpack_lo(b) + unpack_lo(y), unpack_hi(b) + unpack_hi(y));
+    }
+    store_global8(target, x, y);
+}
+
 // Row statistics of one head for the rows of the chunk. One warp per row.
 extern "C" __global__ void __launch_bounds__(256) backward_delta(const __grid_constant__ BackwardParams p) {
     const int chunk_token = p.layout.chunk_token[p.chunk], end = p.layout.chunk_token[p.chunk + 1];

@@ -6,6 +6,7 @@ use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
 use serde::Serialize;
 use std::fmt;
+use std::ops::Range;
 
 /// Launches of several kv heads that are under way: the tail of one runs beside the start of the next.
 pub(crate) const MAX_LANES: usize = 2;
@@ -17,6 +18,9 @@ const QUERY_SUM_BYTES: [usize; 4] = [32 << 20, 16 << 20, 8 << 20, 4 << 20];
 const QUERY_PARTIAL_BYTES: [usize; 4] = [128 << 20, 64 << 20, 32 << 20, 16 << 20];
 /// f32 gradients of keys and values of one launch.
 const KEY_SUM_BYTES: usize = 64 << 20;
+
+/// Most ranges of keys that take turns where the sums of all keys have no room: each adds a rounding to the gradient of a query.
+const MAX_KEY_RANGES: usize = 8;
 
 /// Chunks and workspace of a backward.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -35,6 +39,8 @@ pub struct BackwardPlan {
     pub kv_heads_per_launch: usize,
     /// Query heads of one launch.
     pub heads: usize,
+    /// Keys whose sums are under way: all, or a range of whole blocks where the next ranges follow.
+    pub range_keys: usize,
     /// Lanes.
     pub lanes: usize,
     sums: [LaneSums; MAX_LANES],
@@ -58,6 +64,7 @@ struct Choice {
     kv_heads: usize,
     lanes: usize,
     query_bytes: usize,
+    key_ranges: usize,
 }
 
 impl BackwardPlan {
@@ -67,17 +74,25 @@ impl BackwardPlan {
         let most = most_bytes(problem, options);
         let plans = |lanes: usize| {
             let choices = kv_heads_per_pass(problem.num_kv_heads)
-                .flat_map(|kv_heads| bytes.map(|query_bytes| Choice { kv_heads, lanes, query_bytes }));
+                .flat_map(|kv_heads| bytes.map(|query_bytes| Choice { kv_heads, lanes, query_bytes, key_ranges: 1 }));
             let plans = choices.map(|choice| Self::with(problem, facts, options, choice));
             choose(most, plans, |plan| plan.workspace.size_bytes(), Self::launches)
         };
         let two = plans(MAX_LANES.min(problem.num_kv_heads)).filter(|plan| plan.workspace.size_bytes() <= most);
-        let least = Choice { kv_heads: 1, lanes: 1, query_bytes: bytes[bytes.len() - 1] };
-        two.or_else(|| plans(1)).unwrap_or_else(|| Self::with(problem, facts, options, least))
+        let least = Choice { kv_heads: 1, lanes: 1, query_bytes: bytes[bytes.len() - 1], key_ranges: 1 };
+        let one = two.or_else(|| plans(1)).unwrap_or_else(|| Self::with(problem, facts, options, least));
+        if one.workspace.size_bytes() <= most || options.deterministic {
+            return one;
+        }
+        // As few ranges of keys as fit: each goes through all rows again that see it.
+        let ranges =
+            std::iter::successors(Some(2), |ranges| Some(2 * ranges)).take_while(|ranges| *ranges <= MAX_KEY_RANGES);
+        let mut plans = ranges.map(|key_ranges| Self::with(problem, facts, options, Choice { key_ranges, ..least }));
+        plans.find(|plan| plan.workspace.size_bytes() <= most).unwrap_or(one)
     }
 
     fn with(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions, choice: Choice) -> Self {
-        let Choice { kv_heads, lanes, query_bytes } = choice;
+        let Choice { kv_heads, lanes, query_bytes, key_ranges } = choice;
         let query_partials = options.deterministic;
         let sum_bytes = problem.head_dim * size_of::<f32>();
         let partial_bytes = slots(problem, false) * problem.head_dim * problem.dtype.size_bytes();
@@ -110,12 +125,15 @@ impl BackwardPlan {
             let keys_fit = KEY_SUM_BYTES / (2 * problem.total_kv * sum_bytes).max(1);
             Self::heads(problem.gqa_group_size(), fit, keys_fit.min(kv_heads))
         };
+        let range_keys =
+            problem.total_kv.div_ceil(key_ranges).next_multiple_of(problem.block_size).min(problem.total_kv);
+        let key_bytes = kv_heads_per_launch * Self::sum_rows_of(problem, range_keys) * sum_bytes;
         let mut sums = [LaneSums::default(); MAX_LANES];
         for lane in &mut sums[..lanes] {
             lane.row_stats = workspace.add("row_stats", heads * rows * 2 * size_of::<f32>());
             lane.grad_query = workspace.add("grad_query", heads * rows * row_bytes);
-            lane.grad_key = workspace.add("grad_key", kv_heads_per_launch * problem.total_kv * sum_bytes);
-            lane.grad_value = workspace.add("grad_value", kv_heads_per_launch * problem.total_kv * sum_bytes);
+            lane.grad_key = workspace.add("grad_key", key_bytes);
+            lane.grad_value = workspace.add("grad_value", key_bytes);
         }
         let deterministic = options.deterministic;
         Self {
@@ -126,10 +144,28 @@ impl BackwardPlan {
             index,
             kv_heads_per_launch,
             heads,
+            range_keys,
             lanes,
             sums,
             workspace,
         }
+    }
+
+    /// Rows of sums that a range of keys needs: a block of packed sequences may start at its last key.
+    fn sum_rows_of(problem: &Problem, range_keys: usize) -> usize {
+        (range_keys + problem.block_size - 1).min(problem.total_kv)
+    }
+
+    /// Rows of the sums of one kv head.
+    pub(crate) fn sum_rows(&self) -> usize {
+        Self::sum_rows_of(&self.problem, self.range_keys)
+    }
+
+    /// The ranges of keys, by their first rows.
+    pub(crate) fn key_ranges(&self) -> impl Iterator<Item = Range<usize>> {
+        let Problem { total_kv, .. } = self.problem;
+        let step = self.range_keys.max(1);
+        (0..total_kv).step_by(step).map(move |first| first..(first + step).min(total_kv))
     }
 
     /// kv heads and query heads of a launch, where `fit` query heads and `keys_fit` kv heads have room: a part of a
@@ -154,7 +190,8 @@ impl BackwardPlan {
         let turns = num_kv_heads.div_ceil(self.kv_heads_per_launch);
         let of_queries = (self.kv_heads_per_launch * group).div_ceil(self.heads) * self.index.num_chunks;
         let per_chunk = if self.query_partials { 3 } else { 4 };
-        1 + 3 * num_kv_heads.div_ceil(self.kv_heads) + turns * (4 + per_chunk * of_queries)
+        let ranges = self.key_ranges().count();
+        1 + 3 * num_kv_heads.div_ceil(self.kv_heads) + turns * ranges * (4 + per_chunk * of_queries)
     }
 }
 
@@ -162,13 +199,14 @@ impl fmt::Display for BackwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "selected backward{}: {}; {} chunks of {} tiles, {} query heads a launch, {} lanes, {} kv heads an index, \
-             {} launches; {}",
+            "selected backward{}: {}; {} chunks of {} tiles, {} query heads a launch, {} ranges of keys, {} lanes, \
+             {} kv heads an index, {} launches; {}",
             if self.deterministic { ", deterministic" } else { "" },
             self.problem,
             self.index.num_chunks,
             self.index.chunk_tiles,
             self.heads,
+            self.key_ranges().count(),
             self.lanes,
             self.kv_heads,
             self.launches(),

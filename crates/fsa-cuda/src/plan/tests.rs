@@ -46,19 +46,28 @@ fn scratch_of_the_forward_stays_within_the_budget_up_to_a_million_tokens() {
 }
 
 #[test]
-fn scratch_of_the_backward_stays_within_the_budget_to_a_quarter_of_a_million_tokens() {
-    for tokens in [1, 100, 8192, 65_536, 262_144] {
+fn scratch_of_the_backward_stays_within_the_budget_up_to_a_million_tokens() {
+    for tokens in [1, 100, 8192, 65_536, 262_144, 1_048_576] {
         for heads in [(32, 32), (32, 8), (32, 2), (40, 8), (64, 4)] {
             for selection in [(64, 16), (128, 8)] {
                 let problem = problem(tokens, heads, selection);
                 let plan = backward(&problem);
-                // Beyond, the f32 sums of one kv head's keys and values are all that exceeds it.
-                let sums = 2 * problem.total_kv * problem.head_dim * size_of::<f32>();
-                let most = DEFAULT_BUDGET_BYTES.max(sums + (DEFAULT_BUDGET_BYTES / 2));
-                assert!(besides_indices(&problem, &plan.workspace) <= most, "{plan}");
+                let most = DEFAULT_BUDGET_BYTES + problem.topk_indices_bytes();
+                assert!(plan.workspace.size_bytes() <= most, "{plan}");
             }
         }
     }
+}
+
+#[test]
+fn ranges_of_keys_cover_all_keys_in_whole_blocks() {
+    let problem = problem(1_048_576, (32, 8), (64, 16));
+    let plan = backward(&problem);
+    let ranges: Vec<_> = plan.key_ranges().collect();
+    assert!(ranges.len() > 1 && plan.sum_rows() < problem.total_kv, "{plan}");
+    assert_eq!((ranges[0].start, ranges[ranges.len() - 1].end), (0, problem.total_kv));
+    assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start && pair[1].start % problem.block_size == 0));
+    assert_eq!(backward(&super::tests::problem(65_536, (32, 8), (64, 16))).key_ranges().count(), 1);
 }
 
 #[test]

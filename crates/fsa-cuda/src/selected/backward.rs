@@ -5,8 +5,8 @@ use crate::backward::BackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
-use crate::params::{BackwardParams, ConvertParams, Index, IndexParams, Layout};
-use crate::plan::{BackwardPlan, LaneSums, PlanOptions, Problem};
+use crate::params::{BackwardParams, ConvertParams, Index, IndexParams, Layout, TILE_ROWS};
+use crate::plan::{BackwardPlan, LaneSums, PlanOptions, Problem, Slot};
 use crate::source::Kernel;
 use fsa_core::{Error, Result};
 use std::ops::Range;
@@ -28,7 +28,16 @@ struct Pass<'a> {
     workspace: DeviceSpan<'a>,
     layout: Layout,
     index: Index,
+    cu_seqlens_kv: Address,
     softmax_scale: f32,
+}
+
+/// What one chunk's launches do.
+struct Work {
+    heads: Range<usize>,
+    chunk: usize,
+    /// Rows of the keys whose blocks take part.
+    keys: Range<usize>,
 }
 
 impl SelectedBackward {
@@ -113,20 +122,29 @@ impl SelectedBackward {
             if problem.total_q > 0 {
                 self.index.launch(context.stream, &self.plan.index, end - first, &params)?;
             }
-            let pass = Pass { tensors, workspace, layout, index, softmax_scale };
+            let pass = Pass { tensors, workspace, layout, index, cu_seqlens_kv: layout.cu_seqlens_kv, softmax_scale };
             set.fork(context.stream, self.plan.lanes)?;
             for (turn, kv_head) in (first..end).step_by(self.plan.kv_heads_per_launch).enumerate() {
                 let lane = turn % self.plan.lanes;
                 let kv_heads = kv_head..(kv_head + self.plan.kv_heads_per_launch).min(end);
-                self.launch_kv_heads(&pass, &set.lanes[lane], self.plan.sums(lane), kv_heads)?;
+                self.plan.key_ranges().try_for_each(|keys| {
+                    self.launch_kv_heads(&pass, &set.lanes[lane], self.plan.sums(lane), kv_heads.clone(), keys)
+                })?;
             }
             set.join(context.stream, self.plan.lanes)?;
         }
         Ok(())
     }
 
-    /// All gradients of some kv heads and their query heads.
-    fn launch_kv_heads(&self, pass: &Pass<'_>, stream: &Stream, sums: &LaneSums, kv_heads: Range<usize>) -> Result<()> {
+    /// All gradients of some kv heads and their query heads that a range of keys has part in.
+    fn launch_kv_heads(
+        &self,
+        pass: &Pass<'_>,
+        stream: &Stream,
+        sums: &LaneSums,
+        kv_heads: Range<usize>,
+        keys: Range<usize>,
+    ) -> Result<()> {
         let (problem, tensors) = (&self.plan.problem, pass.tensors);
         let group = problem.gqa_group_size();
         sums.grad_key.span(&pass.workspace).fill(0, stream)?;
@@ -135,41 +153,52 @@ impl SelectedBackward {
             let end = kv_heads.end * group;
             for head in (kv_heads.start * group..end).step_by(self.plan.heads) {
                 let heads = head..(head + self.plan.heads).min(end);
-                (0..self.plan.index.num_chunks)
-                    .try_for_each(|chunk| self.launch_chunk(pass, stream, sums, heads.clone(), chunk))?;
+                (self.first_chunk(&keys)..self.plan.index.num_chunks).try_for_each(|chunk| {
+                    self.launch_chunk(pass, stream, sums, &Work { heads: heads.clone(), chunk, keys: keys.clone() })
+                })?;
             }
         }
+        let is_all = keys.len() == problem.total_kv;
+        let sum_rows = self.plan.sum_rows().min(problem.total_kv - keys.start);
         let targets =
             [(sums.grad_key, tensors.grad_key, pass.softmax_scale), (sums.grad_value, tensors.grad_value, 1.0)];
         for (source, target, scale) in targets {
             let params = ConvertParams {
                 source: source.address(&pass.workspace),
-                source_stride: (problem.total_kv * problem.head_dim) as i64,
+                source_stride: (self.plan.sum_rows() * problem.head_dim) as i64,
                 target: target.params(),
                 first_row: Address::default(),
                 end_row: Address::default(),
-                rows: problem.total_kv as i32,
+                cu_seqlens_kv: if is_all { Address::default() } else { pass.cu_seqlens_kv },
+                batch: problem.sequences as i32,
+                first_key: keys.start as i32,
+                end_key: keys.end as i32,
+                rows: (keys.start + sum_rows) as i32,
                 first_head: kv_heads.start as i32,
+                accumulate: 0,
                 scale,
             };
-            self.backward.convert(stream, problem.total_kv, kv_heads.len(), &params)?;
+            self.backward.convert(stream, sum_rows, kv_heads.len(), &params)?;
         }
         Ok(())
     }
 
-    fn launch_chunk(
-        &self,
-        pass: &Pass<'_>,
-        stream: &Stream,
-        sums: &LaneSums,
-        heads: Range<usize>,
-        chunk: usize,
-    ) -> Result<()> {
+    /// First chunk of which a row may see a key of the range, as far as shapes say.
+    fn first_chunk(&self, keys: &Range<usize>) -> usize {
         let (problem, plan) = (&self.plan.problem, &self.plan.index);
+        if keys.start == 0 || problem.sequences > 1 {
+            return 0;
+        }
+        let first_row = (keys.start + problem.total_q).saturating_sub(problem.total_kv);
+        (first_row / (plan.chunk_tiles * TILE_ROWS)).min(plan.num_chunks - 1)
+    }
+
+    fn launch_chunk(&self, pass: &Pass<'_>, stream: &Stream, sums: &LaneSums, work: &Work) -> Result<()> {
+        let (problem, plan, heads, chunk) = (&self.plan.problem, &self.plan.index, &work.heads, work.chunk);
         if !self.plan.query_partials {
             sums.grad_query.span(&pass.workspace).fill(0, stream)?;
         }
-        let params = self.chunk_params(pass, sums, &heads, chunk);
+        let params = self.chunk_params(pass, sums, work);
         self.backward.launch(stream, plan, heads.len(), &params)?;
         if self.plan.query_partials {
             return Ok(());
@@ -181,19 +210,27 @@ impl SelectedBackward {
             target: params.grad_query_out,
             first_row: plan.chunk_token(chunk, &pass.workspace),
             end_row: plan.chunk_token(chunk + 1, &pass.workspace),
+            cu_seqlens_kv: Address::default(),
+            batch: 0,
+            first_key: 0,
+            end_key: 0,
             rows: 0,
             first_head: params.first_head,
+            accumulate: i32::from(work.keys.start > 0),
             scale: params.scale,
         };
         Ok(self.backward.convert(stream, rows, heads.len(), &params)?)
     }
 
-    fn chunk_params(&self, pass: &Pass<'_>, sums: &LaneSums, heads: &Range<usize>, chunk: usize) -> BackwardParams {
-        let (problem, tensors) = (&self.plan.problem, pass.tensors);
+    fn chunk_params(&self, pass: &Pass<'_>, sums: &LaneSums, Work { heads, chunk, keys }: &Work) -> BackwardParams {
+        let (problem, tensors, chunk) = (&self.plan.problem, pass.tensors, *chunk);
         let (group, first_head) = (problem.gqa_group_size(), heads.start);
         // Launches of a lane follow one another: the first has its kv heads' sums to itself, unless query heads share them.
         let first_sums = chunk == 0 && first_head.is_multiple_of(group) && (heads.len() == 1 || group == 1);
         let grad_query = sums.grad_query.address(&pass.workspace);
+        // The kernels number key rows from 0, the sums hold those of the range; no address before them is ever used.
+        let skipped = keys.start * problem.head_dim * size_of::<f32>();
+        let of_keys = |slot: Slot| Address(slot.address(&pass.workspace).0.wrapping_sub(skipped as u64));
         BackwardParams {
             layout: pass.layout,
             index: pass.index,
@@ -208,9 +245,9 @@ impl SelectedBackward {
             grad_query,
             partial: grad_query,
             grad_query_out: tensors.grad_query.params(),
-            grad_key: sums.grad_key.address(&pass.workspace),
-            grad_value: sums.grad_value.address(&pass.workspace),
-            total_kv: problem.total_kv as i64,
+            grad_key: of_keys(sums.grad_key),
+            grad_value: of_keys(sums.grad_value),
+            sum_rows: self.plan.sum_rows() as i64,
             scale_log2: scale_log2(pass.softmax_scale),
             scale: pass.softmax_scale,
             group_size: group as i32,
@@ -218,6 +255,8 @@ impl SelectedBackward {
             first_head: first_head as i32,
             rows: self.plan.index.chunk_rows(problem) as i32,
             first_sums: first_sums.into(),
+            first_key: keys.start as i32,
+            end_key: keys.end as i32,
         }
     }
 }
