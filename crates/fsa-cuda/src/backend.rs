@@ -1,59 +1,35 @@
-//! [`CudaBackend`]: stage `selected` over host tensors. It copies in and out, so that the conformance suite and the
-//! command line can hold the kernels against the oracle; what is to be fast uses [`crate::selected`].
+//! [`CudaBackend`]: every stage over host tensors. It copies in and out, so that the conformance suite and the command line can
+//! hold the kernels against the oracle; what is to be fast uses [`crate::stages`] and [`crate::selected`].
 
+mod attention;
+mod combine;
+mod compress;
 mod host;
+mod nsa;
+mod rope;
+mod select;
 
 use crate::arch::KernelSet;
-use crate::driver::{Device, DeviceBuffer, Stream, UploadedBatch};
+use crate::driver::{Device, DeviceBuffer, Stream};
 use crate::environment::Environment;
 use crate::kernels::Kernels;
-use crate::plan::{PlanOptions, Problem};
-use crate::selected::{BackwardTensors, ForwardTensors, LaunchContext, SelectedBackward, SelectedForward, TensorSpan};
+use crate::plan::Sizes;
 use crate::source::{HEAD_DIMS, Kernel, Specialisation};
+use crate::stages::TensorSpan;
 use fsa_core::{
-    AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionShape, AttentionStage, Backend, Batch,
-    CombineArgs, CombineGrads, CompressArgs, CompressGrads, DType, Error, NsaArgs, NsaForward, NsaGrads, NsaSaved,
-    Result, RopeArgs, SelectArgs, Stage, TensorView, TensorViewMut,
+    AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionStage, Backend, Batch, CombineArgs,
+    CombineGrads, CompressArgs, CompressGrads, DType, Error, NsaArgs, NsaForward, NsaGrads, NsaSaved, Result, RopeArgs,
+    SelectArgs, Stage, TensorView, TensorViewMut,
 };
-use host::{Rows, fetch, store, upload, upload_plain};
+use host::Transfer;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Runs stage `selected` on a GPU.
+/// Runs the stages on a GPU.
 #[derive(Debug)]
 pub struct CudaBackend {
     kernels: Arc<Kernels>,
     /// Calls run one after another: each has the device's memory to itself.
     stream: Mutex<Stream>,
-}
-
-/// A call of stage `selected`, checked.
-struct Call<'a> {
-    args: &'a AttentionArgs<'a>,
-    topk_indices: TensorView<'a>,
-    shape: AttentionShape,
-    problem: Problem,
-    /// The kernels take no negative factor: it goes into the query.
-    sign: f32,
-}
-
-/// Tensors of a call on the device.
-struct Uploaded {
-    batch: UploadedBatch,
-    query: DeviceBuffer,
-    key: DeviceBuffer,
-    value: DeviceBuffer,
-    topk_indices: DeviceBuffer,
-    out: DeviceBuffer,
-    lse: DeviceBuffer,
-}
-
-fn unsupported<T>(stage: Stage) -> Result<T> {
-    let names: Vec<_> = CudaBackend::STAGES.iter().map(|stage| stage.name()).collect();
-    Err(Error::Unsupported {
-        constraint: "stage on CUDA".into(),
-        got: stage.to_string(),
-        supported: format!("{}; the other stages run on the CPU backend", names.join(", ")),
-    })
 }
 
 fn unsupported_dtype<T>(dtype: DType) -> Result<T> {
@@ -64,20 +40,70 @@ fn unsupported_dtype<T>(dtype: DType) -> Result<T> {
     })
 }
 
+/// The kernels of a stage besides those that only prepare it.
+fn kernels_of(stage: Stage, backward: bool) -> &'static [Kernel] {
+    match (stage, backward) {
+        (Stage::Compress, _) => &[Kernel::Compress, Kernel::CompressLinear],
+        (Stage::Rope, _) => &[Kernel::Rope],
+        (Stage::Combine, _) => &[Kernel::Combine],
+        (Stage::Dense | Stage::Window | Stage::Compressed, false) => &[Kernel::Band],
+        (Stage::Dense | Stage::Window | Stage::Compressed, true) => &[Kernel::BandBackward],
+        (Stage::Select, _) => &[Kernel::Band, Kernel::Select],
+        (Stage::Index, _) => &[Kernel::Index],
+        (Stage::Selected, false) => &[Kernel::Index, Kernel::Attend, Kernel::Reduce],
+        (Stage::Selected, true) => &[Kernel::Index, Kernel::Backward],
+        (Stage::Nsa, false) => &[Kernel::Compress, Kernel::Band, Kernel::Select, Kernel::Attend, Kernel::Combine],
+        (Stage::Nsa, true) => &[Kernel::Combine, Kernel::BandBackward, Kernel::Backward, Kernel::Compress],
+    }
+}
+
 /// Checks that `set` has the kernels of a stage. That every specialisation fits a device is asked per call.
 fn check_kernels(set: KernelSet, stage: Stage, backward: bool) -> Result<()> {
     if !CudaBackend::STAGES.contains(&stage) {
-        return unsupported(stage);
+        let names: Vec<_> = CudaBackend::STAGES.iter().map(|stage| stage.name()).collect();
+        let (constraint, got) = ("stage with an operation of its own".into(), stage.to_string());
+        return Err(Error::Unsupported { constraint, got, supported: names.join(", ") });
     }
-    let forward = [Kernel::Index, Kernel::Attend, Kernel::Reduce];
-    let kernels = if backward { &[Kernel::Index, Kernel::Backward][..] } else { &forward[..] };
-    let specialisation = |kernel| Specialisation::new(kernel, set, DType::Bf16, 128, 64);
-    kernels.iter().try_for_each(|kernel| specialisation(*kernel).file().map(drop))
+    let specialisation = |kernel| Specialisation::new(kernel, set, DType::Bf16, 128, 64).or_portable(1);
+    kernels_of(stage, backward).iter().try_for_each(|kernel| specialisation(*kernel).file().map(drop))
+}
+
+/// The dimension of the kernels for vectors of `dim` elements: they are padded with zeros.
+fn padded_dim(dim: usize) -> Result<usize> {
+    HEAD_DIMS.into_iter().find(|padded| *padded >= dim).ok_or_else(|| Error::Unsupported {
+        constraint: "head_dim on CUDA".into(),
+        got: dim.to_string(),
+        supported: format!("up to {}", HEAD_DIMS[HEAD_DIMS.len() - 1]),
+    })
+}
+
+/// A factor of the logits. The kernels take no negative one: its sign goes into the query.
+#[derive(Debug, Clone, Copy)]
+struct Scale {
+    sign: f32,
+    size: f32,
+}
+
+impl Scale {
+    fn of(args: &AttentionArgs<'_>) -> Self {
+        let scale = args.scale();
+        Self { sign: if scale < 0.0 { -1.0 } else { 1.0 }, size: scale.abs() }
+    }
 }
 
 impl CudaBackend {
     /// Stages that it has, each forward and backward.
-    pub const STAGES: [Stage; 1] = [Stage::Selected];
+    pub const STAGES: [Stage; 9] = [
+        Stage::Compress,
+        Stage::Rope,
+        Stage::Compressed,
+        Stage::Select,
+        Stage::Selected,
+        Stage::Window,
+        Stage::Combine,
+        Stage::Dense,
+        Stage::Nsa,
+    ];
 
     /// Types of the tensors that its kernels take.
     pub const DTYPES: [DType; 2] = [DType::Bf16, DType::F16];
@@ -141,96 +167,14 @@ impl CudaBackend {
         self.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Memory whose every byte is 0xff: floats of it are NaN, so what a kernel reads without having written it shows.
-    fn poisoned(&self, what: &str, bytes: usize, stream: &Stream) -> Result<DeviceBuffer> {
-        let buffer = DeviceBuffer::new(self.device(), what, bytes)?;
-        let _bound = self.device().bind()?;
-        buffer.span().fill(0xff, stream)?;
-        Ok(buffer)
-    }
-
-    fn upload(&self, call: &Call<'_>, stream: &Stream) -> Result<Uploaded> {
-        let (device, args, problem) = (self.device(), call.args, &call.problem);
-        let dim = problem.head_dim;
-        let rows = problem.total_q * problem.num_q_heads;
-        let lse_bytes = rows * size_of::<f32>();
-        Ok(Uploaded {
-            batch: UploadedBatch::new(device, args.batch, stream)?,
-            query: upload("query", &args.query, dim, call.sign, device, stream)?,
-            key: upload("key", &args.key, dim, 1.0, device, stream)?,
-            value: upload("value", &args.value, dim, 1.0, device, stream)?,
-            topk_indices: upload_plain::<i32>("topk_indices", &call.topk_indices, device, stream)?,
-            out: self.poisoned("out", rows * dim * problem.dtype.size_bytes(), stream)?,
-            lse: self.poisoned("lse", lse_bytes, stream)?,
-        })
-    }
-
-    fn forward(&self, call: &Call<'_>, output: &mut AttentionOutput<'_>) -> Result<()> {
-        let planned = SelectedForward::plan(&self.kernels, &call.problem, &PlanOptions::default())?;
-        let stream = self.stream();
-        let tensors = self.upload(call, &stream)?;
-        let workspace = self.poisoned("workspace", planned.workspace_bytes(), &stream)?;
-        let context = LaunchContext { stream: &stream, workspace: workspace.span() };
-        planned.launch(&context, &tensors.batch.get(), &tensors.forward(&call.problem), call.scale())?;
-        // Everything that can fail comes before the first write to the caller's tensors.
-        let out = fetch("out", &tensors.out, call.problem.dtype, &stream)?;
-        let lse = fetch("lse", &tensors.lse, DType::F32, &stream)?;
-        store(&out, call.rows(), &mut output.out, 1.0)?;
-        store(&lse, Rows::plain(call.problem.total_q), &mut output.lse, 1.0)
-    }
-
-    fn backward(&self, call: &Call<'_>, grad: &AttentionGradArgs<'_>, grads: &mut AttentionGrads<'_>) -> Result<()> {
-        // Results of this backend never depend on chance, whatever that costs.
-        let options = PlanOptions { deterministic: true, ..PlanOptions::default() };
-        let planned = SelectedBackward::plan(&self.kernels, &call.problem, &options)?;
-        let (stream, device, problem) = (self.stream(), self.device(), &call.problem);
-        let mut tensors = self.upload(call, &stream)?;
-        tensors.out = upload("out", &grad.out, problem.head_dim, 1.0, device, &stream)?;
-        tensors.lse = upload_plain::<f32>("lse", &grad.lse, device, &stream)?;
-        let grad_out = upload("grad_out", &grad.grad_out, problem.head_dim, 1.0, device, &stream)?;
-        let grad_lse = grad.grad_lse.as_ref().map(|grad| upload_plain::<f32>("grad_lse", grad, device, &stream));
-        let grad_lse = grad_lse.transpose()?;
-        let like = |name, buffer: &DeviceBuffer| self.poisoned(name, buffer.span().size_bytes(), &stream);
-        let grad_query = like("grad_query", &tensors.query)?;
-        let (grad_key, grad_value) = (like("grad_key", &tensors.key)?, like("grad_value", &tensors.value)?);
-        let workspace = self.poisoned("workspace", planned.workspace_bytes(), &stream)?;
-        let [of_q, of_kv] = [problem.num_q_heads, problem.num_kv_heads]
-            .map(|heads| move |buffer| span(buffer, heads, problem.head_dim));
-        let backward = BackwardTensors {
-            forward: tensors.forward(problem),
-            grad_out: of_q(&grad_out),
-            grad_lse: grad_lse.as_ref().map(DeviceBuffer::span),
-            grad_query: of_q(&grad_query),
-            grad_key: of_kv(&grad_key),
-            grad_value: of_kv(&grad_value),
-        };
-        let context = LaunchContext { stream: &stream, workspace: workspace.span() };
-        planned.launch(&context, &tensors.batch.get(), &backward, call.scale())?;
-        let outputs = [("grad_query", grad_query), ("grad_key", grad_key), ("grad_value", grad_value)];
-        let fetched: Result<Vec<_>> =
-            outputs.iter().map(|(name, buffer)| fetch(name, buffer, problem.dtype, &stream)).collect();
-        let AttentionGrads { grad_query, grad_key, grad_value } = grads;
-        let targets = [(grad_query, call.sign), (grad_key, 1.0), (grad_value, 1.0)];
-        fetched?.iter().zip(targets).try_for_each(|(data, (target, factor))| store(data, call.rows(), target, factor))
+    fn transfer<'a>(&'a self, stream: &'a Stream) -> Transfer<'a> {
+        Transfer { device: self.device(), stream }
     }
 }
 
-fn span<'a>(buffer: &'a DeviceBuffer, heads: usize, head_dim: usize) -> TensorSpan<'a> {
-    TensorSpan::contiguous(buffer.span(), heads, head_dim)
-}
-
-impl Uploaded {
-    fn forward(&self, problem: &Problem) -> ForwardTensors<'_> {
-        let Problem { num_q_heads, num_kv_heads, head_dim, .. } = *problem;
-        ForwardTensors {
-            query: span(&self.query, num_q_heads, head_dim),
-            key: span(&self.key, num_kv_heads, head_dim),
-            value: span(&self.value, num_kv_heads, head_dim),
-            topk_indices: self.topk_indices.span(),
-            out: span(&self.out, num_q_heads, head_dim),
-            lse: self.lse.span(),
-        }
-    }
+/// A packed tensor `[rows, heads, head_dim]` in `buffer`.
+fn span<'a>(buffer: &'a DeviceBuffer, heads: usize, sizes: &Sizes) -> TensorSpan<'a> {
+    TensorSpan::contiguous(buffer.span(), heads, sizes.head_dim)
 }
 
 /// The kernels read positions and keys from prefix sums, which say less than a batch can hold.
@@ -251,32 +195,6 @@ fn check_batch(batch: &Batch) -> Result<()> {
     Ok(())
 }
 
-impl<'a> Call<'a> {
-    /// Checks the arguments. Rows are padded with zeros to the next dimension that the kernels have.
-    fn new(stage: &'a AttentionStage<'a>, args: &'a AttentionArgs<'a>) -> Result<Self> {
-        let AttentionStage::Selected { topk_indices, block_size, .. } = stage else {
-            return unsupported(stage.stage());
-        };
-        let shape = args.shape(stage)?;
-        check_batch(args.batch)?;
-        let larger = shape.head_dim.max(shape.value_dim);
-        // `shape` refuses more than the largest.
-        let dim = HEAD_DIMS.into_iter().find(|dim| *dim >= larger).unwrap_or(larger);
-        let problem = Problem::new(&shape, args.batch.sequences().len(), dim, *block_size, topk_indices.shape()[2]);
-        let sign = if args.scale() < 0.0 { -1.0 } else { 1.0 };
-        Ok(Self { args, topk_indices: *topk_indices, shape, problem, sign })
-    }
-
-    fn scale(&self) -> f32 {
-        self.args.scale().abs()
-    }
-
-    /// Vectors on the device are padded to the kernels' dimension.
-    fn rows(&self) -> Rows {
-        Rows::padded(self.problem.head_dim)
-    }
-}
-
 impl Backend for CudaBackend {
     fn name(&self) -> &'static str {
         "cuda"
@@ -288,9 +206,7 @@ impl Backend for CudaBackend {
         args: &AttentionArgs<'_>,
         output: &mut AttentionOutput<'_>,
     ) -> Result<()> {
-        let call = Call::new(stage, args)?;
-        output.validate(&call.shape)?;
-        self.forward(&call, output)
+        attention::forward(self, stage, args, output)
     }
 
     fn attention_backward(
@@ -300,46 +216,64 @@ impl Backend for CudaBackend {
         grad: &AttentionGradArgs<'_>,
         grads: &mut AttentionGrads<'_>,
     ) -> Result<()> {
-        let call = Call::new(stage, args)?;
-        grad.validate(&call.shape)?;
-        grads.validate(&call.shape)?;
-        self.backward(&call, grad, grads)
+        attention::backward(self, stage, args, grad, grads)
     }
 
-    fn select(&self, _: &SelectArgs<'_>, _: &mut AttentionOutput<'_>, _: &mut TensorViewMut<'_>) -> Result<()> {
-        unsupported(Stage::Select)
+    fn select(
+        &self,
+        args: &SelectArgs<'_>,
+        output: &mut AttentionOutput<'_>,
+        topk_indices: &mut TensorViewMut<'_>,
+    ) -> Result<()> {
+        select::forward(self, args, output, topk_indices)
     }
 
-    fn compress(&self, _: &CompressArgs<'_>, _: &mut TensorViewMut<'_>) -> Result<()> {
-        unsupported(Stage::Compress)
+    fn compress(&self, args: &CompressArgs<'_>, out: &mut TensorViewMut<'_>) -> Result<()> {
+        compress::forward(self, args, out)
     }
 
-    fn compress_backward(&self, _: &CompressArgs<'_>, _: &TensorView<'_>, _: &mut CompressGrads<'_>) -> Result<()> {
-        unsupported(Stage::Compress)
+    fn compress_backward(
+        &self,
+        args: &CompressArgs<'_>,
+        grad_out: &TensorView<'_>,
+        grads: &mut CompressGrads<'_>,
+    ) -> Result<()> {
+        compress::backward(self, args, grad_out, grads)
     }
 
-    fn rope(&self, _: &RopeArgs<'_>, _: &mut TensorViewMut<'_>) -> Result<()> {
-        unsupported(Stage::Rope)
+    fn rope(&self, args: &RopeArgs<'_>, out: &mut TensorViewMut<'_>) -> Result<()> {
+        rope::rotate(self, args, out)
     }
 
-    fn combine(&self, _: &CombineArgs<'_>, _: &mut TensorViewMut<'_>) -> Result<()> {
-        unsupported(Stage::Combine)
+    fn combine(&self, args: &CombineArgs<'_>, out: &mut TensorViewMut<'_>) -> Result<()> {
+        combine::forward(self, args, out)
     }
 
-    fn combine_backward(&self, _: &CombineArgs<'_>, _: &TensorView<'_>, _: &mut CombineGrads<'_>) -> Result<()> {
-        unsupported(Stage::Combine)
+    fn combine_backward(
+        &self,
+        args: &CombineArgs<'_>,
+        grad_out: &TensorView<'_>,
+        grads: &mut CombineGrads<'_>,
+    ) -> Result<()> {
+        combine::backward(self, args, grad_out, grads)
     }
 
-    fn nsa(&self, _: &NsaArgs<'_>, _: &mut TensorViewMut<'_>, _: bool) -> Result<NsaForward> {
-        unsupported(Stage::Nsa)
+    fn nsa(&self, args: &NsaArgs<'_>, out: &mut TensorViewMut<'_>, save: bool) -> Result<NsaForward> {
+        nsa::forward(self, args, out, save)
     }
 
-    fn nsa_backward(&self, _: &NsaArgs<'_>, _: &NsaSaved, _: &TensorView<'_>, _: &mut NsaGrads<'_>) -> Result<()> {
-        unsupported(Stage::Nsa)
+    fn nsa_backward(
+        &self,
+        args: &NsaArgs<'_>,
+        saved: &NsaSaved,
+        grad_out: &TensorView<'_>,
+        grads: &mut NsaGrads<'_>,
+    ) -> Result<()> {
+        nsa::backward(self, args, saved, grad_out, grads)
     }
 
-    fn workspace_bytes(&self, _: &NsaArgs<'_>) -> Result<usize> {
-        unsupported(Stage::Nsa)
+    fn workspace_bytes(&self, args: &NsaArgs<'_>) -> Result<usize> {
+        nsa::workspace_bytes(self, args)
     }
 }
 
@@ -357,30 +291,19 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_validated_on_the_host_where_that_is_asked_for() {
-        let (batch, ids) = (Batch::single(32), vec![1; 32]);
-        let query = fsa_core::Tensor::zeros("query", DType::Bf16, &[32, 1, 8]).expect("small");
-        let (query, softmax_scale) = (query.view(), None);
-        let args = AttentionArgs { query, key: query, value: query, batch: &batch, softmax_scale };
-        let topk_indices = TensorView::new("topk_indices", &ids, &[1, 32, 1]).expect("shape");
-        let call = |validate| {
-            let stage = AttentionStage::Selected { topk_indices, block_size: 16, validate };
-            Call::new(&stage, &args).map(|call| call.problem)
-        };
-        assert_eq!(call(false).expect("any i32 is safe").head_dim, HEAD_DIMS[0]);
-        let error = call(true).expect_err("block 1 is in the future of row 0");
-        assert_eq!(error.argument(), Some("topk_indices"));
-        assert!(error.to_string().contains("1 in row [0, 0]"), "{error}");
-    }
-
-    #[test]
-    fn what_is_not_there_is_named() {
-        for backward in [false, true] {
-            assert_eq!(check_kernels(KernelSet::Sm90, Stage::Selected, backward), Ok(()));
-            let error = check_kernels(KernelSet::Sm90, Stage::Dense, backward).expect_err("not yet");
-            assert!(matches!(&error, Error::Unsupported { got, .. } if got == "dense"), "{error}");
+    fn every_stage_has_kernels_and_what_is_not_there_is_named() {
+        for set in [KernelSet::Sm80, KernelSet::Sm90] {
+            for backward in [false, true] {
+                for stage in CudaBackend::STAGES {
+                    assert_eq!(check_kernels(set, stage, backward), Ok(()), "{stage}");
+                }
+                let error = check_kernels(set, Stage::Index, backward).expect_err("a step of another stage");
+                assert!(matches!(&error, Error::Unsupported { got, .. } if got == "index"), "{error}");
+            }
         }
         let error = unsupported_dtype::<()>(DType::F32).expect_err("no kernel").to_string();
         assert_eq!(error, "dtype on CUDA is not supported: got f32, supported: bf16, f16");
+        assert_eq!((padded_dim(8), padded_dim(200)), (Ok(64), Ok(256)));
+        assert!(padded_dim(264).expect_err("too long").to_string().contains("head_dim on CUDA"));
     }
 }

@@ -7,6 +7,7 @@ use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::IndexParams;
 use crate::plan::IndexPlan;
+use crate::source::Specialisation;
 use std::sync::Arc;
 
 /// Kernels of the file and what they take.
@@ -32,7 +33,7 @@ pub(crate) struct IndexKernels {
 }
 
 impl IndexKernels {
-    pub(crate) fn load(module: &Arc<Module>) -> Result<Self> {
+    pub(crate) fn load(module: &Arc<Module>, _: &Specialisation) -> Result<Self> {
         Ok(Self {
             prepare: module.function("index_prepare")?,
             count: module.function("index_count")?,

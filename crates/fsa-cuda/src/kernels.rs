@@ -3,37 +3,71 @@
 use crate::arch::KernelSet;
 use crate::attend::AttendKernel;
 use crate::backward::BackwardKernels;
+use crate::band::BandKernel;
+use crate::band_backward::BandBackwardKernels;
+use crate::combine::CombineKernels;
+use crate::compress::CompressKernels;
+use crate::compress_linear::CompressLinearKernels;
 use crate::driver::{Device, Module};
 use crate::environment::Environment;
 use crate::error::Result as CudaResult;
 use crate::index::IndexKernels;
 use crate::jit::Compiler;
 use crate::lanes::Lanes;
+use crate::prepare::PrepareKernel;
 use crate::reduce::ReduceKernel;
+use crate::rope::RopeKernel;
+use crate::select::SelectKernel;
 use crate::source::{Kernel, Specialisation};
 use fsa_core::Result;
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::ScopedJoinHandle;
 
-/// A loaded kernel file.
-#[derive(Debug, Clone)]
-pub(crate) enum Loaded {
-    Index(Arc<IndexKernels>),
-    Attend(Arc<AttendKernel>),
-    Reduce(Arc<ReduceKernel>),
-    Backward(Arc<BackwardKernels>),
+/// Declares the loaded kernel files: variant, host type of the file.
+macro_rules! loaded {
+    ($($kernel:ident($host:ty),)*) => {
+        /// A loaded kernel file.
+        #[derive(Debug, Clone)]
+        pub(crate) enum Loaded {
+            $($kernel(Arc<$host>),)*
+        }
+
+        impl Loaded {
+            fn new(module: &Arc<Module>, specialisation: &Specialisation) -> CudaResult<Self> {
+                Ok(match specialisation.kernel {
+                    $(Kernel::$kernel => Self::$kernel(Arc::new(<$host>::load(module, specialisation)?)),)*
+                })
+            }
+        }
+
+        $(impl LoadedAs for $host {
+            fn of(loaded: &Loaded) -> Option<&Arc<Self>> {
+                if let Loaded::$kernel(kernel) = loaded { Some(kernel) } else { None }
+            }
+        })*
+    };
 }
 
-impl Loaded {
-    fn new(module: &Arc<Module>, specialisation: &Specialisation) -> CudaResult<Self> {
-        Ok(match specialisation.kernel {
-            Kernel::Index => Self::Index(Arc::new(IndexKernels::load(module)?)),
-            Kernel::Attend => Self::Attend(Arc::new(AttendKernel::load(module, specialisation)?)),
-            Kernel::Reduce => Self::Reduce(Arc::new(ReduceKernel::load(module, specialisation)?)),
-            Kernel::Backward => Self::Backward(Arc::new(BackwardKernels::load(module, specialisation)?)),
-        })
-    }
+/// The host type of a kernel file.
+pub(crate) trait LoadedAs: Sized {
+    /// The kernels, if they are of this type.
+    fn of(loaded: &Loaded) -> Option<&Arc<Self>>;
+}
+
+loaded! {
+    Index(IndexKernels),
+    Attend(AttendKernel),
+    Reduce(ReduceKernel),
+    Backward(BackwardKernels),
+    Prepare(PrepareKernel),
+    Band(BandKernel),
+    BandBackward(BandBackwardKernels),
+    Select(SelectKernel),
+    Compress(CompressKernels),
+    CompressLinear(CompressLinearKernels),
+    Rope(RopeKernel),
+    Combine(CombineKernels),
 }
 
 /// A device, its compiler, and what was loaded so far.
@@ -100,6 +134,15 @@ impl Kernels {
             };
             threads.into_iter().map(join).collect()
         })
+    }
+
+    /// The kernels of one specialisation, as the host type of its file.
+    pub(crate) fn one<K: LoadedAs>(&self, specialisation: &Specialisation) -> Result<Arc<K>> {
+        let loaded = self.load(specialisation)?;
+        match K::of(&loaded) {
+            Some(kernels) => Ok(Arc::clone(kernels)),
+            None => unreachable!("{specialisation} is of another file"),
+        }
     }
 
     fn load(&self, specialisation: &Specialisation) -> Result<Loaded> {

@@ -22,7 +22,12 @@ mod arch;
 mod attend;
 mod backend;
 mod backward;
+mod band;
+mod band_backward;
 pub mod cache;
+mod combine;
+mod compress;
+mod compress_linear;
 #[allow(unsafe_code, reason = "the boundary to the driver and to the compiler")]
 pub mod driver;
 mod environment;
@@ -33,9 +38,13 @@ mod kernels;
 mod lanes;
 mod params;
 pub mod plan;
+mod prepare;
 mod reduce;
+mod rope;
+mod select;
 pub mod selected;
 pub mod source;
+pub mod stages;
 
 pub use arch::{Arch, KernelSet};
 pub use backend::CudaBackend;

@@ -3,7 +3,7 @@
 //! A kernel file spells the same structs in CUDA (`kernels/base/params.cuh`); the translation unit that is generated
 //! around it asserts size and offsets of each against these, so a drift of either side does not compile.
 
-use crate::driver::{Address, KernelParams};
+use crate::driver::{Address, KernelParams, MapWords};
 use std::fmt::Write;
 
 /// Query rows of a tile.
@@ -184,6 +184,170 @@ device_structs! {
         accumulate: i32,
         scale: f32,
     }
+
+    /// A `[tokens, heads, head_dim]` tensor as the bulk copy engine sees it; see `TensorMap` in `driver`.
+    struct TensorMap {
+        words: MapWords,
+    }
+
+    /// Which keys a row sees in the stages window, compressed and dense, and where rows and keys lie.
+    struct Band {
+        cu_seqlens_q: Address,
+        cu_seqlens_kv: Address,
+        cu_keys: Address,
+        tile_base: Address,
+        key_tile_base: Address,
+        batch: i32,
+        total_q: i32,
+        total_keys: i32,
+        kernel_size: i32,
+        kernel_stride: i32,
+        window: i32,
+        group_size: i32,
+        tile_heads: i32,
+        tile_tokens: i32,
+        head_tiles: i32,
+    }
+
+    /// Parameters of `prepare`.
+    struct PrepareParams {
+        cu_seqlens_q: Address,
+        cu_seqlens_kv: Address,
+        cu_compressed: Address,
+        tile_base: Address,
+        key_tile_base: Address,
+        batch: i32,
+        kernel_size: i32,
+        kernel_stride: i32,
+        tile_tokens: i32,
+        tile_keys: i32,
+        compressed: i32,
+    }
+
+    /// Parameters of `band`.
+    struct BandParams {
+        band: Band,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Address,
+        scale_log2: f32,
+        num_tiles: i32,
+        num_kv_heads: i32,
+        query_map: TensorMap,
+        key_map: TensorMap,
+        value_map: TensorMap,
+    }
+
+    /// Parameters of the kernels of `band_backward`.
+    struct BandBackwardParams {
+        band: Band,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        grad_out: Tensor,
+        lse: Address,
+        grad_lse: Address,
+        row_stats: Address,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+        partial_keys: Address,
+        scale_log2: f32,
+        scale: f32,
+        num_kv_heads: i32,
+        num_tiles: i32,
+        num_key_tiles: i32,
+        splits: i32,
+        query_map: TensorMap,
+        grad_out_map: TensorMap,
+        key_map: TensorMap,
+        value_map: TensorMap,
+    }
+
+    /// Parameters of `select`.
+    struct SelectParams {
+        band: Band,
+        query: Tensor,
+        key: Tensor,
+        lse: Address,
+        topk_indices: Address,
+        scale_log2: f32,
+        topk: i32,
+        init_blocks: i32,
+        local_blocks: i32,
+        scored_heads: i32,
+        num_tiles: i32,
+        num_kv_heads: i32,
+        query_map: TensorMap,
+        key_map: TensorMap,
+    }
+
+    /// Parameters of the forward kernels of `compress`.
+    struct CompressParams {
+        cu_seqlens_kv: Address,
+        cu_compressed: Address,
+        input: Tensor,
+        out: Tensor,
+        weight: Address,
+        position: Address,
+        bias: Address,
+        batch: i32,
+        total_kv: i32,
+        total_compressed: i32,
+        num_kv_heads: i32,
+        kernel_size: i32,
+        kernel_stride: i32,
+    }
+
+    /// Parameters of the backward kernels of `compress`.
+    struct CompressBackwardParams {
+        forward: CompressParams,
+        grad_out: Tensor,
+        grad_input: Tensor,
+        grad_weight: Address,
+        grad_position: Address,
+        partial: Address,
+        pieces: i32,
+        accumulate: i32,
+    }
+
+    /// Parameters of `rope`.
+    struct RopeParams {
+        input: Tensor,
+        out: Tensor,
+        frequencies: Address,
+        cu_rows: Address,
+        cu_seqlens_kv: Address,
+        positions: Address,
+        batch: i32,
+        rows: i32,
+        heads: i32,
+        head_dim: i32,
+        multiplier: i32,
+        inverse: i32,
+    }
+
+    /// Parameters of `combine`.
+    struct CombineParams {
+        branches: [Tensor; 3],
+        out: Tensor,
+        gates: Address,
+        gate_row_stride: i64,
+        gate_head_stride: i64,
+        rows: i32,
+        heads: i32,
+    }
+
+    /// Parameters of `combine_backward`.
+    struct CombineBackwardParams {
+        forward: CombineParams,
+        grad_out: Tensor,
+        grad_branches: [Tensor; 3],
+        grad_gates: Address,
+    }
 }
 
 /// Size of a [`Unit`] and of a [`Tile`].
@@ -214,7 +378,7 @@ mod tests {
         let text = assertions();
         assert!(text.contains("static_assert(sizeof(Unit) == 32, \"Unit: size\");"));
         assert!(text.contains("__INTADDR__(&((AttendParams*)0)->scale_log2) == "));
-        assert_eq!(DECLARED.len(), 10);
+        assert_eq!(DECLARED.len(), 21);
         // 5 integers after 6 addresses, padded to the alignment of the addresses.
         assert_eq!(size_of::<Layout>(), 6 * 8 + 5 * 4 + 4);
     }

@@ -1,6 +1,7 @@
 //! The kernel files, embedded in the binary, and the translation unit that is generated around one of them.
 
 use crate::arch::KernelSet;
+use crate::band_backward::MAX_HOPPER_HEAD_DIM;
 use crate::params;
 use crate::plan::MAX_CTA_SMEM_BYTES;
 use fsa_core::config::BLOCK_SIZES;
@@ -18,9 +19,9 @@ pub const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 /// portable kernel takes them in turn.
 const MAX_PARTIALS_BLOCK: usize = 128;
 
-/// A kernel of the selected branch: one file, one host file of the same name.
+/// A kernel: one file per set or for all sets, one host file of the same name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Kernel {
     /// Stage `index`.
     Index,
@@ -30,11 +31,48 @@ pub enum Kernel {
     Reduce,
     /// KV-major backward of stage `selected`.
     Backward,
+    /// Prefix sums of a batch, for the kernels below.
+    Prepare,
+    /// Forward of the stages whose rows see an interval of keys: `dense`, `window`, `compressed`.
+    Band,
+    /// Their backward.
+    BandBackward,
+    /// Stage `select`.
+    Select,
+    /// Stage `compress` by sums, forward and backward.
+    Compress,
+    /// Stage `compress` by a matrix product, forward and backward.
+    CompressLinear,
+    /// Stage `rope`.
+    Rope,
+    /// Stage `combine`, forward and backward.
+    Combine,
+}
+
+/// What a kernel file depends on, of what a call says.
+struct Depends {
+    /// Type and length of the rows.
+    rows: bool,
+    /// Keys of a block.
+    block_size: bool,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 4] = [Kernel::Index, Kernel::Attend, Kernel::Reduce, Kernel::Backward];
+    pub const ALL: [Kernel; 12] = [
+        Kernel::Index,
+        Kernel::Attend,
+        Kernel::Reduce,
+        Kernel::Backward,
+        Kernel::Prepare,
+        Kernel::Band,
+        Kernel::BandBackward,
+        Kernel::Select,
+        Kernel::Compress,
+        Kernel::CompressLinear,
+        Kernel::Rope,
+        Kernel::Combine,
+    ];
 
     /// Stem of its files.
     pub fn name(self) -> &'static str {
@@ -43,6 +81,31 @@ impl Kernel {
             Kernel::Attend => "attend",
             Kernel::Reduce => "reduce",
             Kernel::Backward => "backward",
+            Kernel::Prepare => "prepare",
+            Kernel::Band => "band",
+            Kernel::BandBackward => "band_backward",
+            Kernel::Select => "select",
+            Kernel::Compress => "compress",
+            Kernel::CompressLinear => "compress_linear",
+            Kernel::Rope => "rope",
+            Kernel::Combine => "combine",
+        }
+    }
+
+    /// What is not in it would only compile the same kernel again.
+    fn depends(self) -> Depends {
+        match self {
+            Kernel::Index => Depends { rows: false, block_size: true },
+            Kernel::Prepare => Depends { rows: false, block_size: false },
+            Kernel::Attend | Kernel::Reduce | Kernel::Backward | Kernel::Select => {
+                Depends { rows: true, block_size: true }
+            }
+            Kernel::Band
+            | Kernel::BandBackward
+            | Kernel::Compress
+            | Kernel::CompressLinear
+            | Kernel::Rope
+            | Kernel::Combine => Depends { rows: true, block_size: false },
         }
     }
 }
@@ -72,12 +135,17 @@ pub struct Specialisation {
 }
 
 impl Specialisation {
-    /// The specialisation of a kernel for a call. The index reads no row, so one serves all dtypes and dimensions.
+    /// The specialisation of a kernel for a call. Of what its file does not depend on, one value stands for all.
     pub fn new(kernel: Kernel, set: KernelSet, dtype: DType, head_dim: usize, block_size: usize) -> Self {
-        if kernel == Kernel::Index {
-            return Self { kernel, set, is_bf16: true, head_dim: 128, block_size, query_partials: false };
-        }
-        Self { kernel, set, is_bf16: dtype == DType::Bf16, head_dim, block_size, query_partials: false }
+        let depends = kernel.depends();
+        let (is_bf16, head_dim) = if depends.rows { (dtype == DType::Bf16, head_dim) } else { (true, 128) };
+        let block_size = if depends.block_size { block_size } else { 64 };
+        Self { kernel, set, is_bf16, head_dim, block_size, query_partials: false }
+    }
+
+    /// The same, or the portable kernel where the set has none of its own.
+    pub(crate) fn or_portable(self, topk: usize) -> Self {
+        if self.exists(topk) { self } else { Self { set: KernelSet::Sm80, ..self } }
     }
 
     /// Type of the tensors.
@@ -104,13 +172,17 @@ impl Specialisation {
         })
     }
 
-    /// Dynamic shared memory that a CTA takes where rows list `topk` blocks, the index excepted, which adapts.
+    /// Dynamic shared memory that a CTA takes where rows list `topk` blocks; 0 where it depends on other sizes of a call.
     pub fn smem_bytes(&self, topk: usize) -> usize {
         match self.kernel {
-            Kernel::Index => 0,
+            Kernel::Index | Kernel::Prepare | Kernel::Compress | Kernel::Rope | Kernel::Combine => 0,
             Kernel::Attend => crate::attend::smem_bytes(self),
             Kernel::Reduce => crate::reduce::smem_bytes(self, topk),
             Kernel::Backward => crate::backward::smem_bytes(self),
+            Kernel::Band => crate::band::smem_bytes(self),
+            Kernel::BandBackward => crate::band_backward::smem_bytes(self),
+            Kernel::Select => crate::select::usual_smem_bytes(self, topk),
+            Kernel::CompressLinear => crate::compress_linear::smem_bytes(self),
         }
     }
 
@@ -118,7 +190,8 @@ impl Specialisation {
     pub(crate) fn exists(&self, topk: usize) -> bool {
         let portable = self.set == KernelSet::Sm80;
         let writes = !self.query_partials || portable || (self.block_size <= MAX_PARTIALS_BLOCK && self.head_dim < 256);
-        writes && self.file().is_ok() && self.smem_bytes(topk) <= MAX_CTA_SMEM_BYTES
+        let fits = self.kernel != Kernel::BandBackward || portable || self.head_dim <= MAX_HOPPER_HEAD_DIM;
+        writes && fits && self.file().is_ok() && self.smem_bytes(topk) <= MAX_CTA_SMEM_BYTES
     }
 
     /// The kernels of the file and the parameter struct that each takes.
@@ -128,16 +201,31 @@ impl Specialisation {
             Kernel::Attend => crate::attend::ENTRY_POINTS,
             Kernel::Reduce => crate::reduce::ENTRY_POINTS,
             Kernel::Backward => crate::backward::ENTRY_POINTS,
+            Kernel::Prepare => crate::prepare::ENTRY_POINTS,
+            Kernel::Band => crate::band::ENTRY_POINTS,
+            Kernel::BandBackward => crate::band_backward::ENTRY_POINTS,
+            Kernel::Select => crate::select::ENTRY_POINTS,
+            Kernel::Compress => crate::compress::ENTRY_POINTS,
+            Kernel::CompressLinear => crate::compress_linear::ENTRY_POINTS,
+            Kernel::Rope => crate::rope::ENTRY_POINTS,
+            Kernel::Combine => crate::combine::ENTRY_POINTS,
         }
     }
 
     /// What the file's constants must be: expression and value.
     fn constants(&self) -> Vec<(&'static str, usize)> {
         match self.kernel {
-            Kernel::Index => Vec::new(),
+            Kernel::Index | Kernel::Prepare => Vec::new(),
             Kernel::Attend => crate::attend::constants(self),
             Kernel::Reduce => crate::reduce::constants(self),
             Kernel::Backward => crate::backward::constants(self),
+            Kernel::Band => crate::band::constants(self),
+            Kernel::BandBackward => crate::band_backward::constants(self),
+            Kernel::Select => crate::select::constants(self),
+            Kernel::Compress => crate::compress::constants(self),
+            Kernel::CompressLinear => crate::compress_linear::constants(self),
+            Kernel::Rope => crate::rope::constants(self),
+            Kernel::Combine => crate::combine::constants(self),
         }
     }
 
@@ -176,13 +264,18 @@ impl Specialisation {
 impl fmt::Display for Specialisation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { kernel, set, head_dim, block_size, .. } = self;
-        match kernel {
-            Kernel::Index => write!(f, "{kernel} block {block_size}"),
-            _ => {
-                let partials = if self.query_partials { " partials" } else { "" };
-                write!(f, "{kernel}_{set} {} head_dim {head_dim} block {block_size}{partials}", self.dtype())
-            }
+        write!(f, "{kernel}")?;
+        if self.file().is_ok_and(|file| file.strip_suffix(".cuh") != Some(kernel.name())) {
+            write!(f, "_{set}")?;
         }
+        let depends = kernel.depends();
+        if depends.rows {
+            write!(f, " {} head_dim {head_dim}", self.dtype())?;
+        }
+        if depends.block_size {
+            write!(f, " block {block_size}")?;
+        }
+        if self.query_partials { f.write_str(" partials") } else { Ok(()) }
     }
 }
 
@@ -245,12 +338,27 @@ mod tests {
     #[test]
     fn portable_kernels_fit_the_smallest_devices() {
         let all = specialisations(KernelSet::Sm80);
-        // 5 of the index; 2 dtypes, 5 dimensions and 5 block sizes of the others; partials of the last.
-        assert_eq!(all.len(), 5 + 4 * 50);
+        // 5 of the index and one that prepares; 2 dtypes, 5 dimensions and 5 block sizes of those of stage `selected`, partials of
+        // the last, and of stage `select`; 2 dtypes and 5 dimensions of the six others.
+        assert_eq!(all.len(), 5 + 1 + 5 * 50 + 6 * 10);
         for specialisation in all {
             // 99 KB on devices of compute capability 8.6 and 8.9, of which plans leave 4 KB alone.
             assert!(specialisation.smem_bytes(MAX_TOPK) <= 95 << 10, "{specialisation}");
         }
+    }
+
+    #[test]
+    fn every_kernel_of_a_set_is_its_own_or_portable() {
+        for kernel in Kernel::ALL {
+            for head_dim in HEAD_DIMS {
+                let own = Specialisation::new(kernel, KernelSet::Sm90, DType::F16, head_dim, 64).or_portable(1);
+                assert!(own.exists(1), "{own}");
+            }
+        }
+        let large = |head_dim| {
+            Specialisation::new(Kernel::BandBackward, KernelSet::Sm90, DType::Bf16, head_dim, 64).or_portable(1).set
+        };
+        assert_eq!((large(128), large(192)), (KernelSet::Sm90, KernelSet::Sm80));
     }
 
     #[test]

@@ -8,10 +8,10 @@ use fsa_cuda::{CudaBackend, CudaError, Environment, KernelSet};
 use fsa_oracle::Pass;
 use fsa_oracle::suite::{self, CheckOptions};
 
-fn conform(backend: &CudaBackend, pass: Pass, cases: usize) {
+fn conform(backend: &CudaBackend, stages: &[Stage], pass: Pass, cases: usize) {
     let options = CheckOptions {
         cases,
-        stages: vec![Stage::Selected],
+        stages: stages.to_vec(),
         dtypes: vec![DType::Bf16, DType::F16],
         passes: vec![pass],
         ..CheckOptions::default()
@@ -22,16 +22,50 @@ fn conform(backend: &CudaBackend, pass: Pass, cases: usize) {
     }
 }
 
+/// The attention stages but `selected`, which differs in more than the keys that a row sees.
+const BANDS: [Stage; 3] = [Stage::Dense, Stage::Window, Stage::Compressed];
+const AROUND: [Stage; 3] = [Stage::Compress, Stage::Rope, Stage::Combine];
+
 #[test]
 #[ignore = "needs a CUDA device"]
 fn the_forward_conforms() {
-    conform(&CudaBackend::new().expect("a device"), Pass::Forward, 150);
+    conform(&CudaBackend::new().expect("a device"), &[Stage::Selected], Pass::Forward, 150);
 }
 
 #[test]
 #[ignore = "needs a CUDA device"]
 fn the_backward_conforms() {
-    conform(&CudaBackend::new().expect("a device"), Pass::Backward, 150);
+    conform(&CudaBackend::new().expect("a device"), &[Stage::Selected], Pass::Backward, 150);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn attention_to_intervals_of_keys_conforms() {
+    let backend = CudaBackend::new().expect("a device");
+    conform(&backend, &BANDS, Pass::Forward, 100);
+    conform(&backend, &BANDS, Pass::Backward, 100);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_selection_conforms() {
+    conform(&CudaBackend::new().expect("a device"), &[Stage::Select], Pass::Forward, 150);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn what_stands_around_attention_conforms() {
+    let backend = CudaBackend::new().expect("a device");
+    conform(&backend, &AROUND, Pass::Forward, 60);
+    conform(&backend, &AROUND, Pass::Backward, 60);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_whole_conforms() {
+    let backend = CudaBackend::new().expect("a device");
+    conform(&backend, &[Stage::Nsa], Pass::Forward, 100);
+    conform(&backend, &[Stage::Nsa], Pass::Backward, 100);
 }
 
 #[test]
@@ -39,8 +73,13 @@ fn the_backward_conforms() {
 fn the_portable_kernels_conform() {
     let environment = Environment { kernels: Some(KernelSet::Sm80), ..Environment::read().expect("valid") };
     let backend = CudaBackend::with(&environment).expect("a device");
-    conform(&backend, Pass::Forward, 150);
-    conform(&backend, Pass::Backward, 150);
+    conform(&backend, &[Stage::Selected], Pass::Forward, 150);
+    conform(&backend, &[Stage::Selected], Pass::Backward, 150);
+    conform(&backend, &BANDS, Pass::Forward, 60);
+    conform(&backend, &BANDS, Pass::Backward, 60);
+    conform(&backend, &[Stage::Select], Pass::Forward, 100);
+    conform(&backend, &[Stage::Nsa], Pass::Forward, 40);
+    conform(&backend, &[Stage::Nsa], Pass::Backward, 40);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 mod call;
 
 use call::Call;
-use fsa_core::{AttentionArgs, AttentionOutput, AttentionStage, Backend, Batch, DType, Error, Tensor};
+use fsa_core::{Backend, DType, Error, Rope, RopeArgs, Tensor};
 use fsa_cuda::driver::Device;
 use fsa_cuda::jit::Compiler;
 use fsa_cuda::source::{Kernel, Specialisation};
@@ -47,22 +47,20 @@ fn messages_name_both_values() {
 
 #[test]
 #[ignore = "needs a CUDA device"]
-fn other_stages_are_refused_by_name() {
+fn what_the_kernels_do_not_reach_is_refused_by_name() {
     let backend = CudaBackend::new().expect("a device");
-    let batch = Batch::single(4);
-    let tensor = |shape: &[usize]| Tensor::zeros("tensor", DType::Bf16, shape).expect("small");
-    let (query, mut out) = (tensor(&[4, 1, 8]), tensor(&[4, 1, 8]));
-    let mut lse = Tensor::zeros("lse", DType::F32, &[1, 4]).expect("small");
-    let args = AttentionArgs {
-        query: query.view(),
-        key: query.view(),
-        value: query.view(),
-        batch: &batch,
-        softmax_scale: None,
+    let rotate = |dim: usize, position: usize| {
+        let input = Tensor::zeros("input", DType::Bf16, &[1, 1, dim]).expect("small");
+        let mut out = Tensor::zeros("out", DType::Bf16, &[1, 1, dim]).expect("small");
+        let (rope, positions) = (Rope::default(), [position]);
+        let args = RopeArgs { input: input.view(), positions: &positions, rope: &rope, inverse: false };
+        match backend.rope(&args, &mut out.view_mut()).expect_err("out of reach") {
+            Error::Unsupported { constraint, .. } => constraint,
+            other => other.to_string(),
+        }
     };
-    let mut output = AttentionOutput { out: out.view_mut(), lse: lse.view_mut() };
-    let error = backend.attention(&AttentionStage::Dense, &args, &mut output).expect_err("not yet");
-    assert!(matches!(&error, Error::Unsupported { got, .. } if got == "dense"), "{error}");
+    assert_eq!(rotate(264, 1), "head_dim on CUDA");
+    assert_eq!(rotate(64, 1 << 31), "position on CUDA");
 }
 
 #[test]

@@ -143,3 +143,155 @@ struct ConvertParams {
     i32 accumulate;             // 1: the target holds a sum of other blocks, which is added to
     f32 scale;
 };
+
+// How the bulk copy engine sees a [tokens, heads, HEAD_DIM] tensor: boxes of 64 columns, some heads and some tokens, 128-byte swizzle. Made by the driver;
+// all zero where the kernels are portable.
+struct __align__(64) TensorMap {
+    u64 words[16];
+};
+
+// Which keys a row sees in the stages window, compressed and dense, and where the rows and keys of a sequence lie. A row at position p sees
+// key i of its sequence iff i * kernel_stride + kernel_size - 1 <= p and i >= p - window: an interval, whose ends do not decrease with p.
+// For tokens as keys, kernel_size = kernel_stride = 1; where no key is too far, window = 2^31 - 1.
+// A tile of rows is tile_tokens consecutive tokens of one sequence times tile_heads query heads of one kv head: row r is token r / tile_heads,
+// head r % tile_heads. So rows that share keys share a tile at any group size.
+struct Band {
+    const i32* cu_seqlens_q;    // [batch + 1]
+    const i32* cu_seqlens_kv;   // [batch + 1] tokens, of which positions are counted
+    const i32* cu_keys;         // [batch + 1] rows of key and value: cu_seqlens_kv, or the prefix sums of the compressed keys
+    const i32* tile_base;       // [batch + 1] prefix sums of ceil(q_len / tile_tokens)
+    const i32* key_tile_base;   // [batch + 1] prefix sums of ceil(keys / keys of a cta); backward only
+    i32 batch;
+    i32 total_q;
+    i32 total_keys;
+    i32 kernel_size;
+    i32 kernel_stride;
+    i32 window;
+    i32 group_size;             // query heads per kv head
+    i32 tile_heads;             // query heads of a tile
+    i32 tile_tokens;            // tokens of a tile
+    i32 head_tiles;             // ceil(group_size / tile_heads)
+};
+
+// Fills prefix sums of a batch on the device, one cta: those of them that are not null.
+struct PrepareParams {
+    const i32* cu_seqlens_q;
+    const i32* cu_seqlens_kv;
+    i32* cu_compressed;         // [batch + 1] of max(0, (kv_len - kernel_size) / kernel_stride + 1)
+    i32* tile_base;             // [batch + 1] of ceil(q_len / tile_tokens)
+    i32* key_tile_base;         // [batch + 1] of ceil(keys / tile_keys), keys being compressed ones or tokens
+    i32 batch;
+    i32 kernel_size;
+    i32 kernel_stride;
+    i32 tile_tokens;
+    i32 tile_keys;
+    i32 compressed;             // 1: key_tile_base counts compressed keys
+};
+
+struct BandParams {
+    Band band;
+    Tensor query, key, value, out;
+    f32* lse;                   // [num_q_heads, total_q], natural log
+    f32 scale_log2;             // softmax_scale * log2(e), >= 0
+    i32 num_tiles;              // bound on the tiles of rows, from shapes
+    i32 num_kv_heads;
+    TensorMap query_map;        // boxes of tile_tokens x tile_heads
+    TensorMap key_map;          // boxes of 128 keys of one head, of 64 above head_dim 128
+    TensorMap value_map;        // the same
+};
+
+struct BandBackwardParams {
+    Band band;
+    Tensor query, key, value, out, grad_out;
+    const f32* lse;             // [num_q_heads, total_q], natural log
+    const f32* grad_lse;        // the same shape, or null
+    f32* row_stats;             // [num_q_heads, total_q, 2]: log2-sum-exp, and delta less grad_lse
+    Tensor grad_query, grad_key, grad_value;
+    f32* partial_keys;          // [splits, 2, total_keys, num_kv_heads, HEAD_DIM] f32 in natural order; null where splits = 1
+    f32 scale_log2;
+    f32 scale;
+    i32 num_kv_heads;
+    i32 num_tiles;              // bound on the tiles of rows
+    i32 num_key_tiles;          // bound on the tiles of keys
+    i32 splits;                 // ctas that share the rows of a tile of keys, each with partial sums of its own
+    TensorMap query_map;        // boxes of tile_tokens x tile_heads
+    TensorMap grad_out_map;     // the same
+    TensorMap key_map;          // boxes of 128 keys of one head, of 64 above head_dim 128
+    TensorMap value_map;        // the same
+};
+
+// Scores of blocks and their top-k, from the compressed keys and the log-sum-exp of compressed attention.
+struct SelectParams {
+    Band band;                  // of the compressed keys
+    Tensor query, key;
+    const f32* lse;             // [num_q_heads, total_q], natural log
+    i32* topk_indices;          // [num_kv_heads, total_q, topk]
+    f32 scale_log2;
+    i32 topk;
+    i32 init_blocks;
+    i32 local_blocks;
+    i32 scored_heads;           // query heads of a group that vote: all, or the first
+    i32 num_tiles;
+    i32 num_kv_heads;
+    TensorMap query_map;        // boxes of tile_tokens x tile_heads
+    TensorMap key_map;          // boxes of 128 keys of one head, of 64 above head_dim 128
+};
+
+// Windows of kernel_size tokens, kernel_stride apart, to one vector each, and back.
+struct CompressParams {
+    const i32* cu_seqlens_kv;   // [batch + 1] rows of input
+    const i32* cu_compressed;   // [batch + 1] rows of out
+    Tensor input, out;
+    const void* weight;         // null: mean; [num_kv_heads, kernel_size]: weighted; [num_kv_heads, kernel_size * HEAD_DIM, HEAD_DIM]: linear
+    const void* position;       // [num_kv_heads, kernel_size, HEAD_DIM], or null; linear only
+    f32* bias;                  // [num_kv_heads, HEAD_DIM] position times weight, where there is a position
+    i32 batch;
+    i32 total_kv;
+    i32 total_compressed;       // bound from shapes
+    i32 num_kv_heads;
+    i32 kernel_size;
+    i32 kernel_stride;
+};
+
+struct CompressBackwardParams {
+    CompressParams forward;     // out and bias unused
+    Tensor grad_out;            // [total_compressed, num_kv_heads, HEAD_DIM]
+    Tensor grad_input;
+    void* grad_weight;          // shape of weight, or null
+    void* grad_position;        // shape of position, or null
+    f32* partial;               // weighted: [num_kv_heads, pieces, kernel_size]; linear: [num_kv_heads, pieces, HEAD_DIM] sums of grad_out
+    i32 pieces;                 // parts of the compressed rows whose sums are taken side by side, then in order
+    i32 accumulate;             // 1: grad_input holds a gradient that is added to
+};
+
+// Rotation of pairs (x[k], x[k + head_dim / 2]).
+struct RopeParams {
+    Tensor input, out;          // may be the same
+    const double* frequencies;  // [head_dim / 2]
+    const i32* cu_rows;         // [batch + 1] rows of input per sequence
+    const i32* cu_seqlens_kv;   // not null: rows are the last of these; the first is at position kv_len - rows
+    const i32* positions;       // not null: [rows] instead
+    i32 batch;
+    i32 rows;                   // bound from shapes
+    i32 heads;
+    i32 head_dim;               // even, at most HEAD_DIM
+    i32 multiplier;             // positions between rows
+    i32 inverse;
+};
+
+struct CombineParams {
+    Tensor branches[3];         // compressed, selected, window
+    Tensor out;
+    const void* gates;          // 3 per row, or per row and head
+    i64 gate_row_stride;        // elements
+    i64 gate_head_stride;       // 0: one for all heads
+    i32 rows;
+    i32 heads;
+};
+
+struct CombineBackwardParams {
+    CombineParams forward;      // out unused
+    Tensor grad_out;
+    Tensor grad_branches[3];
+    void* grad_gates;           // contiguous, shape of gates
+};

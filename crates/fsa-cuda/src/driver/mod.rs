@@ -14,6 +14,7 @@ mod nvrtc;
 mod recording;
 mod replay;
 mod stream;
+mod tensor_map;
 
 pub use batch::{DeviceBatch, UploadedBatch};
 pub use device::{Device, DeviceFacts};
@@ -24,6 +25,7 @@ pub(crate) use module::{Function, KernelParams, LaunchDims};
 pub use nvrtc::{Compiled, Nvrtc};
 pub(crate) use replay::{Call, Replays};
 pub use stream::{Event, Stream};
+pub(crate) use tensor_map::{Boxes, MapWords};
 
 use crate::error::{CudaError, Result};
 use cudarc::driver::sys;

@@ -1,25 +1,42 @@
-//! Plans of stage `selected`: chunks, grids and workspace, from shapes and facts about the device alone.
+//! Plans: tiles, chunks, grids and workspace, from shapes and facts about the device alone.
 //!
-//! The number of (row, block) pairs is known from shapes; which blocks are popular is not, and changes no size: long
+//! Of stage `selected` the number of (row, block) pairs is known from shapes; which blocks are popular is not, and changes no size: long
 //! lists are cut into units on the device, and the tables hold as many units as there could be.
 
 mod backward;
+mod band;
+mod compress;
 mod forward;
 mod index;
+mod nsa;
+mod select;
+mod sizes;
+mod tables;
 mod workspace;
 
+#[cfg(test)]
+mod stage_tests;
 #[cfg(test)]
 mod tests;
 
 pub use backward::BackwardPlan;
 pub(crate) use backward::LaneSums;
+pub(crate) use band::BandScratch;
+pub use band::{BandBackwardPlan, BandPlan, BandProblem, RowTiles};
+pub(crate) use compress::CompressScratch;
+pub use compress::{CompressPlan, CompressProblem, CompressionKind};
 pub use forward::ForwardPlan;
 pub use index::IndexPlan;
+pub(crate) use nsa::ForwardTemporaries;
+pub use nsa::{NsaBackwardPlan, NsaForwardPlan, NsaProblem};
+pub use select::{ScorePlan, SelectPlan, SelectProblem};
+pub use sizes::{Keys, Sizes, Windows};
+pub(crate) use tables::Tables;
 pub use workspace::{Slot, Workspace};
 
 use crate::arch::KernelSet;
 use crate::driver::DeviceFacts;
-use crate::source::{HEAD_DIMS, Kernel, Specialisation};
+use crate::source::{Kernel, Specialisation};
 use fsa_core::config::BLOCK_SIZES;
 use fsa_core::{AttentionShape, DType, Error, Result};
 use serde::Serialize;
@@ -87,6 +104,12 @@ impl Problem {
         }
     }
 
+    /// What it shares with the other stages.
+    pub fn sizes(&self) -> Sizes {
+        let Self { total_q, total_kv, sequences, num_q_heads, num_kv_heads, head_dim, dtype, .. } = *self;
+        Sizes { total_q, total_kv, sequences, num_q_heads, num_kv_heads, head_dim, dtype }
+    }
+
     /// Query heads that share one kv head.
     pub fn gqa_group_size(&self) -> usize {
         self.num_q_heads / self.num_kv_heads.max(1)
@@ -102,28 +125,12 @@ impl Problem {
     /// # Errors
     /// [`Error::Unsupported`] that names the constraint.
     pub fn check(&self, facts: &DeviceFacts, kernels: &[Specialisation]) -> Result<()> {
-        require(self.dtype == DType::Bf16 || self.dtype == DType::F16, "dtype on CUDA", &self.dtype, "bf16, f16")?;
-        let dims = "64, 96, 128, 192, 256";
-        require(HEAD_DIMS.contains(&self.head_dim), "head_dim of the CUDA kernels", &self.head_dim, dims)?;
+        self.sizes().check(facts, &[])?;
         require(BLOCK_SIZES.contains(&self.block_size), "block_size", &self.block_size, "16, 32, 64, 128, 256")?;
         require((1..=MAX_TOPK).contains(&self.topk), "topk on CUDA", &self.topk, "1 to 64")?;
-        let heads = format!("{} on {} heads", self.num_q_heads, self.num_kv_heads);
-        let divides =
-            self.num_kv_heads > 0 && self.num_q_heads > 0 && self.num_q_heads.is_multiple_of(self.num_kv_heads);
-        let multiple = "at most 65535 query heads, a multiple of the kv heads";
-        require(divides && self.num_q_heads < 1 << 16, "heads", &heads, multiple)?;
         let blocks = bound(self.total_kv, self.sequences, self.block_size);
         require(blocks <= MAX_BLOCKS, "blocks of all sequences", &blocks, &format!("at most {MAX_BLOCKS}"))?;
-        let tokens = "totals below 2^31";
-        require(self.total_q.max(self.total_kv) < 1 << 31, "tokens", &self.total_q.max(self.total_kv), tokens)?;
-        for kernel in kernels {
-            let (needed, most) =
-                (kernel.smem_bytes(self.topk), facts.smem_per_cta_bytes.saturating_sub(STATIC_SMEM_BYTES));
-            let what = format!("kernel `{kernel}` on {}", facts.name);
-            let got = format!("{needed} bytes of shared memory");
-            require(needed <= most, &what, &got, &format!("at most {most} bytes"))?;
-        }
-        Ok(())
+        kernels.iter().try_for_each(|kernel| sizes::check_smem(kernel, self.topk, facts))
     }
 
     /// The kernels of `set`, or the portable ones where those have none for this call: Hopper's hold a whole block of keys.

@@ -1,5 +1,6 @@
 use super::*;
 use crate::params::TILE_ROWS;
+use crate::source::HEAD_DIMS;
 use proptest::prelude::*;
 
 const MILLION: usize = 1 << 20;

@@ -1,0 +1,63 @@
+"""The parameter structs of the stages with an interval of keys, and the driver's tensor maps; field for field as kernels/base/params.cuh."""
+import ctypes
+from ctypes import c_void_p as ptr, c_int32 as i32, c_int64 as i64, c_float as f32, c_uint64 as u64
+from params import Tensor
+
+
+class TensorMap(ctypes.Structure):
+    _fields_ = [("words", u64 * 16)]
+    _align_ = 64
+
+
+class Band(ctypes.Structure):
+    _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "cu_keys", "tile_base", "key_tile_base")] + [
+        (n, i32) for n in ("batch", "total_q", "total_keys", "kernel_size", "kernel_stride", "window", "group_size", "tile_heads", "tile_tokens", "head_tiles")]
+
+
+class PrepareParams(ctypes.Structure):
+    _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "cu_compressed", "tile_base", "key_tile_base")] + [
+        (n, i32) for n in ("batch", "kernel_size", "kernel_stride", "tile_tokens", "tile_keys", "compressed")]
+
+
+def padded(fields):
+    """Maps start at multiples of 64 bytes; Python before 3.13 does not align members by itself."""
+    class Packed(ctypes.Structure):
+        _fields_ = fields
+    size, out, number = 0, [], 0
+    for name, kind in fields:
+        align = 64 if kind is TensorMap else ctypes.alignment(kind)
+        gap = -size % align
+        if gap:
+            out.append((f"_pad{number}", ctypes.c_char * gap))
+            number += 1
+        out.append((name, kind))
+        size += gap + ctypes.sizeof(kind)
+    if size % 64 and any(kind is TensorMap for _, kind in fields):
+        out.append(("_end", ctypes.c_char * (-size % 64)))
+    return out
+
+
+class BandParams(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out")] + [("lse", ptr), ("scale_log2", f32), ("num_tiles", i32), ("num_kv_heads", i32)] + [
+        (n, TensorMap) for n in ("query_map", "key_map", "value_map")])
+
+
+class BandBackwardParams(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats")] + [
+        (n, Tensor) for n in ("grad_query", "grad_key", "grad_value")] + [("partial_keys", ptr), ("scale_log2", f32), ("scale", f32)] + [
+        (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits")] + [(n, TensorMap) for n in ("query_map", "grad_out_map", "key_map", "value_map")])
+
+
+class SelectParams(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = padded([("band", Band), ("query", Tensor), ("key", Tensor), ("lse", ptr), ("topk_indices", ptr), ("scale_log2", f32)] + [
+        (n, i32) for n in ("topk", "init_blocks", "local_blocks", "scored_heads", "num_tiles", "num_kv_heads")] + [(n, TensorMap) for n in ("query_map", "key_map")])
+
+
+def aligned(kind):
+    """A zeroed struct whose address is a multiple of 64."""
+    memory = ctypes.create_string_buffer(ctypes.sizeof(kind) + 64)
+    value = kind.from_buffer(memory, -ctypes.addressof(memory) % 64)
+    return value

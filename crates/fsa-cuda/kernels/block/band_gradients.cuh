@@ -1,0 +1,152 @@
+// What the backward of the stages window, compressed and dense does on every architecture: statistics of rows before the passes, the sum of
+// the splits after them, and between them probabilities and score gradients of tiles whose rows see an interval of keys.
+#pragma once
+#include "block/band_rows.cuh"
+#include "block/score_gradients.cuh"
+
+// Statistics of rows: what turns a score into a probability, and what is subtracted from its gradient. One warp per row. A row without a key has
+// no log-sum-exp; +inf in its place makes every probability 2^-inf = 0.
+extern "C" __global__ void __launch_bounds__(256) band_delta(const __grid_constant__ BandBackwardParams p) {
+    const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x & 31, head = blockIdx.y;
+    if (token >= p.band.total_q) return;
+    const u32* out = (const u32*)tensor_row(p.out, token, head);
+    const u32* grad = (const u32*)tensor_row(p.grad_out, token, head);
+    f32 sum = 0.0f;
+    FSA_UNROLL for (int i = 0; i < (HEAD_DIM / 2 + 31) / 32; ++i)
+        if (i * 32 + lane < HEAD_DIM / 2) {
+            const u32 a = out[i * 32 + lane], b = grad[i * 32 + lane];
+            sum += unpack_lo(a) * unpack_lo(b) + unpack_hi(a) * unpack_hi(b);
+        }
+    FSA_UNROLL for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
+    if (lane == 0) {
+        const i64 at = (i64)head * p.band.total_q + token;
+        const f32 lse = p.lse[at];
+        const bool empty = lse == neg_inf();
+        if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
+        p.row_stats[2 * at] = empty ? __int_as_float(0x7f800000) : lse * LOG2_E;
+        p.row_stats[2 * at + 1] = empty ? 0.0f : sum;
+    }
+}
+
+// Sums of keys: the splits in order, to the storage type. Four columns of both gradients per thread.
+extern "C" __global__ void __launch_bounds__(256) band_backward_merge(const __grid_constant__ BandBackwardParams p) {
+    const i64 n = (i64)blockIdx.x * 256 + threadIdx.x, row = n / (HEAD_DIM / 4), rows = (i64)p.band.total_keys * p.num_kv_heads;
+    const int column = (int)(n % (HEAD_DIM / 4)) * 4;
+    if (row >= rows) return;
+    const u32 key = (u32)row / (u32)p.num_kv_heads, head = (u32)row % (u32)p.num_kv_heads;     // the partials of 2^32 rows fit nowhere
+    if (key >= (u32)p.band.cu_keys[p.band.batch]) return;       // total_keys may be a bound: nothing was summed for such rows
+    FSA_UNROLL for (int which = 0; which < 2; ++which) {
+        const f32* source = p.partial_keys + (which * rows + row) * HEAD_DIM + column;
+        f32 sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int split = 0; split < p.splits; ++split) {
+            const Vec4 v = load_global_once(source + 2 * split * rows * HEAD_DIM);
+            sum[0] += __uint_as_float(v.x); sum[1] += __uint_as_float(v.y); sum[2] += __uint_as_float(v.z); sum[3] += __uint_as_float(v.w);
+        }
+        const f32 scale = which == 0 ? p.scale : 1.0f;
+        char* target = (char*)tensor_row(which == 0 ? p.grad_key : p.grad_value, key, head) + column * ELEMENT_BYTES;
+        store_global8(target, pack2(sum[0] * scale, sum[1] * scale), pack2(sum[2] * scale, sum[3] * scale));
+    }
+}
+
+// Keys of a tile that a row sees: `count` of them from `first` on.
+struct __align__(4) KeySpan {
+    u16 first, count;
+
+    FSA_DEVICE bool sees(int key) const { return (u32)(key - first) < count; }
+};
+struct __align__(8) SpanPair {      // of two neighbouring rows
+    KeySpan first, second;
+};
+// Of a row at `position`, in a tile of `keys` keys from `key` on; `sequence_keys` are all.
+FSA_DEVICE KeySpan key_span(const Band& band, int position, int key, int keys, int sequence_keys) {
+    const int first = max_i(first_key(band, position) - key, 0), end = min_i(end_key(band, position, sequence_keys) - key, keys);
+    return {(u16)min_i(first, keys), (u16)max_i(end - first, 0)};
+}
+
+// Rows as rows of the accumulators: one of the thread's two rows (HIGH: row + 8) of N keys. Probabilities from scores, in place.
+template <int N, bool HIGH, bool MASKED>
+FSA_DEVICE void row_probabilities(f32 (&s)[N / 2], const RowStats& row, KeySpan span, f32 scale_log2) {
+    FSA_UNROLL for (int i = 0; i < N / 8; ++i)
+        FSA_UNROLL for (int e = 0; e < 2; ++e) {
+            f32& x = s[4 * i + e + (HIGH ? 2 : 0)];
+            x = exp2_fast(fmaf(x, scale_log2, -row.lse));
+            if (MASKED && !span.sees(8 * i + 2 * (threadIdx.x & 3) + e)) x = 0.0f;
+        }
+}
+// dS = P (dP - delta), in place of dP; zero where the row does not see the key even if dP is not finite.
+template <int N, bool HIGH, bool MASKED>
+FSA_DEVICE void row_gradients(f32 (&dp)[N / 2], const f32 (&probability)[N / 2], const RowStats& row, KeySpan span) {
+    FSA_UNROLL for (int i = 0; i < N / 8; ++i)
+        FSA_UNROLL for (int e = 0; e < 2; ++e) {
+            f32& x = dp[4 * i + e + (HIGH ? 2 : 0)];
+            x = probability[4 * i + e + (HIGH ? 2 : 0)] * (x - row.delta);
+            if (MASKED && !span.sees(8 * i + 2 * (threadIdx.x & 3) + e)) x = 0.0f;
+        }
+}
+
+// Keys as rows of the accumulators, N rows as columns, whose statistics and spans lie in shared memory; the thread has keys `key_low` and + 8.
+template <int N, bool MASKED>
+FSA_DEVICE void key_probabilities(f32 (&s)[N / 2], const RowStats* stats, const KeySpan* spans, int key_low, f32 scale_log2) {
+    const int t = threadIdx.x & 3;
+    FSA_UNROLL for (int i = 0; i < N / 8; ++i) {
+        const StatsPair pair = *(const StatsPair*)(stats + 8 * i + 2 * t);
+        const SpanPair span = MASKED ? *(const SpanPair*)(spans + 8 * i + 2 * t) : SpanPair{};
+        FSA_UNROLL for (int e = 0; e < 2; ++e) {
+            const f32 lse = e == 0 ? pair.first.lse : pair.second.lse;
+            const KeySpan seen = e == 0 ? span.first : span.second;
+            s[4 * i + e] = exp2_fast(fmaf(s[4 * i + e], scale_log2, -lse));
+            s[4 * i + 2 + e] = exp2_fast(fmaf(s[4 * i + 2 + e], scale_log2, -lse));
+            if (MASKED && !seen.sees(key_low)) s[4 * i + e] = 0.0f;
+            if (MASKED && !seen.sees(key_low + 8)) s[4 * i + 2 + e] = 0.0f;
+        }
+    }
+}
+template <int N, bool MASKED>
+FSA_DEVICE void key_gradients(f32 (&dp)[N / 2], const f32 (&probability)[N / 2], const RowStats* stats, const KeySpan* spans, int key_low) {
+    const int t = threadIdx.x & 3;
+    FSA_UNROLL for (int i = 0; i < N / 8; ++i) {
+        const StatsPair pair = *(const StatsPair*)(stats + 8 * i + 2 * t);
+        const SpanPair span = MASKED ? *(const SpanPair*)(spans + 8 * i + 2 * t) : SpanPair{};
+        FSA_UNROLL for (int e = 0; e < 2; ++e) {
+            const f32 delta = e == 0 ? pair.first.delta : pair.second.delta;
+            const KeySpan seen = e == 0 ? span.first : span.second;
+            dp[4 * i + e] = probability[4 * i + e] * (dp[4 * i + e] - delta);
+            dp[4 * i + 2 + e] = probability[4 * i + 2 + e] * (dp[4 * i + 2 + e] - delta);
+            if (MASKED && !seen.sees(key_low)) dp[4 * i + e] = 0.0f;
+            if (MASKED && !seen.sees(key_low + 8)) dp[4 * i + 2 + e] = 0.0f;
+        }
+    }
+}
+
+// The rows that see one of the keys of a tile, numbered token by token and inside a token head by head, whatever tiles the other kernels make
+// of them: no tile but the last has rows that do not exist. 32 bits are enough for the number: a row takes 128 bytes or more.
+struct KeyTileRows {
+    BandSequence sequence;
+    i32 first_key, keys;        // of the tile
+    i32 first_token;            // of the sequence's rows, the first that sees a key of the tile
+    u32 rows;                   // tokens that do, times the heads of the group
+    u32 group_size;
+    i32 first_head;             // query head
+
+    FSA_DEVICE i32 token_of(u32 row) const { return first_token + (i32)(row / group_size); }
+    FSA_DEVICE i32 head_of(u32 row) const { return first_head + (i32)(row % group_size); }
+    FSA_DEVICE int position_of(u32 row) const { return sequence.position + token_of(row); }
+    // First byte of a row that exists, and its place in [num_q_heads, total_q].
+    FSA_DEVICE const char* row_of(const Tensor& t, u32 row) const { return tensor_row(t, sequence.token + token_of(row), head_of(row)); }
+    FSA_DEVICE i64 plane_index(u32 row, int total_q) const { return (i64)head_of(row) * total_q + sequence.token + token_of(row); }
+};
+// Tile `number` of `tile_keys` keys of a kv head; without keys where there is none.
+FSA_DEVICE KeyTileRows find_key_tile(const Band& band, int number, int kv_head, int tile_keys) {
+    KeyTileRows t = {};
+    if (number >= band.key_tile_base[band.batch]) return t;
+    const int s = find_sequence(band.key_tile_base, band.batch, number);
+    t.sequence = band_sequence(band, s);
+    t.first_key = (number - band.key_tile_base[s]) * tile_keys;
+    t.keys = min_i(tile_keys, t.sequence.keys - t.first_key);
+    t.first_token = max_i(first_position(band, t.first_key) - t.sequence.position, 0);
+    const int end_token = min_i(end_position(band, t.first_key + t.keys - 1) - t.sequence.position, t.sequence.tokens);
+    t.group_size = band.group_size;
+    t.rows = (u32)max_i(end_token - t.first_token, 0) * t.group_size;
+    t.first_head = kv_head * band.group_size;
+    return t;
+}

@@ -1,0 +1,48 @@
+// WHAT   Prefix sums over the sequences of a batch, for the stages whose rows and keys are cut into tiles: compressed keys, tiles of rows,
+//        tiles of keys. Lengths stay on the device, so that no call waits for them.
+// GRID   1 cta, any batch.
+// ROLES  1024 sequences a step: scans of warps, then of their totals by the first warp.
+// SMEM   totals of 32 warps.
+// SYNC   three barriers a step.
+#include "base/math.cuh"
+#include "base/params.cuh"
+
+constexpr int PREPARE_THREADS = 1024, PREPARE_WARPS = PREPARE_THREADS / 32;
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+FSA_DEVICE int sum_of_lanes_before(int value) {     // and this one
+    const int lane = threadIdx.x & 31;
+    FSA_UNROLL for (int delta = 1; delta < 32; delta *= 2) {
+        const int other = __shfl_up_sync(ALL_LANES, value, delta);
+        if (lane >= delta) value += other;
+    }
+    return value;
+}
+
+// sums[s] = count(0) + .. + count(s - 1) for all s in [0, batch].
+template <typename F>
+FSA_DEVICE void prefix_sums(i32* sums, int batch, i32* totals, F count) {
+    if (sums == nullptr) return;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    int before = 0;     // of the steps before this one
+    for (int first = 0; first < batch; first += PREPARE_THREADS) {
+        const int s = first + threadIdx.x, sum = sum_of_lanes_before(s < batch ? count(s) : 0);
+        if (lane == 31) totals[warp] = sum;
+        __syncthreads();
+        if (warp == 0) totals[lane] = sum_of_lanes_before(totals[lane]);
+        __syncthreads();
+        if (s < batch) sums[s + 1] = before + (warp == 0 ? 0 : totals[warp - 1]) + sum;
+        before += totals[PREPARE_WARPS - 1];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) sums[0] = 0;
+}
+
+extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant__ PrepareParams p) {
+    __shared__ i32 totals[PREPARE_WARPS];
+    auto kv_len = [&](int s) { return p.cu_seqlens_kv[s + 1] - p.cu_seqlens_kv[s]; };
+    auto compressed = [&](int s) { return kv_len(s) < p.kernel_size ? 0 : (kv_len(s) - p.kernel_size) / p.kernel_stride + 1; };
+    prefix_sums(p.cu_compressed, p.batch, totals, compressed);
+    prefix_sums(p.tile_base, p.batch, totals, [&](int s) { return ceil_div(p.cu_seqlens_q[s + 1] - p.cu_seqlens_q[s], p.tile_tokens); });
+    prefix_sums(p.key_tile_base, p.batch, totals, [&](int s) { return ceil_div(p.compressed ? compressed(s) : kv_len(s), p.tile_keys); });
+}

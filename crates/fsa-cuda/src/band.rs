@@ -1,0 +1,97 @@
+//! Forward of the attention whose rows see an interval of keys: Stage `window`, Stage `compressed`, Stage `dense`.
+//!
+//! Kernel files: `kernels/band_sm90.cuh`, `kernels/band_sm80.cuh`.
+
+use crate::arch::KernelSet;
+use crate::driver::{Function, LaunchDims, Module, Stream};
+use crate::error::Result;
+use crate::params::{BandParams, TILE_ROWS};
+use crate::plan::{RowTiles, tile_bytes};
+use crate::source::Specialisation;
+use std::sync::Arc;
+
+/// Kernels of the file and what they take.
+pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("band", "BandParams")];
+
+/// Shape of a CTA.
+struct Cta {
+    rows: usize,
+    /// Keys of a step, and steps that there is room for.
+    keys: usize,
+    stages: usize,
+    threads: usize,
+}
+
+impl Cta {
+    fn of(specialisation: &Specialisation) -> Self {
+        let is_small = specialisation.head_dim <= 128;
+        match specialisation.set {
+            KernelSet::Sm80 => Self { rows: TILE_ROWS, keys: if is_small { 64 } else { 32 }, stages: 1, threads: 128 },
+            // Two warpgroups multiply, a third brings in what they need.
+            KernelSet::Sm90 => {
+                Self { rows: 2 * TILE_ROWS, keys: if is_small { 128 } else { 64 }, stages: 2, threads: 384 }
+            }
+        }
+    }
+}
+
+/// Rows of a tile.
+pub(crate) fn tile_rows(specialisation: &Specialisation) -> usize {
+    Cta::of(specialisation).rows
+}
+
+/// Shared memory of a CTA: queries, keys, values.
+pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
+    let (Cta { rows, keys, stages, .. }, head_dim) = (Cta::of(specialisation), specialisation.head_dim);
+    tile_bytes(rows, head_dim) + 2 * stages * tile_bytes(keys, head_dim)
+}
+
+/// What the kernel file must agree with.
+pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
+    let Cta { rows, keys, threads, .. } = Cta::of(specialisation);
+    let smem = smem_bytes(specialisation);
+    match specialisation.set {
+        KernelSet::Sm80 => vec![
+            ("QueryTile::BYTES + 2 * KeyTile::BYTES", smem),
+            ("STEP_KEYS", keys),
+            ("TILE_ROWS", rows),
+            ("WARPGROUP", threads),
+        ],
+        KernelSet::Sm90 => vec![("SMEM_BYTES", smem), ("STEP_KEYS", keys), ("CTA_ROWS", rows), ("THREADS", threads)],
+    }
+}
+
+/// The loaded kernel.
+#[derive(Debug)]
+pub(crate) struct BandKernel {
+    band: Function<BandParams>,
+    specialisation: Specialisation,
+}
+
+impl BandKernel {
+    pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
+        Ok(Self { band: module.function("band")?, specialisation: *specialisation })
+    }
+
+    /// Writes `out` and `lse` of all rows. On Hopper, CTAs that take one tile after the other, as many as run at a time.
+    pub(crate) fn launch(
+        &self,
+        stream: &Stream,
+        tiles: &RowTiles,
+        multiprocessors: usize,
+        params: &BandParams,
+    ) -> Result<()> {
+        let (ctas, heads) = (tiles.ctas(), params.num_kv_heads as usize);
+        let grid = match self.specialisation.set {
+            KernelSet::Sm80 => [ctas as u32, heads as u32, 1],
+            KernelSet::Sm90 => [(ctas * heads).min(multiprocessors) as u32, 1, 1],
+        };
+        let dims = LaunchDims {
+            grid,
+            threads: Cta::of(&self.specialisation).threads as u32,
+            smem_bytes: smem_bytes(&self.specialisation) as u32,
+            overlaps: false,
+        };
+        self.band.launch(stream, dims, params)
+    }
+}

@@ -1,0 +1,165 @@
+//! Backward of the attention whose rows see an interval of keys: row statistics, then gradients of queries tile of rows by tile
+//! of rows and of keys and values tile of keys by tile of keys. No sum depends on chance.
+//!
+//! Kernel files: `kernels/band_backward_sm90.cuh`, `kernels/band_backward_sm80.cuh`.
+
+use crate::arch::KernelSet;
+use crate::driver::{Function, LaunchDims, Module, Stream};
+use crate::error::Result;
+use crate::params::{BandBackwardParams, TILE_ROWS};
+use crate::plan::{RowTiles, tile_bytes};
+use crate::source::Specialisation;
+use std::sync::Arc;
+
+/// Kernels of the file and what they take.
+pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
+    ("band_delta", "BandBackwardParams"),
+    ("band_backward_queries", "BandBackwardParams"),
+    ("band_backward_keys", "BandBackwardParams"),
+    ("band_backward_merge", "BandBackwardParams"),
+];
+
+/// Largest vectors whose tiles and sums fit a CTA of the kernels for Hopper.
+pub(crate) const MAX_HOPPER_HEAD_DIM: usize = 128;
+/// Stages of the kernels for Hopper.
+const STAGES: usize = 2;
+/// Rows that a CTA of `band_delta` takes, one per warp.
+const DELTA_ROWS: usize = 8;
+/// Elements that a thread of `band_backward_merge` takes.
+const MERGE_ELEMENTS: usize = 4;
+/// Threads of the small kernels.
+const SMALL_THREADS: usize = 256;
+
+/// Rows of a tile of rows.
+pub(crate) fn tile_rows(specialisation: &Specialisation) -> usize {
+    match specialisation.set {
+        KernelSet::Sm80 => TILE_ROWS,
+        KernelSet::Sm90 => 2 * TILE_ROWS,
+    }
+}
+
+/// Keys of a tile of keys.
+pub(crate) fn tile_keys(specialisation: &Specialisation) -> usize {
+    match specialisation.set {
+        KernelSet::Sm80 if specialisation.head_dim <= 128 => 64,
+        KernelSet::Sm80 => 32,
+        KernelSet::Sm90 => 128,
+    }
+}
+
+/// Tiles that pass through a portable CTA: two of what is read first and last, where they fit.
+fn tiles_of_steps(head_dim: usize) -> usize {
+    if head_dim <= 128 { 3 } else { 2 }
+}
+
+/// Threads of a CTA: on Hopper, two warpgroups multiply and a third brings in what they need.
+fn threads(specialisation: &Specialisation) -> usize {
+    match specialisation.set {
+        KernelSet::Sm80 => 128,
+        KernelSet::Sm90 => 384,
+    }
+}
+
+/// Shared memory of a CTA on Hopper, in both passes: two tiles that stay and the stages of two that pass.
+fn hopper_smem_bytes(specialisation: &Specialisation) -> usize {
+    (2 + 2 * STAGES) * tile_bytes(tile_rows(specialisation), specialisation.head_dim)
+}
+
+/// Shared memory of a CTA of `band_backward_queries`: queries and gradients, then keys and values of the steps.
+fn queries_smem_bytes(specialisation: &Specialisation) -> usize {
+    if specialisation.set == KernelSet::Sm90 {
+        return hopper_smem_bytes(specialisation);
+    }
+    let head_dim = specialisation.head_dim;
+    let step = match head_dim {
+        0..=128 => 64,
+        129..=192 => 32,
+        _ => 16,
+    };
+    2 * tile_bytes(TILE_ROWS, head_dim) + tiles_of_steps(head_dim) * tile_bytes(step, head_dim)
+}
+
+/// Shared memory of a CTA of `band_backward_keys`: keys and values, then queries and gradients of the steps; where keys are few,
+/// the scores of a step pass through it.
+fn keys_smem_bytes(specialisation: &Specialisation) -> usize {
+    if specialisation.set == KernelSet::Sm90 {
+        return hopper_smem_bytes(specialisation);
+    }
+    let (head_dim, keys) = (specialisation.head_dim, tile_keys(specialisation));
+    let rows = if head_dim <= 192 { TILE_ROWS } else { TILE_ROWS / 2 };
+    let scores = if head_dim <= 128 { 0 } else { 2 * tile_bytes(32, 64) };
+    2 * tile_bytes(keys, head_dim) + tiles_of_steps(head_dim) * tile_bytes(rows, head_dim) + scores
+}
+
+/// Shared memory of a CTA of the larger of the two main kernels.
+pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
+    queries_smem_bytes(specialisation).max(keys_smem_bytes(specialisation))
+}
+
+/// What the kernel file must agree with.
+pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
+    let (queries, keys) = (queries_smem_bytes(specialisation), keys_smem_bytes(specialisation));
+    let (cta_keys, threads) = (tile_keys(specialisation), threads(specialisation));
+    match specialisation.set {
+        KernelSet::Sm80 => vec![
+            ("QUERIES_SMEM_BYTES", queries),
+            ("KEYS_SMEM_BYTES", keys),
+            ("CTA_KEYS", cta_keys),
+            ("WARPGROUP", threads),
+        ],
+        KernelSet::Sm90 => vec![("SMEM_BYTES", queries), ("CTA_KEYS", cta_keys), ("THREADS", threads)],
+    }
+}
+
+/// The loaded kernels.
+#[derive(Debug)]
+pub(crate) struct BandBackwardKernels {
+    delta: Function<BandBackwardParams>,
+    queries: Function<BandBackwardParams>,
+    keys: Function<BandBackwardParams>,
+    merge: Function<BandBackwardParams>,
+    specialisation: Specialisation,
+}
+
+impl BandBackwardKernels {
+    pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
+        Ok(Self {
+            delta: module.function("band_delta")?,
+            queries: module.function("band_backward_queries")?,
+            keys: module.function("band_backward_keys")?,
+            merge: module.function("band_backward_merge")?,
+            specialisation: *specialisation,
+        })
+    }
+
+    /// All gradients of the kv heads that `params` names.
+    pub(crate) fn launch(
+        &self,
+        stream: &Stream,
+        tiles: &RowTiles,
+        multiprocessors: usize,
+        params: &BandBackwardParams,
+    ) -> Result<()> {
+        let (band, kv_heads) = (&params.band, params.num_kv_heads as usize);
+        let rows = (band.total_q as usize).div_ceil(DELTA_ROWS);
+        self.delta.launch(stream, dims([rows, kv_heads * band.group_size as usize, 1], SMALL_THREADS, 0), params)?;
+        let (threads, smem_bytes) = (threads(&self.specialisation), queries_smem_bytes(&self.specialisation));
+        let grid = match self.specialisation.set {
+            KernelSet::Sm80 => [tiles.ctas(), kv_heads, 1],
+            KernelSet::Sm90 => [(tiles.ctas() * kv_heads).min(multiprocessors), 1, 1],
+        };
+        self.queries.launch(stream, dims(grid, threads, smem_bytes), params)?;
+        let grid = [params.num_key_tiles as usize, kv_heads, params.splits as usize];
+        self.keys.launch(stream, dims(grid, threads, keys_smem_bytes(&self.specialisation)), params)?;
+        if params.splits == 1 {
+            return Ok(());
+        }
+        let threads = band.total_keys as usize * kv_heads * self.specialisation.head_dim / MERGE_ELEMENTS;
+        self.merge.launch(stream, dims([threads.div_ceil(SMALL_THREADS), 1, 1], SMALL_THREADS, 0), params)
+    }
+}
+
+fn dims(grid: [usize; 3], threads: usize, smem_bytes: usize) -> LaunchDims {
+    let grid = grid.map(|ctas| ctas as u32);
+    LaunchDims { grid, threads: threads as u32, smem_bytes: smem_bytes as u32, overlaps: false }
+}

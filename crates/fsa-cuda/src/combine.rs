@@ -1,0 +1,50 @@
+//! Stage `combine`: the gated sum of the branches, its backward, and the sum of gradients, which is the same with gates of 1.
+//!
+//! Kernel file: `kernels/combine.cuh`.
+
+use crate::driver::{Function, LaunchDims, Module, Stream};
+use crate::error::Result;
+use crate::params::{CombineBackwardParams, CombineParams};
+use crate::source::Specialisation;
+use std::sync::Arc;
+
+/// Kernels of the file and what they take.
+pub(crate) const ENTRY_POINTS: &[(&str, &str)] =
+    &[("combine", "CombineParams"), ("combine_backward", "CombineBackwardParams")];
+
+/// Rows of a CTA, and its threads.
+const CTA_ROWS: usize = 4;
+const THREADS: usize = 256;
+
+/// What the kernel file must agree with.
+pub(crate) fn constants(_: &Specialisation) -> Vec<(&'static str, usize)> {
+    vec![("CTA_ROWS", CTA_ROWS), ("CTA_THREADS", THREADS)]
+}
+
+/// The loaded kernels.
+#[derive(Debug)]
+pub(crate) struct CombineKernels {
+    combine: Function<CombineParams>,
+    backward: Function<CombineBackwardParams>,
+}
+
+impl CombineKernels {
+    pub(crate) fn load(module: &Arc<Module>, _: &Specialisation) -> Result<Self> {
+        Ok(Self { combine: module.function("combine")?, backward: module.function("combine_backward")? })
+    }
+
+    /// The sum of the branches.
+    pub(crate) fn combine(&self, stream: &Stream, params: &CombineParams) -> Result<()> {
+        self.combine.launch(stream, dims(params), params)
+    }
+
+    /// The gradients of branches and gates.
+    pub(crate) fn backward(&self, stream: &Stream, params: &CombineBackwardParams) -> Result<()> {
+        self.backward.launch(stream, dims(&params.forward), params)
+    }
+}
+
+fn dims(params: &CombineParams) -> LaunchDims {
+    let grid = [(params.rows as usize).div_ceil(CTA_ROWS) as u32, 1, 1];
+    LaunchDims { grid, threads: THREADS as u32, smem_bytes: 0, overlaps: false }
+}

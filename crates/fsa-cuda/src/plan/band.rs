@@ -1,0 +1,187 @@
+//! Plans of the stages whose rows see an interval of keys, `dense`, `window` and `compressed`: tiles, splits and workspace.
+
+use super::tables::{TablePlan, TableSpec};
+use super::{Keys, PlanOptions, Sizes, Slot, Workspace, bound};
+use crate::driver::DeviceFacts;
+use crate::source::Specialisation;
+use crate::{band, band_backward};
+use fsa_core::Result;
+use serde::Serialize;
+use std::fmt;
+
+/// Parts into which the rows of a tile of keys are cut, at most.
+const MAX_SPLITS: usize = 32;
+
+/// A call of one of the stages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct BandProblem {
+    /// Sizes of the tensors.
+    pub sizes: Sizes,
+    /// Which keys rows see.
+    pub keys: Keys,
+}
+
+impl BandProblem {
+    /// Rows that key and value have room for: for compressed keys the bound from shapes.
+    pub fn total_keys(&self) -> usize {
+        self.keys.bound(self.sizes.total_kv)
+    }
+
+    /// Checks what the kernels support on a device.
+    ///
+    /// # Errors
+    /// [`fsa_core::Error::Unsupported`] that names the constraint.
+    pub fn check(&self, facts: &DeviceFacts, kernels: &[Specialisation]) -> Result<()> {
+        self.keys.windows().map_or(Ok(()), |windows| windows.check())?;
+        self.sizes.check(facts, kernels)
+    }
+}
+
+impl fmt::Display for BandProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; {}", self.keys, self.sizes)
+    }
+}
+
+/// How rows become tiles: some tokens of a sequence times some query heads of a kv head, so that rows that share keys share a
+/// tile at any group size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct RowTiles {
+    /// Query heads of a tile.
+    pub tile_heads: usize,
+    /// Tokens of a tile.
+    pub tile_tokens: usize,
+    /// Tiles that share their tokens.
+    pub head_tiles: usize,
+    /// Bound on the tiles of tokens.
+    pub num_tiles: usize,
+}
+
+impl RowTiles {
+    /// Tiles of at most `rows` rows.
+    pub(crate) fn new(sizes: &Sizes, rows: usize) -> Self {
+        Self::of_heads(sizes, sizes.gqa_group_size(), rows)
+    }
+
+    /// The same for the first `heads` heads of every group.
+    pub(crate) fn of_heads(sizes: &Sizes, heads: usize, rows: usize) -> Self {
+        let heads = heads.max(1);
+        let tile_heads = heads.div_ceil(heads.div_ceil(rows));
+        let tile_tokens = rows / tile_heads;
+        let num_tiles = bound(sizes.total_q, sizes.sequences, tile_tokens);
+        Self { tile_heads, tile_tokens, head_tiles: heads.div_ceil(tile_heads), num_tiles }
+    }
+
+    /// The same with fewer tokens in a tile.
+    pub(crate) fn with_tokens(self, sizes: &Sizes, tile_tokens: usize) -> Self {
+        Self { tile_tokens, num_tiles: bound(sizes.total_q, sizes.sequences, tile_tokens), ..self }
+    }
+
+    /// Tiles of one kv head.
+    pub(crate) fn ctas(&self) -> usize {
+        self.num_tiles * self.head_tiles
+    }
+}
+
+/// Tiles and workspace of a forward.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct BandPlan {
+    /// The call.
+    pub problem: BandProblem,
+    /// Tiles of rows.
+    pub tiles: RowTiles,
+    pub(crate) tables: TablePlan,
+    /// Scratch memory.
+    pub workspace: Workspace,
+}
+
+impl BandPlan {
+    /// Plans a checked problem for the kernel of a specialisation.
+    pub fn new(problem: &BandProblem, kernel: &Specialisation) -> Self {
+        let tiles = RowTiles::new(&problem.sizes, band::tile_rows(kernel));
+        let mut workspace = Workspace::default();
+        let spec = TableSpec { windows: problem.keys.windows(), tile_tokens: Some(tiles.tile_tokens), tile_keys: None };
+        let tables = TablePlan::new(spec, problem.sizes.sequences, &mut workspace);
+        Self { problem: *problem, tiles, tables, workspace }
+    }
+}
+
+impl fmt::Display for BandPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "band forward: {}; {}; {}", self.problem, self.tiles, self.workspace)
+    }
+}
+
+impl fmt::Display for RowTiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { tile_heads, tile_tokens, head_tiles, num_tiles } = self;
+        write!(f, "{num_tiles} tiles of {tile_tokens} tokens times {tile_heads} heads, {head_tiles} of a group")
+    }
+}
+
+/// Tiles, splits and workspace of a backward.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct BandBackwardPlan {
+    /// The call.
+    pub problem: BandProblem,
+    /// Tiles of rows.
+    pub tiles: RowTiles,
+    /// Bound on the tiles of keys.
+    pub num_key_tiles: usize,
+    /// kv heads whose statistics and partial sums are under way; the others follow.
+    pub kv_heads: usize,
+    /// CTAs that share the rows of a tile of keys.
+    pub splits: usize,
+    pub(crate) tables: TablePlan,
+    pub(crate) scratch: BandScratch,
+    /// Scratch memory.
+    pub workspace: Workspace,
+}
+
+/// Where the scratch lies that is not a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct BandScratch {
+    pub row_stats: Slot,
+    pub partial_keys: Option<Slot>,
+}
+
+impl BandBackwardPlan {
+    /// Plans a checked problem for the kernel of a specialisation.
+    pub fn new(problem: &BandProblem, kernel: &Specialisation, facts: &DeviceFacts, options: &PlanOptions) -> Self {
+        let (sizes, tile_keys) = (&problem.sizes, band_backward::tile_keys(kernel));
+        let tiles = RowTiles::new(sizes, band_backward::tile_rows(kernel));
+        let num_key_tiles = bound(problem.total_keys(), sizes.sequences, tile_keys);
+        let head_bytes = 2 * size_of::<f32>() * sizes.gqa_group_size() * sizes.total_q;
+        let kv_heads = (options.budget_bytes / head_bytes.max(1)).clamp(1, sizes.num_kv_heads.max(1));
+        let split_bytes = 2 * problem.total_keys() * kv_heads * sizes.head_dim * size_of::<f32>();
+        let left = options.budget_bytes.saturating_sub(kv_heads * head_bytes);
+        let wanted = (2 * facts.multiprocessors).div_ceil((num_key_tiles * kv_heads).max(1));
+        let fits = |splits: &usize| *splits == 1 || splits * split_bytes <= left;
+        let powers = std::iter::successors(Some(1), |splits| Some(2 * splits).filter(|next| *next <= MAX_SPLITS));
+        // The largest that fits of those before enough.
+        let enough = wanted.next_power_of_two();
+        let splits = powers.take_while(|splits| *splits <= enough).filter(fits).last().unwrap_or(1);
+        let mut workspace = Workspace::default();
+        let spec = TableSpec {
+            windows: problem.keys.windows(),
+            tile_tokens: Some(tiles.tile_tokens),
+            tile_keys: Some(tile_keys),
+        };
+        let tables = TablePlan::new(spec, sizes.sequences, &mut workspace);
+        let scratch = BandScratch {
+            row_stats: workspace.add("row_stats", kv_heads * head_bytes),
+            partial_keys: (splits > 1).then(|| workspace.add("partial_keys", splits * split_bytes)),
+        };
+        Self { problem: *problem, tiles, num_key_tiles, kv_heads, splits, tables, scratch, workspace }
+    }
+}
+
+impl fmt::Display for BandBackwardPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "band backward: {}; {}; {} tiles of keys in {} splits, {} kv heads a launch; {}",
+            self.problem, self.tiles, self.num_key_tiles, self.splits, self.kv_heads, self.workspace
+        )
+    }
+}

@@ -1,0 +1,388 @@
+//! Plans of the whole operation. Where its temporaries do not fit the budget, kv heads are taken in passes: nothing but the gradient
+//! of gates that heads share reaches from one to another.
+
+use super::band::BandBackwardPlan;
+use super::compress::{CompressProblem, CompressScratch, CompressionKind};
+use super::select::{ScorePlan, SelectProblem};
+use super::tables::{TablePlan, TableSpec};
+use super::{
+    BackwardPlan, BandProblem, ForwardPlan, Keys, PlanOptions, Problem, RowTiles, Sizes, Slot, Windows, Workspace,
+};
+use crate::arch::KernelSet;
+use crate::band;
+use crate::driver::DeviceFacts;
+use crate::source::{Kernel, Specialisation};
+use fsa_core::{NsaArgs, NsaConfig, Result, ScoreHeads};
+use serde::Serialize;
+use std::fmt;
+
+/// A call of the whole operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct NsaProblem {
+    /// Sizes of the tensors.
+    pub sizes: Sizes,
+    /// Windows of the compression.
+    pub windows: Windows,
+    /// Keys of a block.
+    pub block_size: usize,
+    /// Blocks that a row lists.
+    pub topk: usize,
+    /// Blocks at the start of a sequence that every row lists.
+    pub init_blocks: usize,
+    /// Blocks up to and including its own that every row lists.
+    pub local_blocks: usize,
+    /// Which heads of a group vote.
+    pub score_heads: ScoreHeads,
+    /// Earlier keys that the sliding window shows.
+    pub window_size: usize,
+    /// How keys and values are compressed.
+    pub compressions: [CompressionKind; 2],
+    /// Query and keys are rotated.
+    pub rope: bool,
+}
+
+impl NsaProblem {
+    /// A call with a checked configuration.
+    pub fn new(sizes: &Sizes, config: &NsaConfig, compressions: [CompressionKind; 2], rope: bool) -> Self {
+        let NsaConfig { kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, .. } = *config;
+        Self {
+            sizes: *sizes,
+            windows: Windows { kernel_size, kernel_stride },
+            block_size,
+            topk,
+            init_blocks,
+            local_blocks,
+            score_heads: config.score_heads,
+            window_size: config.window_size,
+            compressions,
+            rope,
+        }
+    }
+
+    /// The call of checked arguments.
+    pub fn of(args: &NsaArgs<'_>, sizes: &Sizes) -> Self {
+        let compressions = [&args.key_compression, &args.value_compression].map(CompressionKind::of);
+        Self::new(sizes, args.config, compressions, args.rope.is_some())
+    }
+
+    /// The same call for some of its kv heads.
+    pub fn with_kv_heads(&self, num_kv_heads: usize) -> Self {
+        Self { sizes: self.sizes.with_kv_heads(num_kv_heads), ..*self }
+    }
+
+    /// Compression of keys, then of values.
+    pub fn compress(&self) -> [CompressProblem; 2] {
+        self.compressions.map(|kind| CompressProblem { sizes: self.sizes, windows: self.windows, kind })
+    }
+
+    /// Compressed attention and the lists.
+    pub fn select(&self) -> SelectProblem {
+        let Self { sizes, windows, block_size, topk, init_blocks, local_blocks, score_heads, .. } = *self;
+        SelectProblem { sizes, windows, block_size, topk, init_blocks, local_blocks, score_heads }
+    }
+
+    /// Attention to the selected blocks.
+    pub fn selected(&self) -> Problem {
+        self.sizes.selected(self.block_size, self.topk)
+    }
+
+    /// Attention to the sliding window.
+    pub fn window(&self) -> BandProblem {
+        BandProblem { sizes: self.sizes, keys: Keys::Window { window_size: self.window_size } }
+    }
+
+    /// Rows that compressed keys and values have room for.
+    pub fn total_compressed(&self) -> usize {
+        self.windows.bound(self.sizes.total_kv)
+    }
+
+    /// Size of `topk_indices`.
+    pub fn topk_indices_bytes(&self) -> usize {
+        self.selected().topk_indices_bytes()
+    }
+
+    /// Bytes of a tensor of query rows, of token rows, of compressed rows.
+    fn row_bytes(&self) -> [usize; 3] {
+        let Sizes { total_q, total_kv, num_q_heads, num_kv_heads, .. } = self.sizes;
+        let of_kv = |rows| self.sizes.tensor_bytes(rows, num_kv_heads);
+        [self.sizes.tensor_bytes(total_q, num_q_heads), of_kv(total_kv), of_kv(self.total_compressed())]
+    }
+
+    /// Numbers of kv heads of a pass, most first. All passes have as many.
+    fn passes(&self) -> impl Iterator<Item = usize> + use<> {
+        let heads = self.sizes.num_kv_heads;
+        (1..=heads).rev().filter(move |pass| heads.is_multiple_of(*pass))
+    }
+
+    /// The specialisation of a kernel for this call.
+    pub(crate) fn specialisation(&self, kernel: Kernel, set: KernelSet) -> Specialisation {
+        self.sizes.specialisation(kernel, set, self.block_size)
+    }
+
+    /// Kernels that a call takes besides those of stage `selected`.
+    pub(crate) fn kernels(&self, set: KernelSet, attention: &[Kernel]) -> Vec<Specialisation> {
+        let linear = |kind: &CompressionKind| kind.is_linear();
+        let mut kernels = vec![Kernel::Prepare, Kernel::Combine];
+        kernels.extend_from_slice(attention);
+        kernels.extend(self.rope.then_some(Kernel::Rope));
+        kernels.extend(self.compressions.iter().any(linear).then_some(Kernel::CompressLinear));
+        kernels.extend((!self.compressions.iter().all(linear)).then_some(Kernel::Compress));
+        let select = self.select().kernel(set);
+        let of = |kernel| if kernel == Kernel::Select { select } else { self.specialisation(kernel, set) };
+        kernels.into_iter().map(of).collect()
+    }
+
+    /// Checks what the kernels support on a device.
+    ///
+    /// # Errors
+    /// [`fsa_core::Error::Unsupported`] that names the constraint.
+    pub fn check(&self, facts: &DeviceFacts) -> Result<()> {
+        self.select().check(facts, &[])?;
+        self.selected().check(facts, &[])?;
+        self.compress().iter().try_for_each(|compress| compress.check(facts, &[]))
+    }
+}
+
+impl fmt::Display for NsaProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [key, value] = self.compressions;
+        let rope = if self.rope { ", rotated" } else { "" };
+        write!(f, "{}; window of {}; keys {key}, values {value}{rope}", self.select(), self.window_size)
+    }
+}
+
+/// What a pass of a forward keeps where the caller wants no state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct ForwardTemporaries {
+    pub rotated: Option<[Slot; 2]>,
+    pub compressed: [Slot; 2],
+    /// Of the selected and the window branch: that of the compressed one is written to the output first.
+    pub branches: [Slot; 2],
+    pub lse: [Slot; 3],
+}
+
+/// Passes and workspace of a forward.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NsaForwardPlan {
+    /// The call.
+    pub problem: NsaProblem,
+    /// The state is given to the caller.
+    pub saves: bool,
+    /// kv heads of a pass.
+    pub kv_heads: usize,
+    /// Tiles of compressed and of window attention.
+    pub attention: RowTiles,
+    pub(crate) tables: TablePlan,
+    /// Tiles of the scores.
+    pub scores: ScorePlan,
+    pub(crate) compress: [CompressScratch; 2],
+    pub(crate) temporaries: Option<ForwardTemporaries>,
+    pub(crate) selected: Slot,
+    /// What stage `selected` may take.
+    pub(crate) stage_budget_bytes: usize,
+    /// Scratch memory.
+    pub workspace: Workspace,
+}
+
+impl NsaForwardPlan {
+    /// Plans a checked problem for the kernels of `set`.
+    ///
+    /// # Errors
+    /// The windows are too long for the shared memory of the device.
+    pub fn new(
+        problem: &NsaProblem,
+        set: KernelSet,
+        facts: &DeviceFacts,
+        options: &PlanOptions,
+        saves: bool,
+    ) -> Result<Self> {
+        let most = options.budget_bytes + problem.topk_indices_bytes();
+        let mut last = Self::with(problem, set, facts, options, (saves, problem.sizes.num_kv_heads))?;
+        for kv_heads in problem.passes().skip(1) {
+            // What is saved has room for all heads.
+            if saves || last.workspace.size_bytes() <= most {
+                break;
+            }
+            last = Self::with(problem, set, facts, options, (saves, kv_heads))?;
+        }
+        Ok(last)
+    }
+
+    fn with(
+        problem: &NsaProblem,
+        set: KernelSet,
+        facts: &DeviceFacts,
+        options: &PlanOptions,
+        (saves, kv_heads): (bool, usize),
+    ) -> Result<Self> {
+        let pass = problem.with_kv_heads(kv_heads);
+        let mut workspace = Workspace::default();
+        let kernel = pass.specialisation(Kernel::Band, set);
+        let attention = RowTiles::new(&pass.sizes, band::tile_rows(&kernel));
+        let (windows, tile_tokens) = (Some(pass.windows), Some(attention.tile_tokens));
+        let spec = TableSpec { windows, tile_tokens, tile_keys: None };
+        let tables = TablePlan::new(spec, pass.sizes.sequences, &mut workspace);
+        let kernel = pass.select().kernel(set);
+        let scores = ScorePlan::new(&pass.select(), &kernel, facts, &attention, &mut workspace)?;
+        let compress = pass.compress().map(|compress| CompressScratch::forward(&compress, &mut workspace));
+        let temporaries = (!saves).then(|| ForwardTemporaries::new(&pass, &mut workspace));
+        let options = left(options, &workspace);
+        let selected = ForwardPlan::new(&pass.selected(), facts, &options).workspace.size_bytes();
+        let selected = workspace.add("selected", selected);
+        Ok(Self {
+            problem: *problem,
+            saves,
+            kv_heads,
+            attention,
+            tables,
+            scores,
+            compress,
+            temporaries,
+            selected,
+            stage_budget_bytes: options.budget_bytes,
+            workspace,
+        })
+    }
+
+    /// One pass.
+    pub(crate) fn pass(&self) -> NsaProblem {
+        self.problem.with_kv_heads(self.kv_heads)
+    }
+}
+
+/// What a stage inside the whole may take: the budget less what is taken, and a quarter of it in any case.
+fn left(options: &PlanOptions, taken: &Workspace) -> PlanOptions {
+    let budget_bytes = options.budget_bytes.saturating_sub(taken.size_bytes()).max(options.budget_bytes / 4);
+    PlanOptions { budget_bytes, ..*options }
+}
+
+impl ForwardTemporaries {
+    fn new(pass: &NsaProblem, workspace: &mut Workspace) -> Self {
+        let [query, tokens, compressed] = pass.row_bytes();
+        let lse = pass.sizes.lse_bytes();
+        Self {
+            rotated: pass.rope.then(|| [workspace.add("rotated query", query), workspace.add("rotated key", tokens)]),
+            compressed: [(); 2].map(|()| workspace.add("compressed", compressed)),
+            branches: [(); 2].map(|()| workspace.add("branch", query)),
+            lse: [(); 3].map(|()| workspace.add("lse", lse)),
+        }
+    }
+}
+
+impl fmt::Display for NsaForwardPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let saves = if self.saves { ", saves" } else { "" };
+        write!(f, "nsa forward{saves}: {}; {} kv heads a pass; {}", self.problem, self.kv_heads, self.workspace)
+    }
+}
+
+/// What a pass of a backward keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct BackwardTemporaries {
+    /// Gradients of the branches: a place each, or one for all, one after the other.
+    pub branches: [Slot; 3],
+    /// Gradients of the query through the compressed and the selected branch.
+    pub query: [Slot; 2],
+    /// Gradients of key and value through the window.
+    pub window: [Slot; 2],
+    /// Gradients of compressed key and value.
+    pub compressed: [Slot; 2],
+}
+
+/// Passes and workspace of a backward.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NsaBackwardPlan {
+    /// The call.
+    pub problem: NsaProblem,
+    /// kv heads of a pass.
+    pub kv_heads: usize,
+    /// The gradients of the branches are all there at once.
+    pub branches_at_once: bool,
+    /// Compressed and window attention.
+    pub attention: [BandBackwardPlan; 2],
+    pub(crate) tables: [TablePlan; 2],
+    pub(crate) compress: [CompressScratch; 2],
+    pub(crate) temporaries: BackwardTemporaries,
+    /// Scratch of one attention at a time.
+    pub(crate) scratch: Slot,
+    /// What each attention may take.
+    pub(crate) stage_budget_bytes: usize,
+    /// Scratch memory.
+    pub workspace: Workspace,
+}
+
+impl NsaBackwardPlan {
+    /// Plans a checked problem for the kernels of `set`.
+    pub fn new(problem: &NsaProblem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Self {
+        let most = options.budget_bytes + problem.topk_indices_bytes();
+        let choices = problem.passes().flat_map(|kv_heads| [(kv_heads, true), (kv_heads, false)]);
+        let mut plans = choices.map(|choice| Self::with(problem, set, facts, options, choice));
+        let fits = |plan: &Self| plan.workspace.size_bytes() <= most;
+        plans.find(fits).unwrap_or_else(|| Self::with(problem, set, facts, options, (1, false)))
+    }
+
+    fn with(
+        problem: &NsaProblem,
+        set: KernelSet,
+        facts: &DeviceFacts,
+        options: &PlanOptions,
+        (kv_heads, branches_at_once): (usize, bool),
+    ) -> Self {
+        let pass = problem.with_kv_heads(kv_heads);
+        let mut workspace = Workspace::default();
+        let compress = pass.compress().map(|compress| CompressScratch::backward(&compress, &mut workspace));
+        let temporaries = BackwardTemporaries::new(&pass, branches_at_once, &mut workspace);
+        let options = left(options, &workspace);
+        let kernel = pass.specialisation(Kernel::BandBackward, set);
+        let attention = [pass.select().attention(), pass.window()]
+            .map(|problem| BandBackwardPlan::new(&problem, &kernel, facts, &options));
+        let tables =
+            attention.each_ref().map(|plan| TablePlan::new(plan.tables.spec(), pass.sizes.sequences, &mut workspace));
+        let selected = BackwardPlan::new(&pass.selected(), facts, &options).workspace.size_bytes();
+        let bytes = attention.iter().map(|plan| plan.workspace.size_bytes()).fold(selected, usize::max);
+        let scratch = workspace.add("scratch", bytes);
+        Self {
+            problem: *problem,
+            kv_heads,
+            branches_at_once,
+            attention,
+            tables,
+            compress,
+            temporaries,
+            scratch,
+            stage_budget_bytes: options.budget_bytes,
+            workspace,
+        }
+    }
+
+    /// One pass.
+    pub(crate) fn pass(&self) -> NsaProblem {
+        self.problem.with_kv_heads(self.kv_heads)
+    }
+}
+
+impl BackwardTemporaries {
+    fn new(pass: &NsaProblem, branches_at_once: bool, workspace: &mut Workspace) -> Self {
+        let [query, tokens, compressed] = pass.row_bytes();
+        let first = workspace.add("branch gradient", query);
+        let mut next = || if branches_at_once { workspace.add("branch gradient", query) } else { first };
+        let branches = [first, next(), next()];
+        Self {
+            branches,
+            query: [(); 2].map(|()| workspace.add("grad_query", query)),
+            window: [(); 2].map(|()| workspace.add("window gradient", tokens)),
+            compressed: [(); 2].map(|()| workspace.add("compressed gradient", compressed)),
+        }
+    }
+}
+
+impl fmt::Display for NsaBackwardPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let branches = if self.branches_at_once { "at once" } else { "one by one" };
+        write!(
+            f,
+            "nsa backward: {}; {} kv heads a pass, branches {branches}; {}",
+            self.problem, self.kv_heads, self.workspace
+        )
+    }
+}

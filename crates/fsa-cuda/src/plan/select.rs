@@ -1,0 +1,170 @@
+//! The plan of stage `select`: compressed attention, then the lists.
+
+use super::tables::{TablePlan, TableSpec};
+use super::{BandProblem, Keys, MAX_TOPK, RowTiles, STATIC_SMEM_BYTES, Sizes, Windows, Workspace, require};
+use crate::arch::KernelSet;
+use crate::band;
+use crate::driver::DeviceFacts;
+use crate::select::{Scoring, fitting, smem_bytes, tile_rows};
+use crate::source::{Kernel, Specialisation};
+use fsa_core::config::BLOCK_SIZES;
+use fsa_core::{NsaConfig, Result, ScoreHeads};
+use serde::Serialize;
+use std::fmt;
+
+/// A call of stage `select`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct SelectProblem {
+    /// Sizes of the tensors.
+    pub sizes: Sizes,
+    /// Windows of the compressed keys.
+    pub windows: Windows,
+    /// Keys of a block.
+    pub block_size: usize,
+    /// Blocks that a row lists.
+    pub topk: usize,
+    /// Blocks at the start of a sequence that every row lists.
+    pub init_blocks: usize,
+    /// Blocks up to and including its own that every row lists.
+    pub local_blocks: usize,
+    /// Which heads of a group vote.
+    pub score_heads: ScoreHeads,
+}
+
+impl SelectProblem {
+    /// A call with a checked configuration.
+    pub fn new(sizes: &Sizes, config: &NsaConfig) -> Self {
+        let NsaConfig { kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, score_heads, .. } =
+            *config;
+        let windows = Windows { kernel_size, kernel_stride };
+        Self { sizes: *sizes, windows, block_size, topk, init_blocks, local_blocks, score_heads }
+    }
+
+    /// Its compressed attention.
+    pub fn attention(&self) -> BandProblem {
+        BandProblem { sizes: self.sizes, keys: Keys::Compressed(self.windows) }
+    }
+
+    /// Query heads of a group that vote.
+    pub fn scored_heads(&self) -> usize {
+        match self.score_heads {
+            ScoreHeads::GroupSum => self.sizes.gqa_group_size(),
+            ScoreHeads::FirstHead => 1,
+        }
+    }
+
+    /// Size of `topk_indices`.
+    pub fn topk_indices_bytes(&self) -> usize {
+        self.sizes.num_kv_heads * self.sizes.total_q * self.topk * size_of::<i32>()
+    }
+
+    /// How compressed keys make blocks, in tiles of `tile_tokens` tokens.
+    fn scoring(&self, tile_tokens: usize) -> Scoring {
+        let Windows { kernel_size, kernel_stride } = self.windows;
+        let (steps, reach) = (self.block_size / kernel_stride, kernel_size / kernel_stride - 1);
+        Scoring { tile_tokens, steps, reach, topk: self.topk }
+    }
+
+    /// The specialisation of the kernel: the portable one where the set has none for these windows.
+    pub(crate) fn kernel(&self, set: KernelSet) -> Specialisation {
+        let suits = set == KernelSet::Sm80 || self.scoring(1).suits_hopper(self.scored_heads());
+        let set = if suits { set } else { KernelSet::Sm80 };
+        self.sizes.specialisation(Kernel::Select, set, self.block_size)
+    }
+
+    /// Checks what the kernels support on a device.
+    ///
+    /// # Errors
+    /// [`fsa_core::Error::Unsupported`] that names the constraint.
+    pub fn check(&self, facts: &DeviceFacts, kernels: &[Specialisation]) -> Result<()> {
+        self.attention().check(facts, kernels)?;
+        require(BLOCK_SIZES.contains(&self.block_size), "block_size", &self.block_size, "16, 32, 64, 128, 256")?;
+        let (stride, multiple) = (self.windows.kernel_stride, "a multiple of kernel_stride");
+        require(self.block_size.is_multiple_of(stride), "block_size", &self.block_size, multiple)?;
+        require((1..=MAX_TOPK).contains(&self.topk), "topk on CUDA", &self.topk, "1 to 64")?;
+        let forced = self.init_blocks.saturating_add(self.local_blocks);
+        require(forced <= self.topk, "init_blocks and local_blocks", &forced, "together at most topk")
+    }
+}
+
+impl fmt::Display for SelectProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; blocks of {}, top {}", self.attention(), self.block_size, self.topk)
+    }
+}
+
+/// Tiles and workspace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct SelectPlan {
+    /// The call.
+    pub problem: SelectProblem,
+    /// Tiles of the attention.
+    pub attention: RowTiles,
+    pub(crate) tables: TablePlan,
+    /// Tiles of the scores.
+    pub scores: ScorePlan,
+    /// Scratch memory.
+    pub workspace: Workspace,
+}
+
+/// Tiles of the scores. They hold the heads that vote and no others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ScorePlan {
+    /// Tiles of rows.
+    pub tiles: RowTiles,
+    pub(crate) smem_bytes: usize,
+    /// Where the attention's tiles have another number of tokens.
+    pub(crate) tables: Option<TablePlan>,
+}
+
+impl ScorePlan {
+    /// Plans the scores beside attention in tiles of `attention`.
+    pub(crate) fn new(
+        problem: &SelectProblem,
+        kernel: &Specialisation,
+        facts: &DeviceFacts,
+        attention: &RowTiles,
+        workspace: &mut Workspace,
+    ) -> Result<Self> {
+        let sizes = &problem.sizes;
+        let tiles = RowTiles::of_heads(sizes, problem.scored_heads(), tile_rows(kernel));
+        let scoring = problem.scoring(tiles.tile_tokens);
+        // Fewer tokens where their scores and lists do not fit: of long windows or lists.
+        let most = facts.smem_per_cta_bytes.saturating_sub(STATIC_SMEM_BYTES);
+        let tiles = tiles.with_tokens(sizes, fitting(kernel, &scoring, most));
+        let smem_bytes = smem_bytes(kernel, &Scoring { tile_tokens: tiles.tile_tokens, ..scoring });
+        let got = format!("{smem_bytes} bytes of shared memory");
+        require(smem_bytes <= most, "windows of stage select", &got, &format!("at most {most} bytes"))?;
+        let spec = TableSpec { tile_tokens: Some(tiles.tile_tokens), ..TableSpec::default() };
+        let other = tiles.tile_tokens != attention.tile_tokens;
+        let tables = other.then(|| TablePlan::new(spec, sizes.sequences, workspace));
+        Ok(Self { tiles, smem_bytes, tables })
+    }
+}
+
+impl SelectPlan {
+    /// Plans a checked problem for the kernels of the attention and of the scores.
+    ///
+    /// # Errors
+    /// The windows are too long for the shared memory of the device.
+    pub fn new(
+        problem: &SelectProblem,
+        [attention, scores]: [&Specialisation; 2],
+        facts: &DeviceFacts,
+    ) -> Result<Self> {
+        let mut workspace = Workspace::default();
+        let attention = RowTiles::new(&problem.sizes, band::tile_rows(attention));
+        let (windows, tile_tokens) = (Some(problem.windows), Some(attention.tile_tokens));
+        let spec = TableSpec { windows, tile_tokens, tile_keys: None };
+        let tables = TablePlan::new(spec, problem.sizes.sequences, &mut workspace);
+        let scores = ScorePlan::new(problem, scores, facts, &attention, &mut workspace)?;
+        Ok(Self { problem: *problem, attention, tables, scores, workspace })
+    }
+}
+
+impl fmt::Display for SelectPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { problem, attention, scores, workspace, .. } = self;
+        write!(f, "select: {problem}; attention in {attention}, scores in {}; {workspace}", scores.tiles)
+    }
+}

@@ -1,0 +1,160 @@
+use super::*;
+use crate::source::HEAD_DIMS;
+use fsa_core::NsaConfig;
+use fsa_core::config::BLOCK_SIZES;
+use proptest::prelude::*;
+
+fn sizes(tokens: usize, (num_q_heads, num_kv_heads): (usize, usize)) -> Sizes {
+    let (total_q, total_kv, sequences) = (tokens, tokens, 1);
+    Sizes { total_q, total_kv, sequences, num_q_heads, num_kv_heads, head_dim: 128, dtype: DType::Bf16 }
+}
+
+fn nsa(tokens: usize, heads: (usize, usize), rope: bool) -> NsaProblem {
+    NsaProblem::new(&sizes(tokens, heads), &NsaConfig::default(), [CompressionKind::Mean; 2], rope)
+}
+
+fn forward(problem: &NsaProblem, saves: bool) -> NsaForwardPlan {
+    let (facts, options) = (DeviceFacts::h200(), PlanOptions::default());
+    NsaForwardPlan::new(problem, KernelSet::Sm90, &facts, &options, saves).expect("fits")
+}
+
+fn backward(problem: &NsaProblem) -> NsaBackwardPlan {
+    NsaBackwardPlan::new(problem, KernelSet::Sm90, &DeviceFacts::h200(), &PlanOptions::default())
+}
+
+fn band_backward(problem: &BandProblem, options: &PlanOptions) -> BandBackwardPlan {
+    let kernel = problem.sizes.specialisation(Kernel::BandBackward, KernelSet::Sm90, 64);
+    BandBackwardPlan::new(problem, &kernel, &DeviceFacts::h200(), options)
+}
+
+#[test]
+fn usual_groups_fill_their_tiles() {
+    for (heads, expected) in
+        [((32, 32), (1, 128, 1)), ((32, 8), (4, 32, 1)), ((40, 8), (5, 25, 1)), ((64, 4), (16, 8, 1))]
+    {
+        let RowTiles { tile_heads, tile_tokens, head_tiles, .. } = RowTiles::new(&sizes(4096, heads), 128);
+        assert_eq!((tile_heads, tile_tokens, head_tiles), expected);
+    }
+    let wide = RowTiles::new(&sizes(4096, (150, 1)), 128);
+    assert_eq!((wide.tile_heads, wide.tile_tokens, wide.head_tiles), (75, 1, 2), "two tiles of one size");
+}
+
+#[test]
+fn rows_of_few_keys_are_split_and_those_of_many_are_not() {
+    let options = PlanOptions::default();
+    let compressed = Keys::Compressed(Windows { kernel_size: 32, kernel_stride: 16 });
+    let few = BandProblem { sizes: sizes(8192, (32, 2)), keys: compressed };
+    assert_eq!(band_backward(&few, &options).splits, 32, "4 tiles of keys on 2 heads, 264 ctas wanted");
+    let many = BandProblem { keys: Keys::Dense, sizes: sizes(65_536, (32, 8)) };
+    let plan = band_backward(&many, &options);
+    assert_eq!((plan.splits, plan.kv_heads), (1, 8), "{plan}");
+    let tight = band_backward(&few, &PlanOptions { budget_bytes: 8 << 20, ..options });
+    assert!(tight.splits < 32 && tight.workspace.size_bytes() <= (8 << 20) + 4096, "{tight}");
+}
+
+#[test]
+fn windows_that_do_not_fit_shared_memory_are_refused() {
+    let config = |kernel_size, kernel_stride| NsaConfig { kernel_size, kernel_stride, ..NsaConfig::default() };
+    let plan = |config: &NsaConfig| {
+        let problem = SelectProblem::new(&sizes(4096, (32, 32)), config);
+        let facts = DeviceFacts::a100();
+        problem.check(&facts, &[])?;
+        let [attention, scores] =
+            [Kernel::Band, Kernel::Select].map(|k| problem.sizes.specialisation(k, KernelSet::Sm80, 64));
+        SelectPlan::new(&problem, [&attention, &scores], &facts)
+    };
+    assert!(plan(&NsaConfig::default()).is_ok());
+    let long = plan(&config(1 << 14, 1)).expect("fewer tokens in a tile");
+    assert!(long.scores.tiles.tile_tokens < 64, "{long}");
+    let error = plan(&config(1 << 20, 1)).expect_err("scores of 16,384 blocks under way");
+    assert!(
+        matches!(&error, Error::Unsupported { constraint, .. } if constraint == "windows of stage select"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_forward_that_saves_is_one_pass_with_little_scratch() {
+    for heads in [(32, 32), (32, 8), (32, 2)] {
+        let plan = forward(&nsa(65_536, heads, true), true);
+        assert_eq!(plan.kv_heads, heads.1);
+        let most = DEFAULT_BUDGET_BYTES + plan.problem.topk_indices_bytes();
+        assert!(plan.workspace.size_bytes() <= most, "{plan}");
+    }
+}
+
+#[test]
+fn what_is_not_saved_is_kept_for_some_heads_at_a_time() {
+    let problem = nsa(65_536, (32, 8), false);
+    let plan = forward(&problem, false);
+    assert!(plan.kv_heads < 8 && 8 % plan.kv_heads == 0, "{plan}");
+    // Two branches of 4 query heads, and what stage `selected` takes.
+    let least = 2 * problem.with_kv_heads(1).sizes.tensor_bytes(65_536, 4);
+    assert!(plan.workspace.size_bytes() <= least + DEFAULT_BUDGET_BYTES + problem.topk_indices_bytes(), "{plan}");
+    assert_eq!(forward(&nsa(4096, (32, 8), true), false).kv_heads, 8, "all of a short call");
+}
+
+#[test]
+fn a_short_backward_is_one_pass_and_a_long_one_takes_head_after_head() {
+    let short = backward(&nsa(4096, (32, 8), true));
+    assert_eq!((short.kv_heads, short.branches_at_once), (8, true), "{short}");
+    let long = backward(&nsa(262_144, (32, 2), true));
+    assert_eq!((long.kv_heads, long.branches_at_once), (1, false), "{long}");
+}
+
+/// Regions follow each other without overlap.
+fn check_workspace(workspace: &Workspace) -> Result<(), TestCaseError> {
+    let mut end = 0;
+    for (name, slot) in workspace.regions() {
+        prop_assert!(slot.offset >= end && slot.offset.is_multiple_of(256), "{name} at {}", slot.offset);
+        end = slot.offset + slot.bytes;
+    }
+    prop_assert!(end <= workspace.size_bytes());
+    Ok(())
+}
+
+fn check_tiles(tiles: &RowTiles, sizes: &Sizes, rows: usize) -> Result<(), TestCaseError> {
+    let group = sizes.gqa_group_size();
+    prop_assert!(tiles.tile_heads >= 1 && tiles.tile_tokens >= 1 && tiles.tile_heads * tiles.tile_tokens <= rows);
+    prop_assert!(tiles.head_tiles * tiles.tile_heads >= group && (tiles.head_tiles - 1) * tiles.tile_heads < group);
+    prop_assert!(tiles.num_tiles * tiles.tile_tokens >= sizes.total_q);
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn plans_of_any_shape_hold_together(
+        total_q in 0usize..300_000,
+        extra in 0usize..10_000,
+        sequences in 1usize..300,
+        kv_heads in 1usize..9,
+        group in 1usize..200,
+        head_dim in proptest::sample::select(&HEAD_DIMS),
+        block_size in proptest::sample::select(&BLOCK_SIZES),
+        (kernel_stride, ratio) in (proptest::sample::select(&[1usize, 2, 4, 8, 16]), 1usize..9),
+        (budget_bytes, rope) in (0usize..1 << 30, any::<bool>()),
+        set in proptest::sample::select(&[KernelSet::Sm80, KernelSet::Sm90]),
+    ) {
+        let sizes = Sizes { total_q, total_kv: total_q + extra, sequences, head_dim, ..sizes(0, (kv_heads * group, kv_heads)) };
+        let config = NsaConfig { kernel_size: ratio * kernel_stride, kernel_stride, block_size, ..NsaConfig::default() };
+        let kinds = [CompressionKind::Weighted, CompressionKind::Linear { position: true }];
+        let problem = NsaProblem::new(&sizes, &config, kinds, rope);
+        let (facts, options) = (DeviceFacts::h200(), PlanOptions { budget_bytes, ..PlanOptions::default() });
+        problem.check(&facts).expect("supported");
+        for saves in [false, true] {
+            let plan = NsaForwardPlan::new(&problem, set, &facts, &options, saves).expect("fits");
+            check_workspace(&plan.workspace)?;
+            prop_assert!(kv_heads.is_multiple_of(plan.kv_heads) && (!saves || plan.kv_heads == kv_heads));
+            check_tiles(&plan.attention, &sizes, 128)?;
+            check_tiles(&plan.scores.tiles, &sizes, 128)?;
+        }
+        let plan = NsaBackwardPlan::new(&problem, set, &facts, &options);
+        check_workspace(&plan.workspace)?;
+        for attention in &plan.attention {
+            check_workspace(&attention.workspace)?;
+            check_tiles(&attention.tiles, &sizes, 128)?;
+            prop_assert!(attention.splits.is_power_of_two() && attention.splits <= 32);
+            prop_assert!(attention.workspace.size_bytes() <= plan.scratch.bytes);
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Prefix sums of a batch on the device: tiles of rows, tiles of keys, compressed keys. One launch of one CTA, because the
+//! host does not know the lengths.
+//!
+//! Kernel file: `kernels/prepare.cuh`.
+
+use crate::driver::{Function, LaunchDims, Module, Stream};
+use crate::error::Result;
+use crate::params::PrepareParams;
+use crate::source::Specialisation;
+use std::sync::Arc;
+
+/// Kernels of the file and what they take.
+pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("prepare", "PrepareParams")];
+
+/// Threads of the CTA: the scan's tree is written for this number.
+const THREADS: u32 = 1024;
+
+/// The loaded kernel.
+#[derive(Debug)]
+pub(crate) struct PrepareKernel {
+    prepare: Function<PrepareParams>,
+}
+
+impl PrepareKernel {
+    pub(crate) fn load(module: &Arc<Module>, _: &Specialisation) -> Result<Self> {
+        Ok(Self { prepare: module.function("prepare")? })
+    }
+
+    /// Fills the tables that are not null.
+    pub(crate) fn launch(&self, stream: &Stream, params: &PrepareParams) -> Result<()> {
+        let dims = LaunchDims { grid: [1, 1, 1], threads: THREADS, smem_bytes: 0, overlaps: false };
+        self.prepare.launch(stream, dims, params)
+    }
+}

@@ -1,0 +1,280 @@
+//! Stage `dense`, Stage `window` and Stage `compressed` on device tensors: attention whose rows see an interval of keys.
+
+use super::tensors::passes;
+use super::{AttentionGradTensors, AttentionTensors, LaunchContext, check_batch, check_scale, scale_log2};
+use crate::band::BandKernel;
+use crate::band_backward::BandBackwardKernels;
+use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
+use crate::kernels::Kernels;
+use crate::params::{Band, BandBackwardParams, BandParams};
+use crate::plan::{BandBackwardPlan, BandPlan, BandProblem, BandScratch, PlanOptions, RowTiles, Sizes, Tables};
+use crate::prepare::PrepareKernel;
+use crate::source::{Kernel, Specialisation};
+use fsa_core::{Error, Result};
+use std::sync::Arc;
+
+/// Keys of a box that Hopper's kernels copy.
+pub(super) fn box_keys(sizes: &Sizes) -> usize {
+    if sizes.head_dim <= 128 { 128 } else { 64 }
+}
+
+/// The kernels' view of sequences, tiles and visible keys.
+pub(super) fn band(problem: &BandProblem, tiles: &RowTiles, batch: &DeviceBatch<'_>, tables: &Tables) -> Band {
+    let [cu_seqlens_q, cu_seqlens_kv] = batch.spans().map(|span| span.address());
+    let Tables { cu_compressed, tile_base, key_tile_base } = *tables;
+    let mut band = Band {
+        cu_seqlens_q,
+        cu_seqlens_kv,
+        cu_keys: if problem.keys.windows().is_some() { cu_compressed } else { cu_seqlens_kv },
+        tile_base,
+        key_tile_base,
+        batch: problem.sizes.sequences as i32,
+        total_q: problem.sizes.total_q as i32,
+        total_keys: problem.total_keys() as i32,
+        kernel_size: 0,
+        kernel_stride: 0,
+        window: 0,
+        group_size: problem.sizes.gqa_group_size() as i32,
+        tile_heads: tiles.tile_heads as i32,
+        tile_tokens: tiles.tile_tokens as i32,
+        head_tiles: tiles.head_tiles as i32,
+    };
+    problem.keys.describe(&mut band);
+    band
+}
+
+/// The attention alone, for calls that fill the tables themselves.
+#[derive(Debug)]
+pub(super) struct BandStep {
+    pub problem: BandProblem,
+    pub tiles: RowTiles,
+    kernel: Arc<BandKernel>,
+    specialisation: Specialisation,
+    multiprocessors: usize,
+}
+
+impl BandStep {
+    pub(super) fn new(kernels: &Kernels, problem: &BandProblem, tiles: RowTiles) -> Result<Self> {
+        let specialisation = problem.sizes.specialisation(Kernel::Band, kernels.set(), 64);
+        let (kernel, multiprocessors) = (kernels.one(&specialisation)?, kernels.device().facts().multiprocessors);
+        Ok(Self { problem: *problem, tiles, kernel, specialisation, multiprocessors })
+    }
+
+    pub(super) fn launch(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        tables: &Tables,
+        tensors: &AttentionTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let (sizes, set) = (&self.problem.sizes, self.specialisation.set);
+        if sizes.total_q == 0 {
+            return Ok(());
+        }
+        let keys = [self.problem.total_keys(), sizes.num_kv_heads];
+        let boxes = [self.tiles.tile_tokens, self.tiles.tile_heads];
+        let params = BandParams {
+            band: band(&self.problem, &self.tiles, batch, tables),
+            query: tensors.query.device(),
+            key: tensors.key.device(),
+            value: tensors.value.device(),
+            out: tensors.out.device(),
+            lse: tensors.lse.address(),
+            scale_log2: scale_log2(softmax_scale),
+            num_tiles: self.tiles.num_tiles as i32,
+            num_kv_heads: sizes.num_kv_heads as i32,
+            query_map: tensors.query.map(set, [sizes.total_q, sizes.num_q_heads], boxes, sizes)?,
+            key_map: tensors.key.map(set, keys, [box_keys(sizes), 1], sizes)?,
+            value_map: tensors.value.map(set, keys, [box_keys(sizes), 1], sizes)?,
+        };
+        Ok(self.kernel.launch(stream, &self.tiles, self.multiprocessors, &params)?)
+    }
+}
+
+/// A planned forward with its kernels.
+#[derive(Debug)]
+pub struct BandForward {
+    kernels: Arc<Kernels>,
+    plan: BandPlan,
+    prepare: Arc<PrepareKernel>,
+    step: BandStep,
+}
+
+impl BandForward {
+    /// Plans a call and makes its kernels ready; compiles those that this process and the cache lack.
+    ///
+    /// # Errors
+    /// The kernels do not support the problem, or cannot be had.
+    pub fn plan(kernels: &Arc<Kernels>, problem: &BandProblem) -> Result<Self> {
+        let used = [Kernel::Prepare, Kernel::Band].map(|k| problem.sizes.specialisation(k, kernels.set(), 64));
+        problem.check(kernels.device().facts(), &used)?;
+        kernels.get(&used)?;
+        let plan = BandPlan::new(problem, &used[1]);
+        let step = BandStep::new(kernels, problem, plan.tiles)?;
+        Ok(Self { kernels: Arc::clone(kernels), plan, prepare: kernels.one(&used[0])?, step })
+    }
+
+    /// Tiles and workspace.
+    pub fn plan_value(&self) -> &BandPlan {
+        &self.plan
+    }
+
+    /// Size of the workspace that a launch needs.
+    pub fn workspace_bytes(&self) -> usize {
+        self.plan.workspace.size_bytes()
+    }
+
+    /// Gives the forward to the stream.
+    ///
+    /// # Errors
+    /// A tensor or the workspace is smaller than planned for; nothing was launched. Or the driver fails.
+    pub fn launch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &AttentionTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let problem = &self.plan.problem;
+        check_scale(softmax_scale)?;
+        check_batch(batch, &problem.sizes)?;
+        tensors.check(&problem.sizes, problem.total_keys())?;
+        self.plan.workspace.check(&context.workspace)?;
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        let tables = self.plan.tables.tables(&context.workspace);
+        self.prepare.launch(context.stream, &self.plan.tables.params(batch, &context.workspace))?;
+        self.step.launch(context.stream, batch, &tables, tensors, softmax_scale)
+    }
+}
+
+/// The gradients alone, for calls that fill the tables themselves.
+#[derive(Debug)]
+pub(super) struct BandBackwardStep {
+    pub plan: BandBackwardPlan,
+    kernels: Arc<BandBackwardKernels>,
+    specialisation: Specialisation,
+    multiprocessors: usize,
+}
+
+impl BandBackwardStep {
+    pub(super) fn new(kernels: &Kernels, plan: BandBackwardPlan) -> Result<Self> {
+        let specialisation = plan.problem.sizes.specialisation(Kernel::BandBackward, kernels.set(), 64);
+        let multiprocessors = kernels.device().facts().multiprocessors;
+        Ok(Self { plan, kernels: kernels.one(&specialisation)?, specialisation, multiprocessors })
+    }
+
+    /// `workspace` is what the plan's scratch lies in.
+    pub(super) fn launch(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        (tables, workspace): (&Tables, &DeviceSpan<'_>),
+        tensors: &AttentionGradTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let sizes = &self.plan.problem.sizes;
+        passes(sizes.num_kv_heads, self.plan.kv_heads).try_for_each(|heads| {
+            let own = tensors.kv_heads_from(heads.start, sizes);
+            let params = self.params(batch, (tables, workspace), &own, heads.len(), softmax_scale)?;
+            Ok(self.kernels.launch(stream, &self.plan.tiles, self.multiprocessors, &params)?)
+        })
+    }
+
+    fn params(
+        &self,
+        batch: &DeviceBatch<'_>,
+        (tables, workspace): (&Tables, &DeviceSpan<'_>),
+        tensors: &AttentionGradTensors<'_>,
+        kv_heads: usize,
+        softmax_scale: f32,
+    ) -> Result<BandBackwardParams> {
+        let BandBackwardPlan { problem, tiles, num_key_tiles, splits, scratch, .. } = &self.plan;
+        let (sizes, set) = (problem.sizes.with_kv_heads(kv_heads), self.specialisation.set);
+        let BandScratch { row_stats, partial_keys } = scratch;
+        let (rows, keys) = ([sizes.total_q, sizes.num_q_heads], [problem.total_keys(), kv_heads]);
+        let (row_boxes, key_boxes) = ([tiles.tile_tokens, tiles.tile_heads], [box_keys(&sizes), 1]);
+        let AttentionTensors { query, key, value, out, lse } = &tensors.forward;
+        Ok(BandBackwardParams {
+            band: band(problem, tiles, batch, tables),
+            query: query.device(),
+            key: key.device(),
+            value: value.device(),
+            out: out.device(),
+            grad_out: tensors.grad_out.device(),
+            lse: lse.address(),
+            grad_lse: tensors.grad_lse.map_or(Address::default(), |grad| grad.address()),
+            row_stats: row_stats.address(workspace),
+            grad_query: tensors.grad_query.device(),
+            grad_key: tensors.grad_key.device(),
+            grad_value: tensors.grad_value.device(),
+            partial_keys: partial_keys.map_or(Address::default(), |slot| slot.address(workspace)),
+            scale_log2: scale_log2(softmax_scale),
+            scale: softmax_scale,
+            num_kv_heads: kv_heads as i32,
+            num_tiles: tiles.num_tiles as i32,
+            num_key_tiles: *num_key_tiles as i32,
+            splits: *splits as i32,
+            query_map: query.map(set, rows, row_boxes, &sizes)?,
+            grad_out_map: tensors.grad_out.map(set, rows, row_boxes, &sizes)?,
+            key_map: key.map(set, keys, key_boxes, &sizes)?,
+            value_map: value.map(set, keys, key_boxes, &sizes)?,
+        })
+    }
+}
+
+/// A planned backward with its kernels. Equal bits for equal input.
+#[derive(Debug)]
+pub struct BandBackward {
+    kernels: Arc<Kernels>,
+    prepare: Arc<PrepareKernel>,
+    step: BandBackwardStep,
+}
+
+impl BandBackward {
+    /// Plans a call and makes its kernels ready; compiles those that this process and the cache lack.
+    ///
+    /// # Errors
+    /// The kernels do not support the problem, or cannot be had.
+    pub fn plan(kernels: &Arc<Kernels>, problem: &BandProblem, options: &PlanOptions) -> Result<Self> {
+        let used = [Kernel::Prepare, Kernel::BandBackward].map(|k| problem.sizes.specialisation(k, kernels.set(), 64));
+        let facts = kernels.device().facts();
+        problem.check(facts, &used)?;
+        kernels.get(&used)?;
+        let plan = BandBackwardPlan::new(problem, &used[1], facts, options);
+        let step = BandBackwardStep::new(kernels, plan)?;
+        Ok(Self { kernels: Arc::clone(kernels), prepare: kernels.one(&used[0])?, step })
+    }
+
+    /// Tiles, splits and workspace.
+    pub fn plan_value(&self) -> &BandBackwardPlan {
+        &self.step.plan
+    }
+
+    /// Size of the workspace that a launch needs.
+    pub fn workspace_bytes(&self) -> usize {
+        self.step.plan.workspace.size_bytes()
+    }
+
+    /// Gives the backward to the stream.
+    ///
+    /// # Errors
+    /// A tensor or the workspace is smaller than planned for; nothing was launched. Or the driver fails.
+    pub fn launch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &AttentionGradTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let plan = &self.step.plan;
+        check_scale(softmax_scale)?;
+        check_batch(batch, &plan.problem.sizes)?;
+        tensors.check(&plan.problem.sizes, plan.problem.total_keys())?;
+        plan.workspace.check(&context.workspace)?;
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        let tables = plan.tables.tables(&context.workspace);
+        self.prepare.launch(context.stream, &plan.tables.params(batch, &context.workspace))?;
+        self.step.launch(context.stream, batch, (&tables, &context.workspace), tensors, softmax_scale)
+    }
+}

@@ -1,0 +1,219 @@
+//! Forward of the whole: compression, rotation, the three branches, their sum.
+
+use super::tensors::{NsaForwardTensors, NsaSavedTensors};
+use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
+use crate::kernels::Kernels;
+use crate::plan::{ForwardTemporaries, NsaForwardPlan, NsaProblem, PlanOptions, Sizes, Tables};
+use crate::prepare::PrepareKernel;
+use crate::selected::SelectedForward;
+use crate::source::Kernel;
+use crate::stages::band::BandStep;
+use crate::stages::combine::CombineStep;
+use crate::stages::compress::CompressStep;
+use crate::stages::select::{SelectStep, score_tables};
+use crate::stages::tensors::passes;
+use crate::stages::{
+    AttentionTensors, CombineTensors, CompressTensors, LaunchContext, RopeRows, RopeTurn, TensorSpan, check_batch,
+    check_scale,
+};
+use fsa_core::{Error, Result, Rope};
+use std::sync::Arc;
+
+/// A planned forward with its kernels.
+#[derive(Debug)]
+pub struct NsaForward {
+    kernels: Arc<Kernels>,
+    plan: NsaForwardPlan,
+    prepare: Arc<PrepareKernel>,
+    compress: [CompressStep; 2],
+    rope: Option<RopeTurn>,
+    compressed: BandStep,
+    select: SelectStep,
+    selected: SelectedForward,
+    window: BandStep,
+    combine: CombineStep,
+    replays: Replays,
+}
+
+/// What the stages of one pass share.
+struct Pass<'a> {
+    stream: &'a Stream,
+    workspace: DeviceSpan<'a>,
+    batch: &'a DeviceBatch<'a>,
+    tables: Tables,
+    softmax_scale: f32,
+}
+
+impl NsaForward {
+    /// Plans a call and makes its kernels ready; compiles those that this process and the cache lack, side by side. With `saves`
+    /// a launch writes what the backward needs. `rope` comes with the elements of a vector that it rotates, those of the call.
+    ///
+    /// # Errors
+    /// The kernels do not support the problem, or cannot be had; `rope` is not there as the problem says, or not valid.
+    pub fn plan(
+        kernels: &Arc<Kernels>,
+        problem: &NsaProblem,
+        rope: Option<(&Rope, usize)>,
+        options: &PlanOptions,
+        saves: bool,
+    ) -> Result<Self> {
+        let (facts, set) = (kernels.device().facts(), kernels.set());
+        check_rope(problem, rope.is_some())?;
+        problem.check(facts)?;
+        let plan = NsaForwardPlan::new(problem, set, facts, options, saves)?;
+        let pass = plan.pass();
+        let stages = [Kernel::Band, Kernel::Select, Kernel::Index, Kernel::Attend, Kernel::Reduce];
+        kernels.get(&pass.kernels(set, &stages))?;
+        let [key, value] = pass.compress();
+        let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..*options };
+        Ok(Self {
+            kernels: Arc::clone(kernels),
+            prepare: kernels.one(&pass.specialisation(Kernel::Prepare, set))?,
+            compress: [
+                CompressStep::new(kernels, &key, plan.compress[0])?,
+                CompressStep::new(kernels, &value, plan.compress[1])?,
+            ],
+            rope: rope.map(|(rope, dim)| RopeTurn::plan(kernels, &pass.sizes, rope, dim)).transpose()?,
+            compressed: BandStep::new(kernels, &pass.select().attention(), plan.attention)?,
+            select: SelectStep::new(kernels, &pass.select(), plan.scores)?,
+            selected: SelectedForward::plan(kernels, &pass.selected(), &options)?,
+            window: BandStep::new(kernels, &pass.window(), plan.attention)?,
+            combine: CombineStep::new(kernels, &pass.sizes)?,
+            replays: Replays::default(),
+            plan,
+        })
+    }
+
+    /// Passes and workspace.
+    pub fn plan_value(&self) -> &NsaForwardPlan {
+        &self.plan
+    }
+
+    /// Size of the workspace that a launch needs.
+    pub fn workspace_bytes(&self) -> usize {
+        self.plan.workspace.size_bytes()
+    }
+
+    /// Gives the forward to the stream.
+    ///
+    /// # Errors
+    /// A tensor or the workspace is smaller than planned for; nothing was launched. Or the driver fails.
+    pub fn launch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &NsaForwardTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let problem = &self.plan.problem;
+        check_scale(softmax_scale)?;
+        check_batch(batch, &problem.sizes)?;
+        tensors.check(problem, self.plan.saves)?;
+        self.plan.workspace.check(&context.workspace)?;
+        let call = call(tensors.numbers(), context, batch, softmax_scale);
+        self.replays.run(context.stream, call, |stream| {
+            self.launch_all(&LaunchContext { stream, ..*context }, batch, tensors, softmax_scale)
+        })
+    }
+
+    fn launch_all(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &NsaForwardTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let (plan, workspace) = (&self.plan, context.workspace);
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        self.prepare.launch(context.stream, &plan.tables.params(batch, &workspace))?;
+        if let Some(own) = &plan.scores.tables {
+            self.prepare.launch(context.stream, &own.params(batch, &workspace))?;
+        }
+        let tables = plan.tables.tables(&workspace);
+        let pass = Pass { stream: context.stream, workspace, batch, tables, softmax_scale };
+        passes(plan.problem.sizes.num_kv_heads, plan.kv_heads).try_for_each(|heads| {
+            let own = tensors.heads_from(heads.start, &plan.problem);
+            let state = match (&own.saved, &plan.temporaries) {
+                (Some(saved), _) => *saved,
+                (None, Some(temporaries)) => state(temporaries, &plan.pass().sizes, &own.out, &workspace),
+                (None, None) => unreachable!("checked to be as planned"),
+            };
+            self.launch_pass(&pass, &own, &state)
+        })
+    }
+
+    fn launch_pass(&self, pass: &Pass<'_>, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>) -> Result<()> {
+        let Pass { stream, workspace, batch, ref tables, softmax_scale } = *pass;
+        for (c, input) in [tensors.key, tensors.value].into_iter().enumerate() {
+            let (out, parameters) = (state.compressed[c], tensors.parameters[c]);
+            let compress = CompressTensors { input, out, weight: parameters.weight, position: parameters.position };
+            self.compress[c].forward(stream, batch, (tables, &workspace), &compress)?;
+        }
+        self.rotate(pass, tensors, state)?;
+        let [query, key] = state.rotated.unwrap_or([tensors.query, tensors.key]);
+        let branch =
+            |b: usize, key, value| AttentionTensors { query, key, value, out: state.branches[b], lse: state.lse[b] };
+        let compressed = branch(0, state.compressed[0], state.compressed[1]);
+        self.compressed.launch(stream, batch, tables, &compressed, softmax_scale)?;
+        let scores = score_tables(&self.plan.scores, tables, &workspace);
+        self.select.launch(stream, batch, &scores, (&compressed, &tensors.topk_indices), softmax_scale)?;
+        let selected = branch(1, key, tensors.value).selected(tensors.topk_indices);
+        let context = LaunchContext { stream, workspace: self.plan.selected.span(&workspace) };
+        self.selected.launch(&context, batch, &selected, softmax_scale)?;
+        self.window.launch(stream, batch, tables, &branch(2, key, tensors.value), softmax_scale)?;
+        let combine = CombineTensors { branches: state.branches, gates: tensors.gates, out: tensors.out };
+        self.combine.forward(stream, &combine, self.plan.pass().sizes.num_q_heads)
+    }
+
+    /// Compressed keys in place, query and key beside those of the call.
+    fn rotate(&self, pass: &Pass<'_>, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>) -> Result<()> {
+        let (Some(rope), Some([query, key])) = (&self.rope, &state.rotated) else { return Ok(()) };
+        let NsaProblem { sizes: Sizes { num_q_heads, num_kv_heads, .. }, windows, .. } = self.plan.pass();
+        let compressed = RopeRows::Compressed { windows, cu_compressed: self.plan.tables.compressed(&pass.workspace) };
+        let turns = [
+            (compressed, &state.compressed[0], &state.compressed[0], num_kv_heads),
+            (RopeRows::Query, &tensors.query, query, num_q_heads),
+            (RopeRows::Key, &tensors.key, key, num_kv_heads),
+        ];
+        turns.into_iter().try_for_each(|(rows, input, out, heads)| {
+            rope.launch_on(pass.stream, pass.batch, &rows, (input, out, heads), false)
+        })
+    }
+}
+
+/// The state of a pass in the workspace; the compressed branch in the output, where the sum replaces it.
+fn state<'a>(
+    temporaries: &ForwardTemporaries,
+    sizes: &Sizes,
+    out: &TensorSpan<'a>,
+    workspace: &DeviceSpan<'a>,
+) -> NsaSavedTensors<'a> {
+    let Sizes { num_q_heads, num_kv_heads, head_dim, .. } = *sizes;
+    let tensor = |slot: &crate::plan::Slot, heads| TensorSpan::contiguous(slot.span(workspace), heads, head_dim);
+    let [selected, window] = temporaries.branches.each_ref().map(|slot| tensor(slot, num_q_heads));
+    let rotated = temporaries.rotated.as_ref();
+    NsaSavedTensors {
+        rotated: rotated.map(|[query, key]| [tensor(query, num_q_heads), tensor(key, num_kv_heads)]),
+        compressed: temporaries.compressed.each_ref().map(|slot| tensor(slot, num_kv_heads)),
+        branches: [*out, selected, window],
+        lse: temporaries.lse.each_ref().map(|slot| slot.span(workspace)),
+    }
+}
+
+/// A rotary embedding is there if the problem says so.
+pub(super) fn check_rope(problem: &NsaProblem, given: bool) -> Result<()> {
+    let word = |there| if there { "a rotary embedding" } else { "none" };
+    if problem.rope == given { Ok(()) } else { Err(Error::input("rope", word(problem.rope), word(given))) }
+}
+
+/// Everything that a call gives to the device.
+pub(super) fn call(
+    mut numbers: Vec<u64>,
+    context: &LaunchContext<'_>,
+    batch: &DeviceBatch<'_>,
+    softmax_scale: f32,
+) -> Vec<u64> {
+    numbers.extend(batch.spans().map(|span| span.address().0));
+    numbers.extend([context.workspace.address().0, softmax_scale.to_bits().into()]);
+    numbers
+}

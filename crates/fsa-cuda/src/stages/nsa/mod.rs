@@ -1,0 +1,9 @@
+//! Stage `nsa` on device tensors: the whole operation as one planned call on one workspace.
+
+mod backward;
+mod forward;
+mod tensors;
+
+pub use backward::NsaBackward;
+pub use forward::NsaForward;
+pub use tensors::{NsaBackwardTensors, NsaForwardTensors, NsaParameterGrads, NsaParameters, NsaSavedTensors};

@@ -1,0 +1,303 @@
+//! The whole operation on device tensors, on a GPU: passes of heads, recorded and repeated calls, what is refused.
+
+use fsa_core::{Batch, DType, Error, NsaConfig, Rope, bf16};
+use fsa_cuda::CudaBackend;
+use fsa_cuda::driver::{DeviceBuffer, Graph, Stream, UploadedBatch};
+use fsa_cuda::plan::{CompressionKind, NsaProblem, PlanOptions, Sizes};
+use fsa_cuda::stages::{
+    Gates, LaunchContext, NsaBackward, NsaBackwardTensors, NsaForward, NsaForwardTensors, NsaParameters,
+    NsaSavedTensors, TensorSpan,
+};
+
+const HEADS: [usize; 2] = [8, 4];
+const DIM: usize = 64;
+const SCALE: f32 = 0.125;
+
+/// Three sequences, one without rows, one with fewer rows than keys.
+fn batch() -> Batch {
+    Batch::from_cu_seqlens(&[0, 150, 150, 210], &[0, 150, 190, 330]).expect("valid")
+}
+
+fn problem() -> NsaProblem {
+    let batch = batch();
+    let sizes = Sizes {
+        total_q: batch.total_q(),
+        total_kv: batch.total_kv(),
+        sequences: batch.sequences().len(),
+        num_q_heads: HEADS[0],
+        num_kv_heads: HEADS[1],
+        head_dim: DIM,
+        dtype: DType::Bf16,
+    };
+    let config = NsaConfig { block_size: 16, topk: 5, window_size: 40, ..NsaConfig::default() };
+    NsaProblem::new(&sizes, &config, [CompressionKind::Weighted, CompressionKind::Linear { position: true }], true)
+}
+
+/// What a call takes besides its plan.
+struct Call {
+    stream: Stream,
+    backend: CudaBackend,
+    batch: UploadedBatch,
+    query: DeviceBuffer,
+    key: DeviceBuffer,
+    value: DeviceBuffer,
+    gates: DeviceBuffer,
+    grad_out: DeviceBuffer,
+    parameters: [[Option<DeviceBuffer>; 2]; 2],
+}
+
+/// Numbers between -1 and 1 that look random.
+fn numbers(seed: u64, count: usize) -> Vec<bf16> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bf16::from_f32((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn memory(backend: &CudaBackend, stream: &Stream, bytes: usize) -> DeviceBuffer {
+    let buffer = DeviceBuffer::new(backend.kernels().device(), "memory", bytes).expect("small");
+    let _bound = backend.kernels().device().bind().expect("binds");
+    buffer.span().fill(0xff, stream).expect("fills");
+    buffer
+}
+
+impl Call {
+    fn new() -> Self {
+        let backend = CudaBackend::new().expect("a device");
+        let stream = Stream::new(backend.kernels().device()).expect("a stream");
+        let problem = problem();
+        let upload = |seed, bytes: usize| {
+            let buffer = memory(&backend, &stream, bytes);
+            buffer.upload(&numbers(seed, bytes / 2), &stream).expect("uploads");
+            buffer
+        };
+        let Sizes { total_q, total_kv, .. } = problem.sizes;
+        let rows = |seed, rows: usize, heads: usize| upload(seed, rows * heads * DIM * 2);
+        let parameters = problem.compress().map(|compress| {
+            [compress.weight_bytes(), compress.position_bytes()].map(|bytes| (bytes > 0).then(|| upload(7, bytes)))
+        });
+        Self {
+            batch: UploadedBatch::new(backend.kernels().device(), &batch(), &stream).expect("uploads"),
+            query: rows(1, total_q, HEADS[0]),
+            key: rows(2, total_kv, HEADS[1]),
+            value: rows(3, total_kv, HEADS[1]),
+            gates: upload(4, total_q * HEADS[0] * 3 * 2),
+            grad_out: rows(5, total_q, HEADS[0]),
+            parameters,
+            stream,
+            backend,
+        }
+    }
+
+    fn memory(&self, bytes: usize) -> DeviceBuffer {
+        memory(&self.backend, &self.stream, bytes)
+    }
+
+    fn context<'a>(&'a self, workspace: &'a DeviceBuffer) -> LaunchContext<'a> {
+        LaunchContext { stream: &self.stream, workspace: workspace.span() }
+    }
+
+    fn forward_tensors<'a>(
+        &'a self,
+        outputs: &'a [DeviceBuffer; 2],
+        saved: Option<&'a Saved>,
+    ) -> NsaForwardTensors<'a> {
+        NsaForwardTensors {
+            query: of_q(&self.query),
+            key: of_kv(&self.key),
+            value: of_kv(&self.value),
+            gates: Gates::per_head(self.gates.span(), HEADS[0]),
+            parameters: spans(&self.parameters),
+            out: of_q(&outputs[0]),
+            topk_indices: outputs[1].span(),
+            saved: saved.map(Saved::tensors),
+        }
+    }
+
+    /// `out` and `topk_indices`.
+    fn outputs(&self) -> [DeviceBuffer; 2] {
+        [self.memory(self.query.span().size_bytes()), self.memory(problem().topk_indices_bytes())]
+    }
+
+    fn plan_forward(&self, budget_bytes: usize, saves: bool) -> NsaForward {
+        let options = PlanOptions { budget_bytes, deterministic: true };
+        NsaForward::plan(self.backend.kernels(), &problem(), Some((&Rope::default(), DIM)), &options, saves)
+            .expect("plans")
+    }
+
+    /// Bits of `out` and `topk_indices`.
+    fn bits(&self, outputs: &[DeviceBuffer; 2]) -> Vec<Vec<u16>> {
+        outputs.iter().map(|buffer| self.words(buffer)).collect()
+    }
+
+    fn words(&self, buffer: &DeviceBuffer) -> Vec<u16> {
+        let mut words = vec![0; buffer.span().size_bytes() / 2];
+        buffer.download(&mut words, &self.stream).expect("downloads");
+        words
+    }
+}
+
+fn of_q(buffer: &DeviceBuffer) -> TensorSpan<'_> {
+    TensorSpan::contiguous(buffer.span(), HEADS[0], DIM)
+}
+
+fn of_kv(buffer: &DeviceBuffer) -> TensorSpan<'_> {
+    TensorSpan::contiguous(buffer.span(), HEADS[1], DIM)
+}
+
+fn spans(parameters: &[[Option<DeviceBuffer>; 2]; 2]) -> [NsaParameters<'_>; 2] {
+    parameters.each_ref().map(|[weight, position]| NsaParameters {
+        weight: weight.as_ref().map(DeviceBuffer::span),
+        position: position.as_ref().map(DeviceBuffer::span),
+    })
+}
+
+/// Memory for what the backward needs.
+struct Saved {
+    rotated: [DeviceBuffer; 2],
+    compressed: [DeviceBuffer; 2],
+    branches: [DeviceBuffer; 3],
+    lse: [DeviceBuffer; 3],
+}
+
+impl Saved {
+    fn new(call: &Call) -> Self {
+        let (query, key) = (call.query.span().size_bytes(), call.key.span().size_bytes());
+        Self {
+            rotated: [call.memory(query), call.memory(key)],
+            compressed: [(); 2].map(|()| call.memory(problem().total_compressed() * HEADS[1] * DIM * 2)),
+            branches: [(); 3].map(|()| call.memory(query)),
+            lse: [(); 3].map(|()| call.memory(HEADS[0] * problem().sizes.total_q * 4)),
+        }
+    }
+
+    fn tensors(&self) -> NsaSavedTensors<'_> {
+        NsaSavedTensors {
+            rotated: Some([of_q(&self.rotated[0]), of_kv(&self.rotated[1])]),
+            compressed: self.compressed.each_ref().map(of_kv),
+            branches: self.branches.each_ref().map(of_q),
+            lse: self.lse.each_ref().map(DeviceBuffer::span),
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn passes_of_heads_recorded_and_repeated_calls_give_the_same_bits() {
+    let call = Call::new();
+    let (outputs, saved) = (call.outputs(), Saved::new(&call));
+    let whole = call.plan_forward(256 << 20, true);
+    let workspace = call.memory(whole.workspace_bytes());
+    let tensors = call.forward_tensors(&outputs, Some(&saved));
+    let launch = || whole.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE);
+    launch().expect("launches");
+    let expected = call.bits(&outputs);
+    assert!(!expected[0].contains(&0xffff), "every element is written");
+    // Again, then from a graph of the plan's own, then from the caller's.
+    for _ in 0..2 {
+        launch().expect("launches");
+        assert_eq!(call.bits(&outputs), expected);
+    }
+    let graph = Graph::capture(&call.stream, launch).expect("records");
+    outputs[0].upload(&vec![0u16; expected[0].len()], &call.stream).expect("uploads");
+    graph.launch(&call.stream).expect("launches");
+    assert_eq!(call.bits(&outputs), expected);
+    for budget_bytes in [256 << 20, 0] {
+        let part = call.plan_forward(budget_bytes, false);
+        assert_eq!(part.plan_value().kv_heads, if budget_bytes == 0 { 1 } else { HEADS[1] });
+        let (outputs, workspace) = (call.outputs(), call.memory(part.workspace_bytes()));
+        let tensors = call.forward_tensors(&outputs, None);
+        part.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE).expect("launches");
+        assert_eq!(call.bits(&outputs), expected, "{}", part.plan_value());
+    }
+}
+
+/// Gradients of query, key, value, gates and of the parameters.
+fn backward(call: &Call, saved: &Saved, ids: &DeviceBuffer, budget_bytes: usize) -> Vec<Vec<f32>> {
+    let options = PlanOptions { budget_bytes, deterministic: true };
+    let rope = Rope::default();
+    let planned = NsaBackward::plan(call.backend.kernels(), &problem(), Some((&rope, DIM)), &options).expect("plans");
+    assert_eq!(planned.plan_value().kv_heads == 1, budget_bytes == 0, "{}", planned.plan_value());
+    let workspace = call.memory(planned.workspace_bytes());
+    let like = |buffer: &DeviceBuffer| call.memory(buffer.span().size_bytes());
+    let gradients = [&call.query, &call.key, &call.value, &call.gates].map(like);
+    let parameters = call.parameters.each_ref().map(|both| both.each_ref().map(|buffer| buffer.as_ref().map(like)));
+    let [grad_query, grad_key, grad_value, grad_gates] = &gradients;
+    let tensors = NsaBackwardTensors {
+        query: of_q(&call.query),
+        key: of_kv(&call.key),
+        value: of_kv(&call.value),
+        gates: Gates::per_head(call.gates.span(), HEADS[0]),
+        parameters: spans(&call.parameters),
+        saved: saved.tensors(),
+        topk_indices: ids.span(),
+        grad_out: of_q(&call.grad_out),
+        grad_query: of_q(grad_query),
+        grad_key: of_kv(grad_key),
+        grad_value: of_kv(grad_value),
+        grad_gates: grad_gates.span(),
+        grad_parameters: spans(&parameters),
+    };
+    planned.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE).expect("launches");
+    let all = gradients.iter().chain(parameters.iter().flatten().flatten());
+    all.map(|buffer| call.words(buffer).into_iter().map(|word| bf16::from_bits(word).to_f32()).collect()).collect()
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_backward_head_by_head_is_that_of_all_heads() {
+    let call = Call::new();
+    let (outputs, saved) = (call.outputs(), Saved::new(&call));
+    let forward = call.plan_forward(256 << 20, true);
+    let workspace = call.memory(forward.workspace_bytes());
+    let tensors = call.forward_tensors(&outputs, Some(&saved));
+    forward.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE).expect("launches");
+    let [whole, parts] = [256 << 20, 0].map(|budget| backward(&call, &saved, &outputs[1], budget));
+    assert_eq!(whole.len(), 4 + 3, "a weight, and a weight with a position");
+    for (number, (whole, parts)) in whole.iter().zip(&parts).enumerate() {
+        let largest = whole.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        assert!(largest > 0.0 && largest.is_finite(), "gradient {number}");
+        // Sums of chunks of another size are rounded elsewhere.
+        let worst = whole.iter().zip(parts).fold(0.0f32, |worst, (a, b)| worst.max((a - b).abs()));
+        assert!(worst <= largest / 64.0, "gradient {number}: {worst} of {largest}");
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn what_is_not_as_planned_is_refused_before_anything_runs() {
+    let call = Call::new();
+    let (outputs, saved) = (call.outputs(), Saved::new(&call));
+    let planned = call.plan_forward(256 << 20, true);
+    let workspace = call.memory(planned.workspace_bytes());
+    let refused = |tensors: &NsaForwardTensors<'_>, scale| {
+        let error = planned.launch(&call.context(&workspace), &call.batch.get(), tensors, scale).expect_err("refused");
+        match error {
+            Error::Input(error) => error.argument,
+            other => other.to_string(),
+        }
+    };
+    let good = call.forward_tensors(&outputs, Some(&saved));
+    assert_eq!(refused(&NsaForwardTensors { saved: None, ..good }, SCALE), "saved");
+    assert_eq!(refused(&NsaForwardTensors { query: of_q(&call.key), ..good }, SCALE), "query");
+    assert_eq!(refused(&NsaForwardTensors { key: TensorSpan { row_stride: 4, ..good.key }, ..good }, SCALE), "key");
+    assert_eq!(refused(&NsaForwardTensors { parameters: Default::default(), ..good }, SCALE), "key_compression.weight");
+    assert_eq!(
+        refused(&NsaForwardTensors { topk_indices: call.gates.span().part(0, 32), ..good }, SCALE),
+        "topk_indices"
+    );
+    assert!(refused(&good, -1.0).contains("negate query instead"));
+    let few = LaunchContext { stream: &call.stream, workspace: workspace.span().part(0, 256) };
+    let error = planned.launch(&few, &call.batch.get(), &good, SCALE).expect_err("a small workspace");
+    assert_eq!(error.argument(), Some("workspace"));
+    let other = UploadedBatch::new(call.backend.kernels().device(), &Batch::single(8), &call.stream).expect("uploads");
+    let error = planned.launch(&call.context(&workspace), &other.get(), &good, SCALE).expect_err("another batch");
+    assert_eq!(error.argument(), Some("cu_seqlens_q"));
+    assert!(call.bits(&outputs).iter().flatten().all(|word| *word == 0xffff), "an output was written");
+    let without = NsaForward::plan(call.backend.kernels(), &problem(), None, &PlanOptions::default(), true);
+    assert_eq!(without.expect_err("the problem has a rotary embedding").argument(), Some("rope"));
+}
