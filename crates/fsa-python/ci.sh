@@ -42,6 +42,8 @@ print(f"fsa_rs {fsa_rs.__version__} works with NumPy {np.__version__} alone")
 PYTHON
 )
 
+(cd "$work" && plain/bin/python -m fsa_rs.check --device cpu | tail -n 1)
+
 "$work/plain/bin/pip" install --quiet 'pytest>=8' ml_dtypes
 (cd "$work" && plain/bin/python "${pytest[@]}" "$OLDPWD/tests")
 

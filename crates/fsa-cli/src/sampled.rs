@@ -211,16 +211,16 @@ impl Sample {
     }
 
     /// `out` of the whole operation and `lse` of its branches, with the selection that was made.
-    pub fn nsa(&self, args: &NsaArgs<'_>, out: &Tensor, saved: &fsa::NsaSaved) -> fsa::Result<Vec<Compared>> {
+    pub fn nsa(
+        &self,
+        args: &NsaArgs<'_>,
+        (out, [compressed, selected, window]): (&TensorView<'_>, [TensorView<'_>; 3]),
+        topk_indices: TensorView<'_>,
+    ) -> fsa::Result<Vec<Compared>> {
         let inputs = self.nsa_inputs(args)?;
-        let stages = stages(args.config, &saved.topk_indices);
-        let [compressed, selected, window] = &saved.lse;
-        let got = [
-            self.gather(&out.view())?,
-            self.gather_lse(&compressed.view())?,
-            self.gather_lse(&selected.view())?,
-            self.gather_lse(&window.view())?,
-        ];
+        let stages = stages(args.config, topk_indices);
+        let got =
+            [self.gather(out)?, self.gather_lse(&compressed)?, self.gather_lse(&selected)?, self.gather_lse(&window)?];
         let names = ["out", "lse_compressed", "lse_selected", "lse_window"];
         let dtypes = [out.dtype(), DType::F32, DType::F32, DType::F32];
         compare(&names, dtypes, &got, |a| {
@@ -234,19 +234,14 @@ impl Sample {
     pub fn nsa_backward(
         &self,
         args: &NsaArgs<'_>,
-        topk_indices: &Tensor,
-        grad_out: &Tensor,
-        grads: &fsa::NsaGradTensors,
+        topk_indices: TensorView<'_>,
+        grad_out: &TensorView<'_>,
+        [query, key, value, gates]: [TensorView<'_>; 4],
     ) -> fsa::Result<Vec<Compared>> {
         let inputs = self.nsa_inputs(args)?;
         let stages = stages(args.config, topk_indices);
-        let grad_out = self.gather(&grad_out.view())?;
-        let got = [
-            self.gather(&grads.grad_query.view())?,
-            Array::from_view(&grads.grad_key.view()),
-            Array::from_view(&grads.grad_value.view()),
-            self.gather(&grads.grad_gates.view())?,
-        ];
+        let grad_out = self.gather(grad_out)?;
+        let got = [self.gather(&query)?, Array::from_view(&key), Array::from_view(&value), self.gather(&gates)?];
         let names = ["grad_query", "grad_key", "grad_value", "grad_gates"];
         compare(&names, [args.query.dtype(); 4], &got, |a| {
             let prepared = nsa::prepare(a, &inputs);
@@ -262,7 +257,7 @@ impl Sample {
         &self,
         args: &AttentionArgs<'_>,
         config: &NsaConfig,
-        topk_indices: &Tensor,
+        topk_indices: &TensorView<'_>,
     ) -> fsa::Result<usize> {
         let inputs = self.inputs(args)?;
         let stage = compressed_stage(config);
@@ -273,7 +268,7 @@ impl Sample {
             .collect();
         let scores = places.iter().map(|place| score::row_scores(&Exact, &inputs, &forward, config, place)).collect();
         let selection = Selection { attention: forward, scores, topk_indices: Vec::new() };
-        let ids = topk_indices.view().typed::<i32>("topk_indices")?;
+        let ids = topk_indices.typed::<i32>("topk_indices")?;
         let mut wrong = 0;
         for place in &places {
             let verdicts = BoundedScores::new(&inputs, &selection, config, place).verdicts(config);
@@ -292,8 +287,8 @@ fn compressed_stage(config: &NsaConfig) -> AttentionStage<'static> {
 }
 
 /// The branches in the order of the gates.
-fn stages<'a>(config: &NsaConfig, topk_indices: &'a Tensor) -> [AttentionStage<'a>; 3] {
-    let (topk_indices, block_size) = (topk_indices.view(), config.block_size);
+fn stages<'a>(config: &NsaConfig, topk_indices: TensorView<'a>) -> [AttentionStage<'a>; 3] {
+    let block_size = config.block_size;
     [
         compressed_stage(config),
         AttentionStage::Selected { topk_indices, block_size, validate: false },

@@ -20,7 +20,9 @@ fn without_the_gpu_every_command_says_so_before_anything_is_read_or_written() {
     let folder = Folder::new();
     let (input, output) = (folder.argument("none.safetensors"), folder.argument("out.safetensors"));
     let record = folder.argument("records");
-    let commands: [&[&str]; 5] = [
+    let png = folder.argument("map.png");
+    let commands: [&[&str]; 6] = [
+        &["demo", "--png", &png],
         &["check"],
         &["bench"],
         &["bench", "--record", &record],
@@ -62,6 +64,8 @@ fn the_suite_of_the_gpu_is_listed_with_the_others() {
     let rows = suite["rows"].as_array().expect("a list");
     assert_eq!(rows.len(), 12, "two passes, three kinds of heads, two block sizes");
     assert!(rows.iter().all(|row| row.as_str().is_some_and(|row| row.starts_with("selected/"))), "{rows:?}");
+    let all = suites.as_array().expect("a list").iter().find(|suite| suite["name"] == "cuda_stages").expect("listed");
+    assert_eq!(all["rows"].as_array().expect("a list").len(), 2 * 17, "every stage at two lengths");
 }
 
 #[test]
@@ -75,17 +79,39 @@ fn calls_are_repeated_on_the_cpu_too() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn the_suite_passes_beside_the_cpu() {
-    let rows = fsa(&["check", "--device", "cuda", "--cases", "10", "--repeat", "5", "--json"]).json();
+    let rows = fsa(&["check", "--device", "cuda", "--cases", "5", "--repeat", "3", "--json"]).json();
     let rows = rows.as_array().expect("a list");
-    assert_eq!(rows.len(), 4, "forward and backward in bf16 and f16");
+    assert_eq!(rows.len(), 2 * 17, "bf16 and f16 of nine stages, forward and backward, without that of the selection");
     for row in rows {
-        assert_eq!((&row["stage"], &row["failures"]), (&"selected".into(), &0.into()));
+        assert_eq!(row["failures"], 0, "{row}");
         let number = |name: &str| row["beside"][name].as_f64().unwrap_or_else(|| panic!("{name} of {row}"));
         assert!(number("worst_ratio") <= 1.0 && number("greatest_difference") <= 2.0, "{row}");
     }
-    fsa(&["check", "--device", "cuda", "--stage", "dense"]).is_misuse(&["stage on CUDA", "got dense"]);
     fsa(&["check", "--device", "cuda", "--dtype", "f32"]).is_misuse(&["dtype on CUDA", "got f32"]);
     fsa(&["check", "--device", "cuda", "--compare-threads", "2"]).is_misuse(&["--compare-threads"]);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_demo_is_right_on_the_device() {
+    let folder = Folder::new();
+    let png = folder.argument("map.png");
+    let demo = fsa(&["demo", "--device", "cuda", "--tokens", "2000", "--png", &png, "--json"]).json();
+    assert_eq!((&demo["device"], &demo["dtype"]), (&"cuda".into(), &"bf16".into()));
+    assert_eq!(demo["wrong_selections"], 0);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn every_stage_is_verified_and_timed_on_the_device() {
+    let flags = ["--suite", "cuda_stages", "--tokens", "1024", "--filter", "h32-8", "--budget", "0", "--json"];
+    let record = fsa(&[&["bench", "--device", "cuda"][..], &flags].concat()).json();
+    let rows = record["results"].as_array().expect("a list");
+    assert_eq!(rows.len(), 17, "nine stages, forward and backward, without the backward of the selection");
+    for row in rows {
+        let number = |name: &str| row[name].as_f64().unwrap_or_else(|| panic!("{name} of {row}"));
+        assert!(number("median_ms") > 0.0 && number("max_error") <= number("error_bound"), "{row}");
+    }
 }
 
 #[test]

@@ -2,24 +2,19 @@
 
 check     window, compressed and dense attention, forward and backward, and the selection, small and packed, against float64
 bench     medians of graph replays at the shapes of the record
-FSA_DEV_SET=sm80: the portable kernels. Without a CUDA device of PyTorch's the driver library is called on host memory (an emulated one).
+FSA_DEV_SET=sm80: the portable kernels
 """
-import ctypes, math, os, statistics, sys
+import ctypes, math, sys
 import torch
-import nvrtc, sets
+import sets
+from driver import Module, cuda
 from band_params import Band, BandBackwardParams, BandParams, PrepareParams, SelectParams, TensorMap, aligned
 from params import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda"
 HOPPER = sets.SET == "sm90"
 ROWS = 128 if HOPPER else 64
-MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count if DEVICE == "cuda" else 3
-if DEVICE == "cuda":
-    import driver
-    Module, cuda = driver.Module, driver.cuda
-else:
-    import emulated
-    Module, cuda = emulated.Module, emulated.cuda
+MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def tensor(x):
@@ -266,8 +261,7 @@ def check_select(name, cu_q, cu_kv, hq, hk, compressed=(32, 16), block_size=64, 
 
 
 def sync():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
 
 
 def check():

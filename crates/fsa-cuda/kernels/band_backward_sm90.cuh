@@ -251,7 +251,8 @@ FSA_DEVICE void bring_rows(const BandBackwardParams& p, const KeyMemory& m, cons
         }
         records.stats[row] = stats;
         records.spans[row] = span;
-        const bool partly = __any_sync(0xffffffffu, exists && span.count != w.rows.keys);
+        // A row that does not exist is masked, too: its zeros times a key that is not finite are NaN.
+        const bool partly = __any_sync(0xffffffffu, !exists || span.count != w.rows.keys);
         if (__any_sync(0xffffffffu, !exists && token_of_tile < p.band.tile_tokens)) {
             m.loaded.wait(stage);
             if (!exists) { clear_row(m.query(stage), row); clear_row(m.grad(stage), row); }

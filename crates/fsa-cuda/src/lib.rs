@@ -1,4 +1,5 @@
-//! CUDA backend of Flash Sparse Attention: stage `selected`, forward and backward, in FSA's loop order.
+//! CUDA backend of Flash Sparse Attention: every stage and the whole operation, forward and backward; stage `selected` in FSA's
+//! loop order.
 //!
 //! Kernels are compiled at run time by NVRTC from sources that are part of the binary, and kept on disk; the driver is
 //! loaded at run time too. So a program that links this crate needs neither a CUDA toolkit to build nor a GPU to start,
@@ -9,13 +10,13 @@
 //! - [`driver`]: the boundary to the driver and to NVRTC, the only unsafe code;
 //! - [`jit`], [`cache`], [`source`]: from a specialisation to a cubin, for any architecture on any machine;
 //! - `params`: what Rust and the kernels must agree on, asserted in every translation unit;
-//! - `index`, `attend`, `reduce`, `backward`: one host file per kernel, its grid and its shared memory;
-//! - [`plan`]: chunks and workspace from shapes alone;
-//! - [`selected`]: plan once, launch as often as wanted, on the caller's tensors, workspace and stream;
+//! - `index`, `attend`, `reduce`, `backward` (Stage `index`, Stage `selected`), `band`, `band_backward` (Stage `dense`, Stage
+//!   `window`, Stage `compressed`), `select`, `compress`, `compress_linear`, `rope`, `combine`, `prepare`: one host file per
+//!   kernel, its grid and its shared memory;
+//! - [`plan`]: tiles, chunks and workspace from shapes alone;
+//! - [`selected`] and [`stages`], the latter with Stage `nsa`: plan once, launch as often as wanted, on the caller's tensors,
+//!   workspace and stream;
 //! - [`CudaBackend`]: the same over host tensors, for the conformance suite and the command line.
-//!
-//! Stages besides `selected` and `index` are refused as unsupported: `compress`, `rope`, `compressed`, `select`,
-//! `window`, `combine`, `dense`, `nsa`.
 #![deny(unsafe_code)]
 
 mod arch;
@@ -36,6 +37,7 @@ mod index;
 pub mod jit;
 mod kernels;
 mod lanes;
+mod launch;
 mod params;
 pub mod plan;
 mod prepare;

@@ -5,7 +5,7 @@ use pyo3::PyErr;
 use pyo3::exceptions::{PyMemoryError, PyNotImplementedError, PyRuntimeError, PyValueError};
 
 /// Argument names of the Rust interface and of the Python functions.
-const NAMES: [(&str, &str); 14] = [
+const NAMES: [(&str, &str); 15] = [
     ("query", "q"),
     ("key", "k"),
     ("value", "v"),
@@ -20,6 +20,7 @@ const NAMES: [(&str, &str); 14] = [
     ("rope.theta", "rope_theta"),
     ("rope.high_freq_factor", "rope_scaling['high_freq_factor']"),
     ("rope.factor", "rope_scaling['factor']"),
+    ("rope.original_max_position", "rope_scaling['original_max_position_embeddings']"),
 ];
 
 /// The exception that a call raises; an [`Error`] becomes one by `?`.

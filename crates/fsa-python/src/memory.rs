@@ -175,7 +175,7 @@ impl Memory<'_> {
             return Ok(());
         }
         let (constraint, got) = (format!("device of {argument}"), self.device.clone());
-        Err(Error::Unsupported { constraint, got, supported: "cpu (selected_attn_varlen_func: cuda, too)".into() })
+        Err(Error::Unsupported { constraint, got, supported: "cpu, cuda".into() })
     }
 
     fn host_dtype(&self, argument: &str, role: Role) -> Result<DType> {

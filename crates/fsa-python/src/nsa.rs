@@ -1,13 +1,13 @@
 //! The whole operation, and its backward from the state that the forward left in Python's tensors.
 
 use crate::compress::{Parameters, compression};
-use crate::failure::Failure;
+use crate::failure::{Failure, renamed};
 use crate::memory::{Memory, Output, Role, write_views};
 use crate::packed::{Packed, compressed_count, config, rope};
 use crate::run::run;
 use fsa::{
-    Batch, CompressionGrads, DType, Element, Error, NsaArgs, NsaConfig, NsaGrads, NsaSaved, Result, Rope, Tensor,
-    TensorView, TensorViewMut, bf16, f16,
+    Batch, Compression, CompressionGrads, DType, Element, Error, NsaArgs, NsaConfig, NsaGrads, NsaSaved, Result, Rope,
+    Tensor, TensorView, TensorViewMut, bf16, f16,
 };
 use pyo3::prelude::*;
 
@@ -52,6 +52,28 @@ impl Options {
     fn new((sizes, numbers, softmax_scale): OptionValues) -> Result<Self> {
         Ok(Self { config: config(sizes), rope: rope(&numbers)?, softmax_scale })
     }
+}
+
+/// Checks what a layer is made of, before there are tensors: `heads` of query and key, and their dimension.
+#[pyfunction]
+pub fn check_options(options: OptionValues, heads: (usize, usize), head_dim: usize) -> Result<(), Failure> {
+    let options = Options::new(options)?;
+    let batch = Batch::from_cu_seqlens(&[0], &[0])?;
+    let rows = |name, heads| TensorView::new::<bf16>(name, &[], &[0, heads, head_dim]);
+    let args = NsaArgs {
+        query: rows("query", heads.0)?,
+        key: rows("key", heads.1)?,
+        value: rows("value", heads.1)?,
+        gates: TensorView::new::<bf16>("gates", &[], &[0, 3])?,
+        batch: &batch,
+        config: &options.config,
+        key_compression: Compression::Mean,
+        value_compression: Compression::Mean,
+        rope: options.rope.as_ref(),
+        softmax_scale: options.softmax_scale,
+    };
+    args.shape().map_err(|error| renamed(error, &[("query", "num_q_heads")]))?;
+    Ok(())
 }
 
 /// State for the backward, by name and in order; the last two only under a rotary embedding.
@@ -190,6 +212,9 @@ fn copy(name: &str, source: &TensorView<'_>, target: &mut TensorViewMut<'_>) -> 
             return Err(Error::input(name, format!("shape {:?}", source.shape()), format!("{:?}", target.shape())));
         }
         let shape = source.shape().to_vec();
+        if shape.contains(&0) {
+            return Ok(()); // `lse` of no rows has heads all the same
+        }
         let (last, leading) = (shape.len() - 1, &shape[..shape.len() - 1]);
         let mut values = vec![0.0; shape[last]];
         for row in 0..leading.iter().product() {

@@ -32,6 +32,11 @@ def inputs(**changes):
     return tuple({**given, **changes}[name] for name in NAMES)
 
 
+def plan(given, block_size, backward=False):
+    q, k, v, topk_indices, *cu_seqlens = given
+    return _native.cuda_attention_plan((q, k, v, *cu_seqlens), (topk_indices, block_size), backward, False)
+
+
 ERRORS = [
     ({"q": described((100, 6, 64), "float32")}, NotImplementedError, "dtype of q on CUDA .* got float32, supported: b"),
     ({"q": described((100, 6, 64), "float64")}, NotImplementedError, "dtype of q on CUDA .* got float64"),
@@ -81,12 +86,12 @@ ERRORS = [
 @pytest.mark.parametrize("backward", [False, True])
 def test_errors_name_the_argument(changes, kind, message, backward):
     with pytest.raises(kind, match=message):
-        _native.selected_plan(inputs(**changes), 64, backward, False)
+        plan(inputs(**changes), 64, backward)
 
 
 def test_block_sizes():
     with pytest.raises(ValueError, match="block_size: expected one of 16, 32, 64, 128, 256, got 17"):
-        _native.selected_plan(inputs(), 17, False, False)
+        plan(inputs(), 17)
 
 
 def test_a_machine_without_a_driver_says_so():
@@ -94,7 +99,7 @@ def test_a_machine_without_a_driver_says_so():
     code = """
 import test_cuda_checks as t
 try:
-    print(t._native.selected_plan(t.inputs(), 64, False, False)[1])
+    print(t.plan(t.inputs(), 64)[1])
 except RuntimeError as error:
     print(error)
 """
@@ -119,3 +124,120 @@ def test_validation_of_what_was_copied_from_a_device():
     ids[0, 5] = (0, 0)
     with pytest.raises(ValueError, match=r"topk_indices: .* block 0 in row \[0, 5\] twice"):
         _native.validate([10, 10], 16, ids, (cu, cu))
+
+
+def packed(**changes):
+    given = {
+        "q": described((100, 6, 64)),
+        "k": described((120, 2, 64)),
+        "v": described((120, 2, 64)),
+        "cu_seqlens_q": described((3,), "int32"),
+        "cu_seqlens_k": described((3,), "int32"),
+    }
+    return tuple({**given, **changes}.values())
+
+
+SIZES = [32, 16, 64, 4, 1, 2, 512, 0]
+
+
+def band(stage, **changes):
+    return _native.cuda_attention_plan(packed(**changes), stage, False, False)
+
+
+def select(sizes=SIZES, **changes):
+    return _native.cuda_select_plan(packed(**changes), sizes)
+
+
+def compress(weight=None, position=None, geometry=(32, 16), name="k", **changes):
+    given = {"input": described((120, 2, 64)), "cu_seqlens_k": described((3,), "int32"), **changes}
+    return _native.cuda_compress_plan(name, geometry, tuple(given.values()), (weight, position), False)
+
+
+def nsa(gates=None, parameters=(None,) * 4, sizes=SIZES, rope=(), backward=False, **changes):
+    gates = described((100, 3)) if gates is None else gates
+    inputs = (packed(**changes), gates, parameters[:2], parameters[2:])
+    return _native.cuda_nsa_plan((sizes, list(rope)), inputs, False, backward, False)
+
+
+OTHER_ERRORS = [
+    (lambda: band(()), RuntimeError, "CUDA"),  # dense: nothing is wrong but the machine
+    (lambda: band((16,), q=described((100, 6, 64), "float32")), NotImplementedError, "dtype of q on CUDA .* float32"),
+    (
+        lambda: band((16,), v=described((120, 2, 64), "float16")),
+        ValueError,
+        "v: expected dtype bfloat16, got dtype flo",
+    ),
+    (lambda: band((32, 12)), ValueError, "kernel_size: expected a positive multiple of kernel_stride 12, got 32"),
+    (lambda: band((32, 0)), ValueError, "kernel_stride: expected at least 1, got 0"),
+    (lambda: band((32, 16), k=described((8, 2, 32))), ValueError, r"k_cmp: expected shape \[8, 2, 64\], got shape"),
+    (lambda: band((32, 16), v=described((9, 2, 64))), ValueError, r"v_cmp: expected shape \[120, 2, 64\]"),
+    (lambda: select([32, 16, 64, 2, 1, 2, 0, 0]), ValueError, "topk: expected at least init_blocks"),
+    (lambda: select([32, 16, 24, 4, 1, 2, 0, 0]), ValueError, "block_size: expected one of 16"),
+    (lambda: select(k=described((120, 64))), ValueError, r"k_cmp: expected shape \[total_k, num_kv_heads, head_dim\]"),
+    (lambda: compress(cu_seqlens_k=described((3,), "int64")), ValueError, "cu_seqlens_k: expected dtype int32"),
+    (lambda: compress(cu_seqlens_k=described((0,), "int32")), ValueError, r"cu_seqlens_k: expected shape \[batch \+ 1"),
+    (lambda: compress(input=described((120, 128))), ValueError, r"k: expected shape \[total_k, num_kv_heads, dim\]"),
+    (lambda: compress(input=described((120, 2, 12))), NotImplementedError, "dim is not supported: got 12"),
+    (lambda: compress(geometry=(32, 0)), ValueError, "kernel_stride: expected at least 1, got 0"),
+    (lambda: compress(described((2,))), ValueError, r"k_weight: expected shape \[num_kv_heads, kernel_size\] or"),
+    (lambda: compress(described((2, 31))), ValueError, r"k_weight: expected shape \[2, 32\], got shape \[2, 31\]"),
+    (lambda: compress(described((2, 64, 64))), ValueError, r"k_weight: expected shape \[2, 2048, 64\]"),
+    (
+        lambda: compress(described((2, 32), "float16")),
+        ValueError,
+        "k_weight: expected dtype bfloat16, got dtype float16",
+    ),
+    (
+        lambda: compress(described((2, 32), device=1)),
+        ValueError,
+        "k_weight: expected a tensor on cuda:0, as k, got one",
+    ),
+    (
+        lambda: compress(None, described((2, 32, 64)), name="v"),
+        ValueError,
+        "v_position: expected None: compression mean has no position embedding, got one",
+    ),
+    (
+        lambda: compress(described((2, 2048, 64)), described((2, 32, 32))),
+        ValueError,
+        r"k_position: expected shape \[2, 32, 64\], got shape \[2, 32, 32\]",
+    ),
+    (lambda: nsa(described((100, 2))), ValueError, r"gates: expected shape \[100, 3\] or \[100, 6, 3\], got shape"),
+    (lambda: nsa(described((100, 3), "float32")), ValueError, "gates: expected dtype bfloat16, got dtype float32"),
+    (
+        lambda: nsa(described((100, 3), device=-1)),
+        ValueError,
+        "gates: expected a tensor on cuda:0, as q, got one on cpu",
+    ),
+    (lambda: nsa(sizes=[32, 16, 64, 2, 1, 2, 512, 0]), ValueError, "topk: expected at least init_blocks"),
+    (lambda: nsa(parameters=(None, None, described((2, 9)), None)), ValueError, r"v_weight: expected shape \[2, 32\]"),
+    (
+        lambda: nsa(parameters=(described((2, 2048, 64)), described((2, 32, 64)), None, described((2, 32, 64)))),
+        ValueError,
+        "v_position: expected None",
+    ),
+    (lambda: nsa(v=described((120, 2, 300))), NotImplementedError, "value_dim is not supported: got 300"),
+    (
+        lambda: nsa(cu_seqlens_k=described((4,), "int32")),
+        ValueError,
+        "cu_seqlens_k: expected 3 elements, as cu_seqlens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), OTHER_ERRORS)
+def test_errors_of_the_other_stages_name_the_argument(call, kind, message):
+    if kind is RuntimeError and _has_driver():
+        pytest.skip("there is a driver")
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def _has_driver():
+    import ctypes
+
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True

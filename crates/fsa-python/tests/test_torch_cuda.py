@@ -466,20 +466,3 @@ ERRORS = [
 def test_errors_name_the_argument(changes, kind, message):
     with pytest.raises(kind, match=message):
         changed(**changes)
-
-
-def test_other_stages_are_refused():
-    setting = Setting()
-    q, k, v, cu = setting.q, setting.k, setting.v, (setting.cu_q, setting.cu_k)
-    gates = torch.ones(q.shape[0], 3, device="cuda", dtype=q.dtype)
-    calls = [
-        lambda: fsa_rs.dense_attn_varlen_func(q, k, v, *cu),
-        lambda: fsa_rs.window_attn_varlen_func(q, k, v, *cu),
-        lambda: fsa_rs.compress_kv(k, v, cu[1]),
-        lambda: fsa_rs.compressed_attn_varlen_func(q, k, v, *cu),
-        lambda: fsa_rs.topk_blocks(q, k, *cu),
-        lambda: fsa_rs.nsa_attn_varlen_func(q, k, v, gates, *cu),
-    ]
-    for call in calls:
-        with pytest.raises(NotImplementedError, match=r"got cuda:0, supported: cpu \(selected_attn_varlen_func: cuda"):
-            call()

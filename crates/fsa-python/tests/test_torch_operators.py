@@ -66,7 +66,7 @@ def arguments():
     weight, position = torch.ones(2, 256, 16) / 99, torch.ones(2, 16, 16)
     parameters = (weight.requires_grad_(), position.requires_grad_())
     compress = ("k", [16, 8], k, CU_K, *parameters)
-    whole = (*packed, GATES.clone().requires_grad_(), *parameters, None, None, sizes, [1e4], None)
+    whole = (*packed, GATES.clone().requires_grad_(), *parameters, None, None, sizes, [1e4], None, False)
     ops = torch.ops.fsa_rs
     yield "dense", ops.attention, (*packed, None, None, None, False)
     yield "window", ops.attention, (*packed, 0.3, None, [5], False)
@@ -218,9 +218,9 @@ def test_only_what_needs_a_gradient_keeps_state():
     with torch.no_grad():
         assert not nsa(q, k, v)[0].requires_grad
     with pytest.raises(RuntimeError, match="kept no state"):
-        torch.ops.fsa_rs.nsa(*qkv(), CU_Q, CU_K, GATES, *[None] * 4, [16, 8, 16, 4, 1, 2, 8, 0], None, None, False)[
-            0
-        ].sum().backward()
+        torch.ops.fsa_rs.nsa(
+            *qkv(), CU_Q, CU_K, GATES, *[None] * 4, [16, 8, 16, 4, 1, 2, 8, 0], None, None, False, False
+        )[0].sum().backward()
 
 
 def test_a_second_derivative_is_refused():

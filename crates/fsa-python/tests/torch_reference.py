@@ -75,9 +75,11 @@ def compress(at: Arithmetic, case: Case, x: Tensor, geometry: tuple[int, int], *
     return at.stored(torch.einsum("rhk,hkd->rhd", flat, at.load(weight)))
 
 
-def rotate(at: Arithmetic, x: Tensor, positions: Any, theta: float) -> Tensor:
+def rotate(at: Arithmetic, x: Tensor, positions: Any, theta: float, scale: Any = 1.0) -> Tensor:
+    """``scale`` are factors of the frequencies, one or ``[dim / 2]``."""
     half = x.shape[2] // 2
-    angles = torch.from_numpy(np.concatenate(positions)[:, None] * theta ** (-np.arange(half) / half))[:, None]
+    frequencies = theta ** (-np.arange(half) / half) * scale
+    angles = torch.from_numpy(np.concatenate(positions)[:, None] * frequencies)[:, None]
     cos, sin = angles.cos().to(at.real), angles.sin().to(at.real)
     a, b = at.load(x).split(half, dim=2)
     return at.stored(torch.cat((a * cos - b * sin, b * cos + a * sin), dim=2))

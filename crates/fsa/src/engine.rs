@@ -58,9 +58,9 @@ impl Engine {
     }
 
     /// The CUDA backend on the GPU that [`cuda::Environment`](crate::cuda::Environment) asks for: `FSA_CUDA_DEVICE`,
-    /// else the first. It has stage `selected`, forward and backward, in bf16 and f16; the other stages are refused as
-    /// unsupported. Tensors are the caller's host tensors, copied in and out by every call; what is to be fast keeps
-    /// them on the device and uses [`cuda::selected`](crate::cuda::selected).
+    /// else the first. It has every stage and the whole operation, forward and backward, in bf16 and f16. Tensors are the
+    /// caller's host tensors, copied in and out by every call; what is to be fast keeps them on the device and uses
+    /// [`cuda::stages`](crate::cuda::stages) and [`cuda::selected`](crate::cuda::selected).
     ///
     /// Kernels are compiled when they are first used, and kept on disk.
     ///

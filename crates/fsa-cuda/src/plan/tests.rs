@@ -66,6 +66,7 @@ fn ranges_of_keys_cover_all_keys_in_whole_blocks() {
     let plan = backward(&problem);
     let ranges: Vec<_> = plan.key_ranges().collect();
     assert!(ranges.len() > 1 && plan.sum_rows() < problem.total_kv, "{plan}");
+    assert!(plan.index.chunk_rows(&problem) >= 65_536, "short chunks cost more than ranges: {plan}");
     assert_eq!((ranges[0].start, ranges[ranges.len() - 1].end), (0, problem.total_kv));
     assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start && pair[1].start % problem.block_size == 0));
     assert_eq!(backward(&super::tests::problem(65_536, (32, 8), (64, 16))).key_ranges().count(), 1);

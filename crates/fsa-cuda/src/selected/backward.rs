@@ -1,10 +1,11 @@
 //! Backward of stage `selected`: index, then head by head and chunk by chunk one KV-major pass.
 
-use super::{BackwardTensors, LaunchContext, MANY_LAUNCHES, check_batch, check_scale, scale_log2};
+use super::{BackwardTensors, MANY_LAUNCHES};
 use crate::backward::BackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
+use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
 use crate::params::{BackwardParams, ConvertParams, Index, IndexParams, Layout, TILE_ROWS};
 use crate::plan::{BackwardPlan, LaneSums, PlanOptions, Problem, Slot};
 use crate::source::Kernel;
@@ -91,7 +92,7 @@ impl SelectedBackward {
     ) -> Result<()> {
         let problem = &self.plan.problem;
         check_scale(softmax_scale)?;
-        check_batch(batch, problem)?;
+        check_batch(batch, &problem.sizes())?;
         tensors.check(problem)?;
         self.plan.workspace.check(&context.workspace)?;
         if problem.total_kv == 0 {
@@ -166,7 +167,7 @@ impl SelectedBackward {
             let params = ConvertParams {
                 source: source.address(&pass.workspace),
                 source_stride: (self.plan.sum_rows() * problem.head_dim) as i64,
-                target: target.params(),
+                target: target.device(),
                 first_row: Address::default(),
                 end_row: Address::default(),
                 cu_seqlens_kv: if is_all { Address::default() } else { pass.cu_seqlens_kv },
@@ -234,17 +235,17 @@ impl SelectedBackward {
         BackwardParams {
             layout: pass.layout,
             index: pass.index,
-            query: tensors.forward.query.params(),
-            key: tensors.forward.key.params(),
-            value: tensors.forward.value.params(),
-            out: tensors.forward.out.params(),
-            grad_out: tensors.grad_out.params(),
+            query: tensors.forward.query.device(),
+            key: tensors.forward.key.device(),
+            value: tensors.forward.value.device(),
+            out: tensors.forward.out.device(),
+            grad_out: tensors.grad_out.device(),
             lse: tensors.forward.lse.address(),
             grad_lse: tensors.grad_lse.map_or(Address::default(), |grad| grad.address()),
             row_stats: sums.row_stats.address(&pass.workspace),
             grad_query,
             partial: grad_query,
-            grad_query_out: tensors.grad_query.params(),
+            grad_query_out: tensors.grad_query.device(),
             grad_key: of_keys(sums.grad_key),
             grad_value: of_keys(sums.grad_value),
             sum_rows: self.plan.sum_rows() as i64,

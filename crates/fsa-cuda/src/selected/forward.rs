@@ -1,11 +1,12 @@
 //! Forward of stage `selected`: index, then per chunk the gathered blocks and the merge.
 
-use super::{ForwardTensors, LaunchContext, MANY_LAUNCHES, check_batch, check_scale, scale_log2};
+use super::{ForwardTensors, MANY_LAUNCHES};
 use crate::arch::KernelSet;
 use crate::attend::AttendKernel;
 use crate::driver::{DeviceBatch, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
+use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
 use crate::params::{AttendParams, Index, IndexParams, Layout, ReduceParams};
 use crate::plan::{ForwardPlan, PlanOptions, Problem};
 use crate::reduce::ReduceKernel;
@@ -83,7 +84,7 @@ impl SelectedForward {
     ) -> Result<()> {
         let problem = &self.plan.problem;
         check_scale(softmax_scale)?;
-        check_batch(batch, problem)?;
+        check_batch(batch, &problem.sizes())?;
         tensors.check(problem)?;
         self.plan.workspace.check(&context.workspace)?;
         if problem.total_q == 0 {
@@ -157,9 +158,9 @@ impl SelectedForward {
         let params = AttendParams {
             layout: pass.layout,
             index: pass.index,
-            query: pass.tensors.query.params(),
-            key: pass.tensors.key.params(),
-            value: pass.tensors.value.params(),
+            query: pass.tensors.query.device(),
+            key: pass.tensors.key.device(),
+            value: pass.tensors.value.device(),
             partial: partial.address(&pass.context.workspace),
             partial_lse: partial_lse.address(&pass.context.workspace),
             scale_log2: pass.scale_log2,
@@ -182,10 +183,10 @@ impl SelectedForward {
         let params = ReduceParams {
             layout: pass.layout,
             index: pass.index,
-            query: pass.tensors.query.params(),
-            key: pass.tensors.key.params(),
-            value: pass.tensors.value.params(),
-            out: pass.tensors.out.params(),
+            query: pass.tensors.query.device(),
+            key: pass.tensors.key.device(),
+            value: pass.tensors.value.device(),
+            out: pass.tensors.out.device(),
             partial: partial.address(&pass.context.workspace),
             partial_lse: partial_lse.address(&pass.context.workspace),
             lse: pass.tensors.lse.address(),

@@ -1,11 +1,12 @@
 //! Stage `dense`, Stage `window` and Stage `compressed` on device tensors: attention whose rows see an interval of keys.
 
 use super::tensors::passes;
-use super::{AttentionGradTensors, AttentionTensors, LaunchContext, check_batch, check_scale, scale_log2};
+use super::{AttentionGradTensors, AttentionTensors};
 use crate::band::BandKernel;
 use crate::band_backward::BandBackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
+use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
 use crate::params::{Band, BandBackwardParams, BandParams};
 use crate::plan::{BandBackwardPlan, BandPlan, BandProblem, BandScratch, PlanOptions, RowTiles, Sizes, Tables};
 use crate::prepare::PrepareKernel;

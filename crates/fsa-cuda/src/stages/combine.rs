@@ -1,10 +1,10 @@
 //! Stage `combine` on device tensors: the gated sum of the branches, and the gradients.
 
-use super::TensorSpan;
-use super::tensors::{Gates, absent, check_aligned};
+use super::tensors::{Gates, absent};
 use crate::combine::CombineKernels;
 use crate::driver::{Address, DeviceSpan, Stream};
 use crate::kernels::Kernels;
+use crate::launch::{TensorSpan, check_aligned};
 use crate::params::{self, CombineBackwardParams, CombineParams};
 use crate::plan::Sizes;
 use crate::source::Kernel;

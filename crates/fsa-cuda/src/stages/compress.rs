@@ -1,11 +1,11 @@
 //! Stage `compress` on device tensors: mean, weighted sum or matrix product of every window, and the gradients.
 
-use super::tensors::{absent, check_span};
-use super::{LaunchContext, TensorSpan, check_batch};
+use super::tensors::absent;
 use crate::compress::CompressKernels;
 use crate::compress_linear::CompressLinearKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
+use crate::launch::{LaunchContext, TensorSpan, check_batch, check_span};
 use crate::params::{CompressBackwardParams, CompressParams};
 use crate::plan::{CompressPlan, CompressProblem, CompressScratch, CompressionKind, Tables};
 use crate::prepare::PrepareKernel;

@@ -1,9 +1,8 @@
 //! Stage `rope` on device tensors. The backward is the same call with the other direction.
 
-use super::tensors::check_words;
-use super::{TensorSpan, check_batch};
 use crate::driver::{Address, DeviceBatch, DeviceBuffer, DeviceSpan, Stream};
 use crate::kernels::Kernels;
+use crate::launch::{TensorSpan, check_batch, check_words};
 use crate::params::RopeParams;
 use crate::plan::{Sizes, Windows};
 use crate::rope::RopeKernel;

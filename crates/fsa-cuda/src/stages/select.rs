@@ -1,11 +1,11 @@
 //! Stage `select` on device tensors, together with Stage `compressed`: attention to the compressed keys, then the blocks of every
 //! row from its probabilities.
 
+use super::AttentionTensors;
 use super::band::{BandStep, band, box_keys};
-use super::tensors::check_words;
-use super::{AttentionTensors, LaunchContext, check_batch, check_scale, scale_log2};
 use crate::driver::{DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
+use crate::launch::{LaunchContext, check_batch, check_scale, check_words, scale_log2};
 use crate::params::SelectParams;
 use crate::plan::{ScorePlan, SelectPlan, SelectProblem, Tables};
 use crate::prepare::PrepareKernel;

@@ -1,106 +1,12 @@
-//! Device tensors of a call, and the checks that make a launch sound.
+//! Device tensors of attention, and gates.
 
-use crate::arch::KernelSet;
-use crate::driver::{Address, Boxes, DeviceSpan, MapWords};
-use crate::params::{self, TensorMap};
+use crate::driver::{Address, DeviceSpan};
+use crate::launch::{TensorSpan, check_aligned, check_words, part};
+use crate::params;
 use crate::plan::Sizes;
-use crate::selected::{self, TensorSpan};
-use fsa_core::{DType, Error, Result};
+use crate::selected;
+use fsa_core::{DType, Result};
 use std::ops::Range;
-
-/// Rows are read and written in pieces of 16 bytes.
-const VECTOR_BYTES: usize = 16;
-
-/// Checks size and alignment of a piece of memory.
-pub(super) fn check_span(name: &str, span: &DeviceSpan<'_>, bytes: usize) -> Result<()> {
-    check_aligned(name, span, bytes, VECTOR_BYTES)
-}
-
-/// The same for memory that is read in pieces of `alignment` bytes.
-pub(super) fn check_aligned(name: &str, span: &DeviceSpan<'_>, bytes: usize, alignment: usize) -> Result<()> {
-    if span.size_bytes() < bytes {
-        let got = format!("{} bytes", span.size_bytes());
-        return Err(Error::input(name, format!("{bytes} bytes of device memory"), got));
-    }
-    if !span.address().0.is_multiple_of(alignment as u64) {
-        let got = format!("{:#x}", span.address().0);
-        return Err(Error::input(name, format!("an address that is a multiple of {alignment}"), got));
-    }
-    if bytes > 0 && span.address() == Address::default() {
-        return Err(Error::input(name, "device memory", "a null pointer"));
-    }
-    Ok(())
-}
-
-/// Checks a list of 4-byte words, which kernels read one by one.
-pub(super) fn check_words(name: &str, span: &DeviceSpan<'_>, bytes: usize) -> Result<()> {
-    check_aligned(name, span, bytes, size_of::<u32>())
-}
-
-/// A part of `span`, or none of one that is empty.
-pub(super) fn part<'a>(span: &DeviceSpan<'a>, offset: usize) -> DeviceSpan<'a> {
-    span.part(offset.min(span.size_bytes()), span.size_bytes().saturating_sub(offset))
-}
-
-impl<'a> TensorSpan<'a> {
-    /// Checks that the tensor has `rows` rows of `heads` vectors of `head_dim` elements inside its memory, in pieces of 16 bytes.
-    pub(super) fn require(&self, name: &str, [rows, heads]: [usize; 2], sizes: &Sizes) -> Result<()> {
-        let element = sizes.dtype.size_bytes();
-        if rows == 0 || heads == 0 {
-            return Ok(());
-        }
-        let pieces = VECTOR_BYTES / element;
-        if !self.row_stride.is_multiple_of(pieces) || !self.head_stride.is_multiple_of(pieces) {
-            let got = format!("{} and {}", self.row_stride, self.head_stride);
-            return Err(Error::input(name, format!("strides that are multiples of {pieces} elements"), got));
-        }
-        let last = (rows - 1).checked_mul(self.row_stride).zip((heads - 1).checked_mul(self.head_stride));
-        let elements = last.and_then(|(row, head)| row.checked_add(head)?.checked_add(sizes.head_dim));
-        let bytes = elements.and_then(|elements| elements.checked_mul(element)).unwrap_or(usize::MAX);
-        check_span(name, &self.span, bytes)
-    }
-
-    /// The heads from `first` on.
-    pub(super) fn heads_from(&self, first: usize, dtype: DType) -> Self {
-        Self { span: part(&self.span, first * self.head_stride * dtype.size_bytes()), ..*self }
-    }
-
-    /// As the kernels take it.
-    pub(super) fn device(&self) -> params::Tensor {
-        params::Tensor {
-            data: self.span.address(),
-            row_stride: self.row_stride as i64,
-            head_stride: self.head_stride as i64,
-        }
-    }
-
-    /// As Hopper's kernels copy it, in boxes of `extent` tokens and heads; nothing where the kernels are portable.
-    pub(super) fn map(
-        &self,
-        set: KernelSet,
-        [rows, heads]: [usize; 2],
-        extent: [usize; 2],
-        sizes: &Sizes,
-    ) -> Result<TensorMap> {
-        if set == KernelSet::Sm80 {
-            return Ok(TensorMap { words: MapWords::default() });
-        }
-        let element = sizes.dtype.size_bytes();
-        let boxes = Boxes {
-            data: self.span.address(),
-            shape: [rows, heads, sizes.head_dim],
-            stride_bytes: [self.row_stride * element, self.head_stride * element],
-            extent,
-            is_bf16: sizes.dtype == DType::Bf16,
-        };
-        Ok(TensorMap { words: MapWords::new(&boxes)? })
-    }
-
-    /// What a launch takes of it.
-    pub(super) fn numbers(&self) -> [u64; 3] {
-        [self.span.address().0, self.row_stride as u64, self.head_stride as u64]
-    }
-}
 
 /// No tensor.
 pub(super) fn absent() -> params::Tensor {

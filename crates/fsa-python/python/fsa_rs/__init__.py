@@ -4,7 +4,7 @@ Every function takes packed sequences, as the ``varlen`` functions of FlashAtten
 lie end to end and ``cu_seqlens`` (int32, ``[batch + 1]``) says where each sequence begins. ``torch.Tensor`` in,
 ``torch.Tensor`` out, with gradients; ``numpy.ndarray`` in, ``numpy.ndarray`` out. PyTorch is optional.
 
-On CUDA tensors :func:`selected_attn_varlen_func` runs, the core of Flash Sparse Attention; the rest runs on the CPU.
+All functions take CUDA tensors, too, in bfloat16 and float16. ``python -m fsa_rs.check`` proves an installation.
 
 The whole operation is :func:`nsa_attn_varlen_func`; its parts are functions of their own:
 
@@ -16,7 +16,14 @@ The whole operation is :func:`nsa_attn_varlen_func`; its parts are functions of 
 :func:`window_attn_varlen_func`      attention to the last tokens
 :func:`dense_attn_varlen_func`       attention to all earlier tokens: the yardstick
 ==============================  ===========================================================
+
+:mod:`fsa_rs.nn` has a PyTorch layer around it, with the parameters of the original FSA project's, and
+:mod:`fsa_rs.compat` that project's function.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from ._api import (
     compress_kv,
@@ -29,6 +36,9 @@ from ._api import (
 )
 from ._native import __version__
 
+if TYPE_CHECKING:
+    from . import compat, nn
+
 __all__ = [
     "__version__",
     "compress_kv",
@@ -39,3 +49,12 @@ __all__ = [
     "topk_blocks",
     "window_attn_varlen_func",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The submodules, imported when they are first asked for: `nn` imports PyTorch."""
+    if name in ("compat", "nn"):
+        from importlib import import_module
+
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -152,7 +152,8 @@ def selected_attn_varlen_func(
         k: ``[total_k, num_kv_heads, head_dim]``; ``num_q_heads`` is any multiple of ``num_kv_heads``.
         v: ``[total_k, num_kv_heads, value_dim]``.
         topk_indices: ``[num_kv_heads, total_q, topk]`` int32: block ids inside the row's own sequence, in any
-            order, each at most once in a row. An id that is negative or beyond the row's own block is absent.
+            order, each at most once in a row. An id that is negative or beyond the row's own block is absent. On
+            CUDA ``topk`` is at most 64.
         block_size: keys in a block: 16, 32, 64, 128 or 256.
         cu_seqlens_q: ``[batch + 1]`` int32, prefix sums of the numbers of query rows, on the device of ``q``.
         cu_seqlens_k: ``[batch + 1]`` int32, prefix sums of the numbers of keys. A sequence has at least as many
@@ -308,7 +309,7 @@ def compressed_attn_varlen_func(
             keys.
         kernel_size, kernel_stride: those of :func:`compress_kv`.
         block_size: original keys in a selectable block, a multiple of ``kernel_stride``.
-        topk: blocks that a row lists at most, at least ``init_blocks + local_blocks``.
+        topk: blocks that a row lists at most, at least ``init_blocks + local_blocks``; on CUDA at most 64.
         init_blocks: blocks at the start of a sequence that every row lists.
         local_blocks: blocks up to and including a row's own that it always lists.
         score_heads: ``"group_sum"`` adds the weights of all query heads that share a kv head, as Native Sparse
@@ -428,5 +429,5 @@ def nsa_attn_varlen_func(
     window = _window(window_size)
     sizes = _sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window, score_heads)
     options = (sizes, _rope(rope_theta, rope_scaling), _scale(softmax_scale))
-    out, topk_indices = library.nsa(options, packed, gates, parameters)
+    out, topk_indices = library.nsa(options, packed, gates, parameters, bool(deterministic))
     return (out, _hts(layout, topk_indices)) if return_topk_indices else out

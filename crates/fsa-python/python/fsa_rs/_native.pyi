@@ -17,14 +17,14 @@ Stage: TypeAlias = tuple[Array, int, bool] | tuple[int, int] | tuple[int] | tupl
 Packed: TypeAlias = tuple[Array, Array, Array, Array, Array]
 # data_ptr, device, dtype, shape, strides of a CUDA tensor
 Described: TypeAlias = tuple[int, int, str, Sequence[int], Sequence[int]]
-# q, k, v, topk_indices, cu_seqlens_q, cu_seqlens_k
-Inputs: TypeAlias = tuple[Described, Described, Described, Described, Described, Described]
-# the same, out, lse
-ForwardTensors: TypeAlias = tuple[
-    Described, Described, Described, Described, Described, Described, Described, Described
-]
-# grad_out, grad_lse, grad_q, grad_k, grad_v
-BackwardTensors: TypeAlias = tuple[Described, Described | None, Described, Described, Described]
+# stream, workspace
+Context: TypeAlias = tuple[int, Described]
+# (topk_indices, block_size), (kernel_size, kernel_stride), (window_size,), () for dense
+CudaStage: TypeAlias = tuple[Described, int] | tuple[int, int] | tuple[int] | tuple[()]
+# q, k, v, cu_seqlens_q, cu_seqlens_k; out, lse
+Tensors: TypeAlias = Sequence[Described]
+# weight, position
+CudaParameters: TypeAlias = tuple[Described | None, Described | None]
 # weight, position
 Parameters: TypeAlias = tuple[Array | None, Array | None]
 # sizes, rope, softmax_scale
@@ -33,6 +33,8 @@ Options: TypeAlias = tuple[Sequence[int], Sequence[float], float | None]
 NsaInputs: TypeAlias = tuple[Packed, Array, Parameters, Parameters]
 
 __version__: str
+#: Dimensions of the CUDA kernels; vectors are padded to the next.
+HEAD_DIMS: list[int]
 
 def attention(stage: Stage, inputs: Packed, softmax_scale: float | None, outputs: tuple[Array, Array]) -> None: ...
 def attention_backward(
@@ -43,24 +45,6 @@ def attention_backward(
     grads: tuple[Array, Array, Array],
 ) -> None: ...
 def validate(rows: Sequence[int], block_size: int, topk_indices: Array, cu_seqlens: tuple[Array, Array]) -> None: ...
-
-class SelectedPlan:
-    """Stage `selected` on a CUDA device, planned. A context is a stream's handle and the workspace."""
-
-    def forward(self, context: tuple[int, Described], softmax_scale: float, tensors: ForwardTensors) -> None: ...
-    def backward(
-        self,
-        context: tuple[int, Described],
-        softmax_scale: float,
-        tensors: ForwardTensors,
-        gradients: BackwardTensors,
-    ) -> None: ...
-
-def selected_plan(
-    inputs: Inputs, block_size: int, backward: bool, deterministic: bool
-) -> tuple[SelectedPlan, int, int]:
-    """The plan, the dimension that it takes vectors padded to, the size of its workspace in bytes."""
-
 def select(
     sizes: Sequence[int],
     inputs: Packed,
@@ -83,10 +67,73 @@ def compress_backward(
     grads: tuple[Array, Array | None, Array | None],
 ) -> None: ...
 def nsa(options: Options, inputs: NsaInputs, outputs: tuple[Array, Array], state: Sequence[Array]) -> None: ...
+def check_options(options: Options, heads: tuple[int, int], head_dim: int) -> None:
+    """Checks what a layer is made of; `heads` are those of queries and of keys."""
+
 def nsa_backward(
     options: Options,
     inputs: NsaInputs,
     forward: tuple[Array, Sequence[Array]],
     grad_out: Array,
     grads: tuple[tuple[Array, Array, Array, Array], Parameters, Parameters],
+) -> None: ...
+
+class CudaPlan:
+    """A call on a CUDA device, planned."""
+
+# Functions that plan return the plan, the dimension that it takes vectors padded to, and the size of its workspace in
+# bytes. They take tensors as the user gave them; the others take padded ones.
+
+def cuda_attention_plan(
+    inputs: Tensors, stage: CudaStage, backward: bool, deterministic: bool
+) -> tuple[CudaPlan, int, int]: ...
+def cuda_attention(
+    plan: CudaPlan, context: Context, softmax_scale: float, tensors: Tensors, topk_indices: Described | None
+) -> None: ...
+def cuda_attention_backward(
+    plan: CudaPlan,
+    context: Context,
+    softmax_scale: float,
+    tensors: Tensors,
+    topk_indices: Described | None,
+    gradients: Sequence[Described | None],
+) -> None:
+    """`gradients` are `grad_out`, `grad_lse`, and the three that are written."""
+
+def cuda_select_plan(inputs: Tensors, sizes: Sequence[int]) -> tuple[CudaPlan, int, int]: ...
+def cuda_select(
+    plan: CudaPlan, context: Context, softmax_scale: float, tensors: Tensors, topk_indices: Described
+) -> None: ...
+def cuda_compress_plan(
+    name: str, geometry: Sequence[int], input: Tensors, parameters: CudaParameters, backward: bool
+) -> tuple[CudaPlan, int, int]: ...
+def cuda_compress(plan: CudaPlan, context: Context, tensors: Tensors, parameters: CudaParameters) -> None:
+    """`tensors` are the input, `cu_seqlens_k` and the output."""
+
+def cuda_compress_backward(
+    plan: CudaPlan,
+    context: Context,
+    tensors: Tensors,
+    parameters: CudaParameters,
+    grad_input: Described,
+    grad_parameters: CudaParameters,
+) -> None: ...
+def cuda_nsa_plan(
+    options: tuple[Sequence[int], Sequence[float]], inputs: Any, saves: bool, backward: bool, deterministic: bool
+) -> tuple[CudaPlan, int, int]: ...
+def cuda_nsa(
+    plan: CudaPlan,
+    context: Context,
+    softmax_scale: float,
+    inputs: Any,
+    outputs: tuple[Described, Described],
+    saved: Any,
+) -> None: ...
+def cuda_nsa_backward(
+    plan: CudaPlan,
+    context: Context,
+    softmax_scale: float,
+    inputs: Any,
+    forward: tuple[Described, Any, Described],
+    grads: Any,
 ) -> None: ...

@@ -80,6 +80,7 @@ def nsa(
     packed: tuple[Array, ...],
     gates: Array,
     parameters: tuple[Array | None, ...],
+    deterministic: bool,
 ) -> tuple[Array, Array]:
     """``out`` and ``topk_indices`` of the whole operation."""
     packed, parameters = _readables(packed), _readables(parameters)

@@ -2,7 +2,7 @@
 
 An operator allocates its outputs and hands tensors to the extension, which reads address, shape, strides and
 device from them. Sizes follow from shapes alone: nothing is copied to the host to learn one. On CUDA tensors
-the attention operators have kernels of their own, in `_torch_cuda`.
+they have kernels of their own, in `_torch_cuda`.
 """
 
 from __future__ import annotations
@@ -124,15 +124,8 @@ _ATTENTION_BACKWARD = torch.library.custom_op(
 _ATTENTION_BACKWARD.register_fake(_allocate_grads)
 
 
-@_ATTENTION.register_kernel("cuda")
-def _attention_cuda(*arguments: Any) -> Any:
-    # Of the other stages the CPU's kernel refuses the device.
-    return (_attention if arguments[6] is None else _torch_cuda.attention)(*arguments)
-
-
-@_ATTENTION_BACKWARD.register_kernel("cuda")
-def _attention_backward_cuda(*arguments: Any) -> Any:
-    return (_attention_backward if arguments[6] is None else _torch_cuda.attention_backward)(*arguments)
+_ATTENTION.register_kernel("cuda")(_torch_cuda.attention)
+_ATTENTION_BACKWARD.register_kernel("cuda")(_torch_cuda.attention_backward)
 
 
 def attention(stage: tuple[Any, ...], packed: tuple[Tensor, ...], scale: float | None, deterministic: bool) -> Any:
@@ -168,6 +161,7 @@ _SELECT = torch.library.custom_op(
     schema=f"({PACKED}, float? softmax_scale, int[] sizes) -> (Tensor, Tensor, Tensor)".replace("cu_seqlens", "cu"),
 )
 _SELECT.register_fake(_allocate_select)
+_SELECT.register_kernel("cuda")(_torch_cuda.select)
 _SELECT.register_autograd(_differentiate_attention, setup_context=_save_select)
 
 
@@ -253,6 +247,7 @@ def _differentiate_compress(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, 
 
 _COMPRESS = torch.library.custom_op("fsa_rs::compress", _compress, mutates_args=(), schema=f"({COMPRESS}) -> Tensor")
 _COMPRESS.register_fake(_allocate_compressed)
+_COMPRESS.register_kernel("cuda")(_torch_cuda.compress)
 _COMPRESS.register_autograd(_differentiate_compress, setup_context=_save_compress)
 
 _COMPRESS_BACKWARD = torch.library.custom_op(
@@ -262,6 +257,7 @@ _COMPRESS_BACKWARD = torch.library.custom_op(
     schema=f"({COMPRESS}, Tensor grad_out) -> Tensor[]",
 )
 _COMPRESS_BACKWARD.register_fake(_allocate_compress_grads)
+_COMPRESS_BACKWARD.register_kernel("cuda")(_torch_cuda.compress_backward)
 
 
 def compress(

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, _torch_cuda_nsa
 
 # What both operators take: packed inputs, gates, the parameters of the compressions, the options.
 ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor gates, "
     "Tensor? k_weight, Tensor? k_position, Tensor? v_weight, Tensor? v_position, "
-    "int[] sizes, float[]? rope, float? softmax_scale"
+    "int[] sizes, float[]? rope, float? softmax_scale, bool deterministic"
 )
 #: Where in ARGUMENTS the tensors are that have gradients.
 DIFFERENTIABLE = (0, 1, 2, 5, 6, 7, 8, 9)
@@ -30,17 +30,24 @@ def _native_arguments(arguments: tuple[Any, ...]) -> tuple[Any, Any]:
 def _allocate(*arguments: Any) -> list[Tensor]:
     """``out``, ``topk_indices`` and, if the last argument asks for it, the state for the backward."""
     q, k, v = arguments[:3]
-    sizes, rope, save = arguments[10], arguments[11], arguments[13]
+    sizes, save = arguments[10], arguments[14]
     shape = (*q.shape[:-1], *v.shape[-1:])
     outputs = [q.new_empty(shape), q.new_empty((*k.shape[1:2], *q.shape[:1], sizes[3]), dtype=torch.int32)]
-    if save:
-        rows = k.shape[0] // max(sizes[1], 1)
-        compressed = [x.new_zeros((rows, *x.shape[1:])) for x in (k, v)]
-        branches = [q.new_empty(shape) for _ in range(3)]
-        lse = [q.new_empty((*q.shape[1:2], *q.shape[:1]), dtype=torch.float32) for _ in range(3)]
-        rotated = [x.new_empty(x.shape) for x in (q, k)] if rope else []
-        outputs += compressed + branches + lse + rotated
-    return outputs
+    return outputs + _allocate_state(*arguments) if save else outputs
+
+
+def _allocate_state(*arguments: Any) -> list[Tensor]:
+    """Compressed keys and values, the branches, their ``lse``, and query and keys if they are rotated."""
+    q, k, v = arguments[:3]
+    sizes, rope = arguments[10:12]
+    if q.device.type == "cuda":
+        # The backward's kernels read it as the forward's wrote it.
+        q, k, v = _torch_cuda_nsa.padded_shapes(q, k, v)
+    rows = k.shape[0] // max(sizes[1], 1)
+    compressed = [x.new_zeros((rows, *x.shape[1:])) for x in (k, v)]
+    branches = [q.new_empty((*q.shape[:-1], *v.shape[-1:])) for _ in range(3)]
+    lse = [q.new_empty((*q.shape[1:2], *q.shape[:1]), dtype=torch.float32) for _ in range(3)]
+    return compressed + branches + lse + ([x.new_empty(x.shape) for x in (q, k)] if rope else [])
 
 
 def _nsa(*arguments: Any) -> list[Tensor]:
@@ -58,7 +65,7 @@ def _allocate_grads(*arguments: Any) -> list[Tensor]:
 def _nsa_backward(*arguments: Any) -> list[Tensor]:
     grads = _allocate_grads(*arguments)
     options, inputs = _native_arguments(arguments)
-    topk_indices, state, grad_out = arguments[13:]
+    topk_indices, state, grad_out = arguments[14:]
     by_input = _spread(arguments, grads)
     parameters = (by_input[6:8], by_input[8:10])
     required = (*by_input[:3], by_input[5])
@@ -74,7 +81,7 @@ def _spread(inputs: tuple[Any, ...], grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.options, ctx.save = inputs[10:13], inputs[13]
+    ctx.options, ctx.save = inputs[10:14], inputs[14]
     if ctx.save:
         ctx.save_for_backward(*inputs[:INPUTS], *output[1:])
 
@@ -82,13 +89,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     if not ctx.save:
         raise RuntimeError("fsa_rs::nsa kept no state for the backward: call it with save=True")
-    inputs, (topk_indices, *state) = ctx.saved_tensors[:INPUTS], ctx.saved_tensors[INPUTS:]
+    saved = ctx.saved_tensors  # once: under activation checkpointing a second access is an error
+    inputs, (topk_indices, *state) = saved[:INPUTS], saved[INPUTS:]
     found = _NSA_BACKWARD(*inputs, *ctx.options, topk_indices, state, grads[0])
-    return (*_spread(inputs, found), None, None, None, None)
+    return (*_spread(inputs, found), *(None for _ in range(5)))
 
 
 _NSA = torch.library.custom_op("fsa_rs::nsa", _nsa, mutates_args=(), schema=f"({ARGUMENTS}, bool save) -> Tensor[]")
 _NSA.register_fake(_allocate)
+_NSA.register_kernel("cuda")(lambda *arguments: _torch_cuda_nsa.nsa(*arguments, state=_allocate_state))
 _NSA.register_autograd(_differentiate, setup_context=_save)
 
 _NSA_BACKWARD = torch.library.custom_op(
@@ -98,6 +107,7 @@ _NSA_BACKWARD = torch.library.custom_op(
     schema=f"({ARGUMENTS}, Tensor topk_indices, Tensor[] state, Tensor grad_out) -> Tensor[]",
 )
 _NSA_BACKWARD.register_fake(_allocate_grads)
+_NSA_BACKWARD.register_kernel("cuda")(_torch_cuda_nsa.nsa_backward)
 
 
 def nsa(
@@ -105,11 +115,13 @@ def nsa(
     packed: tuple[Tensor, ...],
     gates: Tensor,
     parameters: tuple[Tensor | None, ...],
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``topk_indices`` of the whole operation."""
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     differentiable = (*packed[:3], gates, *parameters)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     sizes, rope, softmax_scale = options
     # An empty list among the arguments would be one of tensors to autograd.
-    out, topk_indices, *_ = _NSA(*packed, gates, *parameters, sizes, rope or None, softmax_scale, save)
+    out, topk_indices, *_ = _NSA(*packed, gates, *parameters, sizes, rope or None, softmax_scale, deterministic, save)
     return out, topk_indices

@@ -1,110 +1,109 @@
-//! Checks of a CUDA call, in the argument names of the Python function.
+//! Checks of a CUDA call, in the argument names of the Python function, before anything is planned.
 
 use crate::memory::device::{DeviceTensor, Place};
-use fsa::cuda::plan::Problem;
+use fsa::cuda::plan::{CompressionKind, Sizes};
 use fsa::cuda::source::HEAD_DIMS;
-use fsa::{DType, Error, NsaConfig, Result};
+use fsa::{DType, Error, Result};
 use pyo3::FromPyObject;
 use std::fmt::Display;
 
-/// `(q, k, v, topk_indices, cu_seqlens_q, cu_seqlens_k)`, as the user gave them.
+/// `(q, k, v, cu_seqlens_q, cu_seqlens_k)`, as the user gave them.
 #[derive(Debug, FromPyObject)]
-pub struct Inputs(DeviceTensor, DeviceTensor, DeviceTensor, DeviceTensor, DeviceTensor, DeviceTensor);
+pub struct Packed(pub DeviceTensor, pub DeviceTensor, pub DeviceTensor, pub DeviceTensor, pub DeviceTensor);
 
-impl Inputs {
-    /// Checks everything that can be known without looking at the device's memory; device and sizes of the call.
+/// An argument: its name, the tensor, and whether it holds i32 instead of numbers.
+pub type Argument<'a> = (&'a str, &'a DeviceTensor, bool);
+
+impl Packed {
+    /// Checks everything that can be known without looking at the device's memory; device and sizes of the call, with as
+    /// many tokens as there are keys. `others` are the arguments besides.
     ///
     /// # Errors
     /// [`Error::Input`] that names the argument, [`Error::Unsupported`].
-    pub fn place(&self, block_size: usize) -> Result<Place> {
-        let ordinal = self.device()?;
-        let dtype = self.dtypes()?;
-        let [total_q, num_q_heads, head_dim] = rank3("q", "[total_q, num_q_heads, head_dim]", &self.0)?;
-        let [total_kv, num_kv_heads, _] = rank3("k", "[total_k, num_kv_heads, head_dim]", &self.1)?;
-        let [_, _, value_dim] = rank3("v", "[total_k, num_kv_heads, value_dim]", &self.2)?;
+    pub fn place(&self, [key, value]: [&str; 2], others: &[Argument<'_>]) -> Result<Place> {
+        let Packed(q, k, v, cu_seqlens_q, cu_seqlens_k) = self;
+        let sums = [("cu_seqlens_q", cu_seqlens_q, true), ("cu_seqlens_k", cu_seqlens_k, true)];
+        let all = [("q", q, false), (key, k, false), (value, v, false)];
+        let (ordinal, dtype) = device_and_dtype(&[&all[..], others, &sums].concat())?;
+        let [total_q, num_q_heads, head_dim] = rank3("q", "[total_q, num_q_heads, head_dim]", q)?;
+        let [total_kv, num_kv_heads, _] = rank3(key, "[total_k, num_kv_heads, head_dim]", k)?;
+        let [_, _, value_dim] = rank3(value, "[total_k, num_kv_heads, value_dim]", v)?;
         if num_kv_heads == 0 || num_q_heads == 0 || !num_q_heads.is_multiple_of(num_kv_heads) {
             let expected = format!("a positive number of heads that is a multiple of num_kv_heads {num_kv_heads}");
             return Err(Error::input("q", expected, format!("{num_q_heads} heads")));
         }
         let padded = padded("head_dim", head_dim)?.max(padded("value_dim", value_dim)?);
-        expect_shape("k", &[total_kv, num_kv_heads, head_dim], &self.1)?;
-        expect_shape("v", &[total_kv, num_kv_heads, value_dim], &self.2)?;
-        NsaConfig { block_size, ..NsaConfig::default() }.validate()?;
-        let [_, _, topk] = rank3("topk_indices", "[num_kv_heads, total_q, topk]", &self.3)?;
-        expect_shape("topk_indices", &[num_kv_heads, total_q, topk], &self.3)?;
-        let sequences = self.sequences()?;
-        let problem = Problem {
-            total_q,
-            total_kv,
-            sequences,
-            num_q_heads,
-            num_kv_heads,
-            head_dim: padded,
-            block_size,
-            topk,
-            dtype,
-        };
-        Ok(Place { ordinal, problem })
+        shape(key, &[total_kv, num_kv_heads, head_dim], k)?;
+        shape(value, &[total_kv, num_kv_heads, value_dim], v)?;
+        let sequences = sequences("cu_seqlens_q", cu_seqlens_q)?;
+        if sequences != self::sequences("cu_seqlens_k", cu_seqlens_k)? {
+            let expected = format!("{} elements, as cu_seqlens_q", sequences + 1);
+            return Err(Error::input("cu_seqlens_k", expected, cu_seqlens_k.shape()[0]));
+        }
+        let sizes = Sizes { total_q, total_kv, sequences, num_q_heads, num_kv_heads, head_dim: padded, dtype };
+        Ok(Place { ordinal, sizes })
     }
 
-    fn named(&self) -> [(&'static str, &DeviceTensor); 6] {
-        let names = ["q", "k", "v", "topk_indices", "cu_seqlens_q", "cu_seqlens_k"];
-        let tensors = [&self.0, &self.1, &self.2, &self.3, &self.4, &self.5];
-        std::array::from_fn(|at| (names[at], tensors[at]))
-    }
-
-    /// The device that all tensors are on.
-    fn device(&self) -> Result<usize> {
-        let Some(ordinal) = self.0.ordinal() else {
-            return Err(Error::input("q", "a CUDA tensor, as other arguments of the call", self.0.device()));
-        };
-        match self.named().into_iter().find(|(_, tensor)| tensor.ordinal() != Some(ordinal)) {
-            Some((name, other)) => Err(Error::input(
-                name,
-                format!("a tensor on cuda:{ordinal}, as q"),
-                format!("one on {}", other.device()),
-            )),
-            None => Ok(ordinal),
-        }
-    }
-
-    /// The dtype of the vectors; the others are i32.
-    fn dtypes(&self) -> Result<DType> {
-        let dtype = self.0.dtype().filter(|dtype| matches!(dtype, DType::Bf16 | DType::F16));
-        let Some(dtype) = dtype else {
-            let supported = "bfloat16, float16 (float32 on the CPU)".into();
-            let got = self.0.dtype_name().into();
-            return Err(Error::Unsupported { constraint: "dtype of q on CUDA".into(), got, supported });
-        };
-        for (at, (name, tensor)) in self.named().into_iter().enumerate() {
-            let expected = if at < 3 { self.0.dtype_name() } else { "int32" };
-            if tensor.dtype_name() != expected {
-                return Err(Error::input(name, format!("dtype {expected}"), format!("dtype {}", tensor.dtype_name())));
-            }
-        }
-        Ok(dtype)
-    }
-
-    fn sequences(&self) -> Result<usize> {
-        let (q, k) = (self.4.shape(), self.5.shape());
-        for (name, shape) in [("cu_seqlens_q", q), ("cu_seqlens_k", k)] {
-            if shape.len() != 1 || shape[0] == 0 {
-                return Err(Error::input(name, "shape [batch + 1]", format!("shape {shape:?}")));
-            }
-        }
-        if q != k {
-            return Err(Error::input("cu_seqlens_k", format!("{} elements, as cu_seqlens_q", q[0]), k[0]));
-        }
-        Ok(q[0] - 1)
+    /// Elements of a query and of a value vector, before padding.
+    pub fn dims(&self) -> [usize; 2] {
+        [&self.0, &self.2].map(|tensor| tensor.shape().last().copied().unwrap_or(0))
     }
 }
 
-fn rank3(name: &str, layout: impl Display, tensor: &DeviceTensor) -> Result<[usize; 3]> {
+/// The device that all tensors are on, and the dtype of those that hold numbers; the first decides.
+///
+/// # Errors
+/// [`Error::Input`] that names the argument that has another; [`Error::Unsupported`] for a dtype.
+pub fn device_and_dtype(arguments: &[Argument<'_>]) -> Result<(usize, DType)> {
+    let [(first, tensor, _), ..] = arguments else {
+        return Err(Error::input("arguments", "at least one", "none"));
+    };
+    let Some(ordinal) = tensor.ordinal() else {
+        return Err(Error::input(*first, "a CUDA tensor, as other arguments of the call", tensor.device()));
+    };
+    if let Some((name, other, _)) = arguments.iter().find(|(_, other, _)| other.ordinal() != Some(ordinal)) {
+        let (expected, got) = (format!("a tensor on cuda:{ordinal}, as {first}"), format!("one on {}", other.device()));
+        return Err(Error::input(*name, expected, got));
+    }
+    let Some(dtype) = tensor.dtype().filter(|dtype| matches!(dtype, DType::Bf16 | DType::F16)) else {
+        let supported = "bfloat16, float16 (float32 on the CPU)".into();
+        let (constraint, got) = (format!("dtype of {first} on CUDA"), tensor.dtype_name().into());
+        return Err(Error::Unsupported { constraint, got, supported });
+    };
+    for (name, other, is_index) in arguments {
+        let expected = if *is_index { "int32" } else { tensor.dtype_name() };
+        if other.dtype_name() != expected {
+            return Err(Error::input(*name, format!("dtype {expected}"), format!("dtype {}", other.dtype_name())));
+        }
+    }
+    Ok((ordinal, dtype))
+}
+
+/// Sequences of prefix sums.
+///
+/// # Errors
+/// [`Error::Input`] if the tensor has another rank or no element.
+pub fn sequences(name: &str, sums: &DeviceTensor) -> Result<usize> {
+    match *sums.shape() {
+        [elements] if elements > 0 => Ok(elements - 1),
+        _ => Err(Error::input(name, "shape [batch + 1]", format!("shape {:?}", sums.shape()))),
+    }
+}
+
+/// Sizes of a tensor with three axes.
+///
+/// # Errors
+/// [`Error::Input`] if it has another number of axes.
+pub fn rank3(name: &str, layout: impl Display, tensor: &DeviceTensor) -> Result<[usize; 3]> {
     let shape = tensor.shape();
     shape.try_into().map_err(|_| Error::input(name, format!("shape {layout}"), format!("shape {shape:?}")))
 }
 
-fn expect_shape(name: &str, expected: &[usize; 3], tensor: &DeviceTensor) -> Result<()> {
+/// Checks the shape of a tensor.
+///
+/// # Errors
+/// [`Error::Input`] if it is another.
+pub fn shape(name: &str, expected: &[usize], tensor: &DeviceTensor) -> Result<()> {
     if tensor.shape() == expected {
         return Ok(());
     }
@@ -112,11 +111,72 @@ fn expect_shape(name: &str, expected: &[usize; 3], tensor: &DeviceTensor) -> Res
 }
 
 /// The kernels' dimension for `dim`: vectors are padded with zeros.
-fn padded(name: &str, dim: usize) -> Result<usize> {
+///
+/// # Errors
+/// [`Error::Unsupported`] if there is none.
+pub fn padded(name: &str, dim: usize) -> Result<usize> {
     let kernels = HEAD_DIMS.into_iter().find(|kernels| *kernels >= dim);
     kernels.filter(|_| dim > 0 && dim.is_multiple_of(8)).ok_or_else(|| Error::Unsupported {
         constraint: name.into(),
         got: dim.to_string(),
         supported: "multiples of 8 up to 256".into(),
     })
+}
+
+/// `(weight, position)` of a compression, as the user gave them.
+#[derive(Debug, FromPyObject)]
+pub struct Parameters(pub Option<DeviceTensor>, pub Option<DeviceTensor>);
+
+/// What a compression is checked against: heads, tokens in a window, elements of a vector before padding.
+pub struct Windowed {
+    pub heads: usize,
+    pub kernel_size: usize,
+    pub dim: usize,
+}
+
+impl Parameters {
+    /// Those that are there, with the names that they have beside the argument `name`.
+    pub fn named<'a>(&'a self, names: &'a [String; 2]) -> Vec<Argument<'a>> {
+        let tensors = [(&names[0], &self.0), (&names[1], &self.1)];
+        tensors
+            .into_iter()
+            .filter_map(|(name, tensor)| tensor.as_ref().map(|tensor| (name.as_str(), tensor, false)))
+            .collect()
+    }
+
+    /// What they compute; the rank of the weight says it.
+    ///
+    /// # Errors
+    /// [`Error::Input`] that names the parameter.
+    pub fn kind(&self, [weight_name, position_name]: &[String; 2], about: &Windowed) -> Result<CompressionKind> {
+        let Windowed { heads, kernel_size, dim } = *about;
+        let kind = match self.0.as_ref().map(DeviceTensor::shape) {
+            None => CompressionKind::Mean,
+            Some([_, _]) => CompressionKind::Weighted,
+            Some([_, _, _]) => CompressionKind::Linear { position: self.1.is_some() },
+            Some(other) => {
+                let expected = "shape [num_kv_heads, kernel_size] or [num_kv_heads, kernel_size * dim, dim]";
+                return Err(Error::input(weight_name, expected, format!("shape {other:?}")));
+            }
+        };
+        match (&self.0, kind) {
+            (Some(weight), CompressionKind::Weighted) => shape(weight_name, &[heads, kernel_size], weight)?,
+            (Some(weight), _) => shape(weight_name, &[heads, kernel_size * dim, dim], weight)?,
+            (None, _) => {}
+        }
+        match &self.1 {
+            Some(position) if kind.is_linear() => shape(position_name, &[heads, kernel_size, dim], position)?,
+            Some(_) => {
+                let expected = format!("None: compression {kind} has no position embedding");
+                return Err(Error::input(position_name, expected, "one"));
+            }
+            None => {}
+        }
+        Ok(kind)
+    }
+}
+
+/// Names of the parameters that belong to the argument `name`.
+pub fn parameter_names(name: &str) -> [String; 2] {
+    [format!("{name}_weight"), format!("{name}_position")]
 }

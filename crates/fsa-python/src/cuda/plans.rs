@@ -1,45 +1,117 @@
 //! Kernels per device and plans per call, made once and kept.
 
 use crate::memory::device::Place;
-use fsa::Result;
-use fsa::cuda::plan::PlanOptions;
+use fsa::cuda::plan::{BandProblem, CompressProblem, NsaProblem, PlanOptions, Problem, SelectProblem};
 use fsa::cuda::selected::{SelectedBackward, SelectedForward};
+use fsa::cuda::stages::{
+    BandBackward, BandForward, CompressBackward, CompressForward, NsaBackward, NsaForward, Select,
+};
 use fsa::cuda::{Environment, Kernels};
+use fsa::{Error, Result, Rope};
 use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
+/// A rotary embedding as a key: the bits of its numbers, and the elements of a vector that it turns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rotation {
+    pub numbers: Vec<u64>,
+    pub dim: usize,
+}
+
+impl Rotation {
+    /// `numbers` as [`crate::packed::rope`] takes them; none without an embedding.
+    pub fn new(numbers: &[f64], dim: usize) -> Option<Self> {
+        (!numbers.is_empty()).then(|| Self { numbers: numbers.iter().map(|number| number.to_bits()).collect(), dim })
+    }
+
+    /// The embedding.
+    ///
+    /// # Errors
+    /// There are more or fewer numbers than one has.
+    pub fn rope(&self) -> Result<Option<Rope>> {
+        crate::packed::rope(&self.numbers.iter().map(|bits| f64::from_bits(*bits)).collect::<Vec<_>>())
+    }
+}
+
+/// What a call computes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Work {
+    Selected(Problem),
+    SelectedBackward { problem: Problem, deterministic: bool },
+    Band(BandProblem),
+    BandBackward(BandProblem),
+    Select(SelectProblem),
+    Compress(CompressProblem),
+    CompressBackward(CompressProblem),
+    Nsa { problem: NsaProblem, rotation: Option<Rotation>, saves: bool },
+    NsaBackward { problem: NsaProblem, rotation: Option<Rotation>, deterministic: bool },
+}
+
 /// What a plan depends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key {
     pub place: Place,
-    pub backward: bool,
-    /// Of the backward: a forward has one plan.
-    pub deterministic: bool,
+    pub work: Work,
+}
+
+/// Calls that differ in more than this are told apart by comparing them: there are few.
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Place { ordinal, sizes } = self.place;
+        (ordinal, sizes.total_q, sizes.total_kv, sizes.num_q_heads, sizes.num_kv_heads, sizes.head_dim).hash(state);
+        std::mem::discriminant(&self.work).hash(state);
+    }
 }
 
 /// A plan with its kernels.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one for a plan, and it lies behind an `Arc`")]
 pub enum Launch {
-    Forward(SelectedForward),
-    Backward(SelectedBackward),
+    Selected(SelectedForward),
+    SelectedBackward(SelectedBackward),
+    Band(BandForward),
+    BandBackward(BandBackward),
+    Select(Select),
+    Compress(CompressForward),
+    CompressBackward(CompressBackward),
+    Nsa(NsaForward),
+    NsaBackward(NsaBackward),
 }
 
 /// A plan and where it is for.
 #[derive(Debug)]
 pub struct Planned {
-    pub place: Place,
+    pub key: Key,
     pub kernels: Arc<Kernels>,
     pub launch: Launch,
 }
 
 impl Planned {
+    /// Where the call runs, and its sizes.
+    pub fn place(&self) -> &Place {
+        &self.key.place
+    }
+
     /// Size of the workspace of a launch.
     pub fn workspace_bytes(&self) -> usize {
         match &self.launch {
-            Launch::Forward(forward) => forward.workspace_bytes(),
-            Launch::Backward(backward) => backward.workspace_bytes(),
+            Launch::Selected(plan) => plan.workspace_bytes(),
+            Launch::SelectedBackward(plan) => plan.workspace_bytes(),
+            Launch::Band(plan) => plan.workspace_bytes(),
+            Launch::BandBackward(plan) => plan.workspace_bytes(),
+            Launch::Select(plan) => plan.workspace_bytes(),
+            Launch::Compress(plan) => plan.workspace_bytes(),
+            Launch::CompressBackward(plan) => plan.workspace_bytes(),
+            Launch::Nsa(plan) => plan.workspace_bytes(),
+            Launch::NsaBackward(plan) => plan.workspace_bytes(),
         }
+    }
+
+    /// The error of a call that is given a plan of another one.
+    pub fn other(&self, expected: &str) -> Error {
+        Error::input("plan", format!("one of {expected}"), format!("{:?}", self.key.work))
     }
 }
 
@@ -66,20 +138,46 @@ pub fn find(key: &Key) -> Option<Arc<Planned>> {
 /// # Errors
 /// What the device lacks, or what the kernels do not support.
 pub fn make(key: &Key, python_path: &[PathBuf]) -> Result<Arc<Planned>> {
-    let Key { place, backward, deterministic } = *key;
-    let kernels = kernels(place.ordinal, python_path)?;
-    let options = PlanOptions { deterministic, ..PlanOptions::default() };
-    let launch = if backward {
-        Launch::Backward(SelectedBackward::plan(&kernels, &place.problem, &options)?)
-    } else {
-        Launch::Forward(SelectedForward::plan(&kernels, &place.problem, &options)?)
-    };
-    let planned = Arc::new(Planned { place, kernels, launch });
+    let kernels = kernels(key.place.ordinal, python_path)?;
+    let launch = plan(&kernels, &key.work)?;
+    let planned = Arc::new(Planned { key: key.clone(), kernels, launch });
     let mut plans = lock(&PLANS);
     if plans.len() >= MAX_PLANS {
         plans.clear();
     }
-    Ok(plans.entry(*key).or_insert(planned).clone())
+    Ok(plans.entry(key.clone()).or_insert(planned).clone())
+}
+
+fn plan(kernels: &Arc<Kernels>, work: &Work) -> Result<Launch> {
+    let options = |deterministic: &bool| PlanOptions { deterministic: *deterministic, ..PlanOptions::default() };
+    let rope = |rotation: &Option<Rotation>| -> Result<Option<(Rope, usize)>> {
+        let Some(rotation) = rotation else { return Ok(None) };
+        Ok(rotation.rope()?.map(|rope| (rope, rotation.dim)))
+    };
+    Ok(match work {
+        Work::Selected(problem) => Launch::Selected(SelectedForward::plan(kernels, problem, &PlanOptions::default())?),
+        Work::SelectedBackward { problem, deterministic } => {
+            Launch::SelectedBackward(SelectedBackward::plan(kernels, problem, &options(deterministic))?)
+        }
+        Work::Band(problem) => Launch::Band(BandForward::plan(kernels, problem)?),
+        Work::BandBackward(problem) => {
+            Launch::BandBackward(BandBackward::plan(kernels, problem, &PlanOptions::default())?)
+        }
+        Work::Select(problem) => Launch::Select(Select::plan(kernels, problem)?),
+        Work::Compress(problem) => Launch::Compress(CompressForward::plan(kernels, problem)?),
+        Work::CompressBackward(problem) => Launch::CompressBackward(CompressBackward::plan(kernels, problem)?),
+        Work::Nsa { problem, rotation, saves } => {
+            let rope = rope(rotation)?;
+            let rope = rope.as_ref().map(|(rope, dim)| (rope, *dim));
+            let options = PlanOptions::default();
+            Launch::Nsa(NsaForward::plan(kernels, problem, rope, &options, *saves)?)
+        }
+        Work::NsaBackward { problem, rotation, deterministic } => {
+            let rope = rope(rotation)?;
+            let rope = rope.as_ref().map(|(rope, dim)| (rope, *dim));
+            Launch::NsaBackward(NsaBackward::plan(kernels, problem, rope, &options(deterministic))?)
+        }
+    })
 }
 
 fn kernels(ordinal: usize, python_path: &[PathBuf]) -> Result<Arc<Kernels>> {

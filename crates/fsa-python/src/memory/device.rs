@@ -3,16 +3,16 @@
 //! The device's memory is never read or written from here: a description becomes a span, and the kernels of
 //! `fsa::cuda` check spans against the sizes of the call. Who guarantees what:
 //!
-//! - `_torch_cuda.py`, the only caller: takes address, shape and strides from tensors that it holds until the call
-//!   returns; outputs and workspace are new tensors, allocated for the stream of the call.
+//! - `_torch_cuda.py` and `_torch_cuda_nsa.py`, the only callers: take address, shape and strides from tensors that
+//!   they hold until the call returns; outputs and workspace are new tensors, allocated for the stream of the call.
 //! - PyTorch's allocator: memory that was allocated for a stream is not given to other work before that stream has
 //!   done what it was given.
 //! - The user, as in every library for the GPU: inputs are ready in the order of the current stream, and the prefix
 //!   sums are what the documentation asks for, since nobody can look at them without waiting for the device.
 
 use fsa::cuda::driver::{Device, DeviceBatch, DeviceSpan, Stream};
-use fsa::cuda::plan::Problem;
-use fsa::cuda::selected::TensorSpan;
+use fsa::cuda::plan::Sizes;
+use fsa::cuda::stages::{Gates, TensorSpan};
 use fsa::{DType, Error, Result};
 use pyo3::FromPyObject;
 use std::sync::Arc;
@@ -53,17 +53,35 @@ impl DeviceTensor {
         }
     }
 
-    /// A `[rows, heads, dim]` tensor whose last axis has no gaps.
+    /// A `[rows, heads, dim]` tensor whose last axis has no gaps; `dim` is that of the kernels.
     ///
     /// # Errors
     /// [`Error::Input`] if it is another tensor than the plan is for.
-    pub fn vectors(&self, name: &str, place: &Place, rows: usize, heads: usize) -> Result<TensorSpan<'_>> {
-        let dim = place.problem.head_dim;
-        self.expect(name, place, place.problem.dtype, &[rows, heads, dim])?;
-        if self.4[2] != 1 && !self.is_empty() {
-            return Err(Error::input(name, "a last axis without gaps", format!("strides {:?}", self.4)));
-        }
+    pub fn vectors(&self, name: &str, place: &Place, [rows, heads]: [usize; 2]) -> Result<TensorSpan<'_>> {
+        self.expect(name, place, place.sizes.dtype, &[rows, heads, place.sizes.head_dim])?;
+        self.adjacent(name)?;
         Ok(TensorSpan { span: self.span(name)?, row_stride: self.4[0], head_stride: self.4[1] })
+    }
+
+    /// Weights of the three branches, `[rows, 3]` or `[rows, heads, 3]`, the three adjacent.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if it is another tensor than the plan is for.
+    pub fn gates(&self, name: &str, place: &Place) -> Result<Gates<'_>> {
+        let Sizes { total_q, num_q_heads, dtype, .. } = place.sizes;
+        let per_head = self.3.len() == 3;
+        let shape: &[usize] = if per_head { &[total_q, num_q_heads, 3] } else { &[total_q, 3] };
+        self.expect(name, place, dtype, shape)?;
+        self.adjacent(name)?;
+        let head_stride = if per_head { self.4[1] } else { 0 };
+        Ok(Gates { span: self.span(name)?, row_stride: self.4[0], head_stride })
+    }
+
+    fn adjacent(&self, name: &str) -> Result<()> {
+        if self.4.last() == Some(&1) || self.is_empty() {
+            return Ok(());
+        }
+        Err(Error::input(name, "a last axis without gaps", format!("strides {:?}", self.4)))
     }
 
     /// A tensor without gaps.
@@ -129,12 +147,12 @@ impl DeviceTensor {
 }
 
 /// Where a call runs, and its sizes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     /// Number of the device.
     pub ordinal: usize,
     /// Sizes as the kernels see them: vectors are padded.
-    pub problem: Problem,
+    pub sizes: Sizes,
 }
 
 /// The prefix sums of a call.
@@ -142,11 +160,12 @@ pub struct Place {
 /// # Errors
 /// [`Error::Input`] if they have another shape, dtype or device.
 pub fn batch<'a>(q: &'a DeviceTensor, k: &'a DeviceTensor, place: &Place) -> Result<DeviceBatch<'a>> {
-    let Problem { sequences, total_q, total_kv, .. } = place.problem;
+    let Sizes { sequences, total_q, total_kv, .. } = place.sizes;
     let sums = [("cu_seqlens_q", q), ("cu_seqlens_k", k)];
     let [q, k] = sums.map(|(name, tensor)| tensor.plain(name, place, DType::I32, &[sequences + 1]));
     // SAFETY: both hold `sequences + 1` i32. That they are prefix sums of these totals, and that no sequence has more
-    // query rows than keys, is the user's promise, which `validate=True` checks.
+    // query rows than keys, is the user's promise, which `validate=True` checks. Over compressed keys `total_kv` is a
+    // bound that follows from their number: the tokens themselves are not in memory, and nothing is read by them.
     Ok(unsafe { DeviceBatch::from_raw(q?, k?, (sequences, total_q, total_kv)) })
 }
 

@@ -6,13 +6,14 @@ use fsa_oracle::Pass;
 use serde::{Deserialize, Serialize};
 
 /// The definitions that come with the command.
-const BUILT_IN: [&str; 6] = [
+const BUILT_IN: [&str; 7] = [
     include_str!("../../../../../bench/definitions/acceptance.json"),
     include_str!("../../../../../bench/definitions/quick.json"),
     include_str!("../../../../../bench/definitions/stages.json"),
     include_str!("../../../../../bench/definitions/shapes.json"),
     include_str!("../../../../../bench/definitions/scaling.json"),
     include_str!("../../../../../bench/definitions/cuda.json"),
+    include_str!("../../../../../bench/definitions/cuda_stages.json"),
 ];
 
 /// Stages that can be measured.

@@ -39,7 +39,7 @@ use work::{Measured, Work};
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub struct Flags {
-    /// Definition to measure: acceptance, quick, stages, shapes, scaling or cuda [quick; cuda on a GPU]
+    /// Definition to measure: acceptance, quick, stages, shapes, scaling, cuda or cuda_stages [quick; cuda on a GPU]
     #[arg(long, value_name = "NAME")]
     suite: Option<String>,
     /// List the definitions and their rows, and measure nothing

@@ -156,7 +156,7 @@ impl<'a> Work<'a> {
         let mut result = self.engine.select(&args)?;
         let outputs = [result.attention.out.view(), result.attention.lse.view()];
         let compared = self.sample.attention(&args.stage(), &args.attention, outputs)?;
-        let wrong = self.sample.wrong_selections(&args.attention, args.config, &result.topk_indices)?;
+        let wrong = self.sample.wrong_selections(&args.attention, args.config, &result.topk_indices.view())?;
         self.timed(compared, wrong, || {
             let topk_indices = &mut result.topk_indices.view_mut();
             self.engine.select_into(&args, &mut result.attention.as_output(), topk_indices)
@@ -182,10 +182,11 @@ impl<'a> Work<'a> {
         let args = self.nsa();
         let (mut out, saved) = self.engine.nsa(&args, true)?.into_parts();
         let saved = saved.ok_or_else(|| fsa::Error::input("saved", "the state that was asked for", "none"))?;
-        let compared = self.sample.nsa(&args, &out, &saved)?;
+        let lse = saved.lse.each_ref().map(Tensor::view);
+        let compared = self.sample.nsa(&args, (&out.view(), lse), saved.topk_indices.view())?;
         let [key, value] = &saved.compressed;
         let attention = self.args(key, value);
-        let wrong = self.sample.wrong_selections(&attention, args.config, &saved.topk_indices)?;
+        let wrong = self.sample.wrong_selections(&attention, args.config, &saved.topk_indices.view())?;
         self.timed(compared, wrong, || self.engine.nsa_into(&args, &mut out.view_mut(), false).map(drop))
     }
 
@@ -195,7 +196,8 @@ impl<'a> Work<'a> {
         let saved = saved.ok_or_else(|| fsa::Error::input("saved", "the state that was asked for", "none"))?;
         let sparse = self.sample.grad_out(self.point.dtype, self.query.shape(), 6)?;
         let mut grads = self.engine.nsa_backward(&args, &saved, &sparse.view())?;
-        let compared = self.sample.nsa_backward(&args, &saved.topk_indices, &sparse, &grads)?;
+        let views = [&grads.grad_query, &grads.grad_key, &grads.grad_value, &grads.grad_gates].map(Tensor::view);
+        let compared = self.sample.nsa_backward(&args, saved.topk_indices.view(), &sparse.view(), views)?;
         let grad_out = self.grad_out.view();
         self.timed(compared, 0, || self.engine.nsa_backward_into(&args, &saved, &grad_out, &mut grads.as_grads()))
     }

@@ -3,8 +3,8 @@
 use super::Flags;
 use crate::failure::{Failure, Outcome};
 use crate::options::Chosen;
+use fsa::DType;
 use fsa::cuda::CudaBackend;
-use fsa::{DType, Stage};
 use fsa_oracle::suite::CheckOptions;
 use fsa_oracle::{Case, Pass};
 
@@ -30,48 +30,9 @@ impl Scope {
         options.passes.retain(|pass| flags.pass.is_none_or(|wanted| wanted == *pass));
         let mut scope = Self { options, skipped: Vec::new() };
         if let Some(backend) = &chosen.cuda {
-            scope.leave_stages(backend, !flags.stage.is_empty())?;
-            scope.leave_passes(backend, flags.pass.is_some())?;
             scope.leave_dtypes(backend, !flags.dtype.is_empty())?;
         }
         Ok(scope)
-    }
-
-    fn leave_stages(&mut self, backend: &CudaBackend, named: bool) -> Outcome {
-        let (has, lacks): (Vec<Stage>, Vec<Stage>) =
-            self.options.stages.iter().partition(|stage| CudaBackend::STAGES.contains(stage));
-        if let Some(stage) = lacks.first().filter(|_| named) {
-            backend.check_stage(*stage, false)?;
-        }
-        if !lacks.is_empty() {
-            let names: Vec<_> = lacks.iter().map(|stage| stage.name()).collect();
-            self.skipped.push(format!("stages {}: not on CUDA yet", names.join(", ")));
-        }
-        self.options.stages = has;
-        Ok(())
-    }
-
-    /// A set of kernels may have the forward only.
-    fn leave_passes(&mut self, backend: &CudaBackend, named: bool) -> Outcome {
-        let (mut has, mut lacks) = (Vec::new(), Vec::new());
-        for pass in &self.options.passes {
-            let check = |stage: &Stage| backend.check_stage(*stage, *pass == Pass::Backward);
-            match self.options.stages.iter().try_for_each(check) {
-                Ok(()) => has.push(*pass),
-                Err(error) => {
-                    self.skipped.push(format!("{pass}: {error}"));
-                    lacks.push(error);
-                }
-            }
-        }
-        // Without a pass nothing would run, which is no success.
-        match lacks.into_iter().next().filter(|_| named || has.is_empty()) {
-            Some(error) => Err(error.into()),
-            None => {
-                self.options.passes = has;
-                Ok(())
-            }
-        }
     }
 
     fn leave_dtypes(&mut self, backend: &CudaBackend, named: bool) -> Outcome {

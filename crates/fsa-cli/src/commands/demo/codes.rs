@@ -90,8 +90,8 @@ fn contexts(hashes: &[u64], decay: f32, mut visit: impl FnMut(usize, &[f32; HEAD
 }
 
 impl Coded {
-    /// Codes `text`, one token per byte.
-    pub fn new(text: &[u8], config: &NsaConfig, seed: u64) -> fsa::Result<Self> {
+    /// Codes `text`, one token per byte, in tensors of `dtype`.
+    pub fn new(text: &[u8], config: &NsaConfig, seed: u64, dtype: DType) -> fsa::Result<Self> {
         let tokens = text.len();
         let mut query = vec![0.0f32; tokens * NUM_Q_HEADS * HEAD_DIM];
         let mut key = vec![0.0f32; tokens * NUM_KV_HEADS * HEAD_DIM];
@@ -124,11 +124,11 @@ impl Coded {
         let weight = COMPRESSED_GAIN / config.kernel_size as f32;
         let weights = vec![weight; NUM_KV_HEADS * config.kernel_size];
         Ok(Self {
-            query: Tensor::new("query", query, &[tokens, NUM_Q_HEADS, HEAD_DIM])?,
-            key: Tensor::new("key", key, &[tokens, NUM_KV_HEADS, HEAD_DIM])?,
-            value: Tensor::new("value", value, &[tokens, NUM_KV_HEADS, HEAD_DIM])?,
-            gates: Tensor::from_f32("gates", &GATES.repeat(tokens), DType::F32, &[tokens, 3])?,
-            key_weight: Tensor::new("key_weight", weights, &[NUM_KV_HEADS, config.kernel_size])?,
+            query: Tensor::from_f32("query", &query, dtype, &[tokens, NUM_Q_HEADS, HEAD_DIM])?,
+            key: Tensor::from_f32("key", &key, dtype, &[tokens, NUM_KV_HEADS, HEAD_DIM])?,
+            value: Tensor::from_f32("value", &value, dtype, &[tokens, NUM_KV_HEADS, HEAD_DIM])?,
+            gates: Tensor::from_f32("gates", &GATES.repeat(tokens), dtype, &[tokens, 3])?,
+            key_weight: Tensor::from_f32("key_weight", &weights, dtype, &[NUM_KV_HEADS, config.kernel_size])?,
             batch: Batch::single(tokens),
             seed,
         })
@@ -163,7 +163,8 @@ mod tests {
     #[test]
     fn a_key_says_nothing_about_its_own_byte() {
         let config = NsaConfig::default();
-        let (one, other) = (Coded::new(b"abcdefgh", &config, 1), Coded::new(b"abcdefgX", &config, 1));
+        let (one, other) =
+            (Coded::new(b"abcdefgh", &config, 1, DType::F32), Coded::new(b"abcdefgX", &config, 1, DType::F32));
         let (one, other) = (one.expect("coded"), other.expect("coded"));
         assert_eq!(one.key, other.key);
         assert_ne!(one.value, other.value);
@@ -177,7 +178,7 @@ mod tests {
     fn the_same_past_has_the_largest_product() {
         let text = b"..the same words, other words; the same wor";
         let config = NsaConfig::default();
-        let coded = Coded::new(text, &config, 7).expect("coded");
+        let coded = Coded::new(text, &config, 7, DType::F32).expect("coded");
         let query = coded.query.as_slice::<f32>("query").expect("f32");
         let key = coded.key.as_slice::<f32>("key").expect("f32");
         let p = text.len() - 1;

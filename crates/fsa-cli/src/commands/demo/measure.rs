@@ -97,7 +97,8 @@ pub fn run(engine: &Engine, args: &NsaArgs<'_>, seed: u64, progress: &Progress) 
     let (dense, dense_ms) = progress.step("dense attention, the yardstick", dense)?;
     let sample = Sample::new(args.batch, SAMPLED_ROWS, seed)?;
     let check = || -> fsa::Result<Vec<Compared>> {
-        let mut errors = sample.nsa(args, &out, &saved)?;
+        let lse = saved.lse.each_ref().map(Tensor::view);
+        let mut errors = sample.nsa(args, (&out.view(), lse), saved.topk_indices.view())?;
         let outputs = [dense.out.view(), dense.lse.view()];
         errors.extend(renamed("dense", sample.attention(&AttentionStage::Dense, &attention, outputs)?));
         Ok(errors)
@@ -105,7 +106,7 @@ pub fn run(engine: &Engine, args: &NsaArgs<'_>, seed: u64, progress: &Progress) 
     let errors = progress.step("oracle on sampled rows", check)?;
     let wrong_selections = progress.step("oracle on sampled selections", || {
         let compressed = compressed(args, &saved);
-        sample.wrong_selections(&compressed, args.config, &saved.topk_indices)
+        sample.wrong_selections(&compressed, args.config, &saved.topk_indices.view())
     })?;
     Ok(Measured {
         time_ms: TimeMs { dense: dense_ms, nsa, ..stages },

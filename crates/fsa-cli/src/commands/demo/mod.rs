@@ -8,14 +8,14 @@ mod predict;
 
 use super::Context;
 use crate::failure::{Failure, Outcome};
-use crate::options;
+use crate::options::{self, Device, DeviceFlags};
 use crate::output::{self, Output, Report};
 use crate::progress::Progress;
 use crate::sampled::Compared;
 use crate::whole_file::WholeFile;
 use clap::Args;
 use codes::{Coded, HEAD_DIM, NGRAMS, NUM_KV_HEADS, NUM_Q_HEADS};
-use fsa::NsaConfig;
+use fsa::{DType, NsaConfig};
 use heatmap::Heatmap;
 use measure::TimeMs;
 use serde::Serialize;
@@ -33,7 +33,7 @@ const DEFAULT_TOKENS: usize = 32_768;
 /// Every byte is a token. Queries, keys and values are made from the bytes without training: a query looks for earlier
 /// places with the same recent bytes, and what followed there predicts the next byte. Reports the share of right
 /// predictions of dense attention, of native sparse attention and of its window alone; times; the error against the f64
-/// oracle on sampled rows; and draws which blocks each kv head chose.
+/// oracle on sampled rows; and draws which blocks each kv head chose. In f32; on a GPU in bf16, from and to host memory.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub struct Flags {
@@ -48,6 +48,8 @@ pub struct Flags {
     /// Seed of the codes
     #[arg(long, value_name = "S", default_value_t = 1)]
     seed: u64,
+    #[command(flatten)]
+    device: DeviceFlags,
 }
 
 #[derive(Debug, Serialize)]
@@ -59,6 +61,8 @@ struct Demo {
     head_dim: usize,
     config: NsaConfig,
     gates: [f32; 3],
+    device: Device,
+    dtype: DType,
     threads: usize,
     accuracy: Accuracy,
     selected_mass: f64,
@@ -87,11 +91,12 @@ struct Accuracy {
 
 pub fn run(flags: &Flags, context: &Context) -> Outcome {
     let (name, text) = read(flags)?;
+    let engine = options::engine(&flags.device, context.threads)?.engine;
     let png = WholeFile::create(&flags.png)?;
     let config = NsaConfig::default();
-    let engine = options::cpu(context.threads)?;
+    let dtype = if flags.device.device == Device::Cuda { DType::Bf16 } else { DType::F32 };
     let progress = Progress::new(measure::STEPS + 2);
-    let coded = progress.step("codes", || Coded::new(&text, &config, flags.seed))?;
+    let coded = progress.step("codes", || Coded::new(&text, &config, flags.seed, dtype))?;
     let args = coded.args(&config);
     let measured = measure::run(&engine, &args, flags.seed, &progress)?;
     progress.start("predictions");
@@ -109,6 +114,8 @@ pub fn run(flags: &Flags, context: &Context) -> Outcome {
         num_kv_heads: NUM_KV_HEADS,
         head_dim: HEAD_DIM,
         gates: codes::GATES,
+        device: flags.device.device,
+        dtype,
         threads: context.threads,
         accuracy: Accuracy {
             dense: accuracy(&dense),
@@ -223,9 +230,9 @@ impl Demo {
 
 impl Report for Demo {
     fn show(&self, output: &Output) -> Outcome {
-        let Self { tokens, num_q_heads, num_kv_heads, head_dim, config, .. } = self;
+        let Self { tokens, num_q_heads, num_kv_heads, head_dim, config, dtype, .. } = self;
         output.line(format!(
-            "{}: {tokens} tokens, {num_q_heads} query heads on {num_kv_heads} kv heads of {head_dim}, f32; \
+            "{}: {tokens} tokens, {num_q_heads} query heads on {num_kv_heads} kv heads of {head_dim}, {dtype}; \
              top {} blocks of {}, window {}; {} threads",
             self.text, config.topk, config.block_size, config.window_size, self.threads,
         ))?;

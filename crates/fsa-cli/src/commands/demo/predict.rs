@@ -5,7 +5,7 @@ use fsa::Tensor;
 
 /// For every row but the last, the byte whose value codes agree best with the output, summed over the heads.
 pub fn next_bytes(coded: &Coded, text: &[u8], out: &Tensor) -> fsa::Result<Vec<u8>> {
-    let out = out.as_slice::<f32>("out")?;
+    let out: Vec<f32> = out.view().to_f64().into_iter().map(|element| element as f32).collect();
     let codes: Vec<_> = (0..NUM_KV_HEADS).map(|kv_head| coded.byte_codes(kv_head)).collect();
     let mut present = [false; 256];
     text.iter().for_each(|byte| present[usize::from(*byte)] = true);
@@ -129,12 +129,12 @@ fn readable(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fsa::NsaConfig;
+    use fsa::{DType, NsaConfig};
 
     #[test]
     fn the_code_of_a_byte_reads_as_that_byte() {
         let text = b"hello, world";
-        let coded = Coded::new(text, &NsaConfig::default(), 3).expect("coded");
+        let coded = Coded::new(text, &NsaConfig::default(), 3, DType::F32).expect("coded");
         let mut out = vec![0.0f32; text.len() * NUM_Q_HEADS * HEAD_DIM];
         for (place, element) in out.iter_mut().enumerate() {
             let (row, head, dim) = (place / HEAD_DIM / NUM_Q_HEADS, place / HEAD_DIM % NUM_Q_HEADS, place % HEAD_DIM);

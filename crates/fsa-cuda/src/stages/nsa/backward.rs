@@ -5,6 +5,7 @@ use super::forward::{call, check_rope};
 use super::tensors::NsaBackwardTensors;
 use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
+use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
 use crate::plan::{NsaBackwardPlan, NsaProblem, PlanOptions, Sizes, Slot, Tables};
 use crate::prepare::PrepareKernel;
 use crate::selected::SelectedBackward;
@@ -14,8 +15,7 @@ use crate::stages::combine::CombineStep;
 use crate::stages::compress::CompressStep;
 use crate::stages::tensors::passes;
 use crate::stages::{
-    AttentionGradTensors, AttentionTensors, CompressBackwardTensors, CompressTensors, LaunchContext, RopeRows,
-    RopeTurn, TensorSpan, check_batch, check_scale,
+    AttentionGradTensors, AttentionTensors, CompressBackwardTensors, CompressTensors, RopeRows, RopeTurn,
 };
 use fsa_core::{Error, Result, Rope};
 use std::sync::Arc;

@@ -3,6 +3,7 @@
 use super::tensors::{NsaForwardTensors, NsaSavedTensors};
 use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
+use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
 use crate::plan::{ForwardTemporaries, NsaForwardPlan, NsaProblem, PlanOptions, Sizes, Tables};
 use crate::prepare::PrepareKernel;
 use crate::selected::SelectedForward;
@@ -12,10 +13,7 @@ use crate::stages::combine::CombineStep;
 use crate::stages::compress::CompressStep;
 use crate::stages::select::{SelectStep, score_tables};
 use crate::stages::tensors::passes;
-use crate::stages::{
-    AttentionTensors, CombineTensors, CompressTensors, LaunchContext, RopeRows, RopeTurn, TensorSpan, check_batch,
-    check_scale,
-};
+use crate::stages::{AttentionTensors, CombineTensors, CompressTensors, RopeRows, RopeTurn};
 use fsa_core::{Error, Result, Rope};
 use std::sync::Arc;
 

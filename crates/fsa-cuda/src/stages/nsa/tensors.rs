@@ -1,11 +1,11 @@
 //! Device tensors of the whole operation.
 
 use crate::driver::DeviceSpan;
+use crate::launch::{TensorSpan, check_aligned, check_words, part};
 use crate::plan::{NsaProblem, Sizes};
+use crate::stages::Gates;
 use crate::stages::combine::grad_gates_bytes;
 use crate::stages::compress::check_parameter;
-use crate::stages::tensors::{check_aligned, check_words, part};
-use crate::stages::{Gates, TensorSpan};
 use fsa_core::{Error, Result};
 
 /// Parameters of a compression; see [`crate::stages::CompressTensors`].

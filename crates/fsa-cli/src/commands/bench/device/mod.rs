@@ -1,27 +1,29 @@
-//! Stage `selected` on a GPU, as a training loop calls it: tensors and workspace stay on the device, a call is launched
-//! or replayed from a recorded graph.
+//! The stages on a GPU, as a training loop calls them: tensors and workspace stay on the device, a call is launched or replayed
+//! from a recorded graph.
 //!
 //! Both ways are compared with the oracle, on sampled rows of sampled heads, before either is timed.
 
+mod attention;
 mod buffers;
 mod clock;
+mod combine;
+mod compress;
 mod inputs;
+mod nsa;
 mod reference;
+mod rope;
+mod select;
 
 use super::definition::Point;
 use super::timing::Times;
 use super::work::Measured;
-use crate::random::normal_tensor;
 use crate::sampled::Compared;
-use buffers::{Buffers, download, replace};
 use clock::{Clock, Timed};
+use fsa::Stage;
 use fsa::cuda::Kernels;
 use fsa::cuda::driver::{DeviceBuffer, Graph, Stream};
-use fsa::cuda::plan::{PlanOptions, Problem};
-use fsa::cuda::selected::{LaunchContext, SelectedBackward, SelectedForward};
-use fsa::{DType, Tensor};
-use fsa_oracle::Pass;
-use reference::Reference;
+use fsa::cuda::plan::{PlanOptions, Sizes};
+use fsa::cuda::stages::LaunchContext;
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,103 +49,134 @@ pub struct DeviceTimes {
     pub deterministic: bool,
 }
 
-/// What is timed.
+/// What every call runs with.
 #[derive(Debug)]
-enum Planned {
-    Forward(SelectedForward),
-    Backward(SelectedBackward),
-}
-
-/// A measurement: planned, its tensors on the device.
-#[derive(Debug)]
-pub struct Work<'a> {
+pub struct Setup<'a> {
     kernels: &'a Arc<Kernels>,
     stream: Stream,
-    problem: Problem,
     options: PlanOptions,
-    reference: Reference,
-    buffers: Buffers,
-    planned: Planned,
-    workspace: DeviceBuffer,
+    sizes: Sizes,
 }
 
-impl Planned {
-    fn new(kernels: &Arc<Kernels>, pass: Pass, problem: &Problem, options: &PlanOptions) -> fsa::Result<Self> {
-        Ok(match pass {
-            Pass::Forward => Self::Forward(SelectedForward::plan(kernels, problem, options)?),
-            Pass::Backward => Self::Backward(SelectedBackward::plan(kernels, problem, options)?),
-        })
+/// A planned call on tensors of an operation.
+pub struct Planned<'a> {
+    workspace_bytes: usize,
+    launch: Launch<'a>,
+}
+
+/// Gives a planned call to a stream.
+type Launch<'a> = Box<dyn Fn(&LaunchContext<'_>) -> fsa::Result<()> + 'a>;
+
+/// Comparisons with the oracle.
+#[derive(Debug, Default)]
+pub struct Checked {
+    compared: Vec<Compared>,
+    /// Rows whose selection no rounding explains.
+    wrong_selections: usize,
+}
+
+/// A stage with its tensors on the device.
+pub trait Operation {
+    /// Plans the call and makes its kernels ready.
+    fn plan(&self, setup: &Setup<'_>) -> fsa::Result<Planned<'_>>;
+
+    /// What a call writes.
+    fn written(&self) -> Vec<&DeviceBuffer>;
+
+    /// Compares what a call wrote with the oracle.
+    fn compare(&self, setup: &Setup<'_>) -> fsa::Result<Checked>;
+
+    /// Puts the tensors in place that are timed: those that are compared may be mostly zeros.
+    fn before_timing(&self, _: &Setup<'_>) -> fsa::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> Planned<'a> {
+    /// A call that needs no workspace.
+    fn without_workspace(launch: impl Fn(&Stream) -> fsa::Result<()> + 'a) -> Self {
+        Self { workspace_bytes: 0, launch: Box::new(move |context| launch(context.stream)) }
     }
 
-    fn workspace_bytes(&self) -> usize {
-        match self {
-            Self::Forward(planned) => planned.workspace_bytes(),
-            Self::Backward(planned) => planned.workspace_bytes(),
-        }
+    fn new(workspace_bytes: usize, launch: impl Fn(&LaunchContext<'_>) -> fsa::Result<()> + 'a) -> Self {
+        Self { workspace_bytes, launch: Box::new(launch) }
     }
+}
+
+impl Setup<'_> {
+    fn scale(&self) -> f32 {
+        (self.sizes.head_dim as f32).powf(-0.5)
+    }
+
+    /// Runs a call once.
+    fn run(&self, planned: &Planned<'_>) -> fsa::Result<()> {
+        let workspace = DeviceBuffer::new(self.kernels.device(), "workspace", planned.workspace_bytes)?;
+        (planned.launch)(&LaunchContext { stream: &self.stream, workspace: workspace.span() })?;
+        Ok(self.stream.synchronize()?)
+    }
+}
+
+/// A measurement: its tensors on the device.
+pub struct Work<'a> {
+    setup: Setup<'a>,
+    operation: Box<dyn Operation>,
 }
 
 impl<'a> Work<'a> {
     /// Makes tensors and kernels ready.
     pub fn new(kernels: &'a Arc<Kernels>, point: &Point, deterministic: bool) -> fsa::Result<Self> {
         let Point { tokens, num_q_heads, num_kv_heads, head_dim, dtype, .. } = *point;
-        let problem = Problem {
-            total_q: tokens,
-            total_kv: tokens,
-            sequences: 1,
-            num_q_heads,
-            num_kv_heads,
-            head_dim,
-            block_size: point.config.block_size,
-            topk: point.config.topk,
-            dtype,
-        };
+        let (total_q, total_kv, sequences) = (tokens, tokens, 1);
+        let sizes = Sizes { total_q, total_kv, sequences, num_q_heads, num_kv_heads, head_dim, dtype };
         let options = PlanOptions { deterministic, ..PlanOptions::default() };
-        let planned = Planned::new(kernels, point.pass, &problem, &options)?;
-        let (device, stream) = (kernels.device(), Stream::new(kernels.device())?);
-        let workspace = DeviceBuffer::new(device, "workspace", planned.workspace_bytes())?;
-        let reference = Reference::new(point)?;
-        let buffers = Buffers::new(device, &reference, &stream)?;
-        let work = Self { kernels, stream, problem, options, reference, buffers, planned, workspace };
-        if point.pass == Pass::Backward {
-            work.forward()?;
-        }
-        Ok(work)
-    }
-
-    /// What a backward needs: `out` and `lse` of the forward.
-    fn forward(&self) -> fsa::Result<()> {
-        let planned = Planned::new(self.kernels, Pass::Forward, &self.problem, &self.options)?;
-        let workspace = DeviceBuffer::new(self.kernels.device(), "workspace", planned.workspace_bytes())?;
-        self.launch(&planned, &workspace)
+        let setup = Setup { kernels, stream: Stream::new(kernels.device())?, options, sizes };
+        let operation: Box<dyn Operation> = match point.stage {
+            Stage::Compress => Box::new(compress::Compress::new(&setup, point)?),
+            Stage::Rope => Box::new(rope::Rotate::new(&setup, point)?),
+            Stage::Combine => Box::new(combine::Combine::new(&setup, point)?),
+            Stage::Select => Box::new(select::Lists::new(&setup, point)?),
+            Stage::Nsa => Box::new(nsa::Whole::new(&setup, point)?),
+            Stage::Dense | Stage::Window | Stage::Compressed | Stage::Selected => {
+                Box::new(attention::Attention::new(&setup, point)?)
+            }
+            Stage::Index => return Err(fsa::Error::input("stage", "an operation of its own", Stage::Index)),
+        };
+        Ok(Self { setup, operation })
     }
 
     /// Compares and times. Without times the comparison failed.
     pub fn run(&self, budget: Duration) -> fsa::Result<(Measured, Option<DeviceTimes>)> {
-        let launch = || self.launch(&self.planned, &self.workspace);
-        let mut compared = self.verify("launched", launch)?;
-        let graph = Graph::capture(&self.stream, launch)?;
-        let replay = || -> fsa::Result<()> { Ok(graph.launch(&self.stream)?) };
-        compared.extend(self.verify("replayed", replay)?);
-        if !compared.iter().all(Compared::passed) {
-            return Ok((Measured { times: None, compared, wrong_selections: 0 }, None));
+        let (setup, stream) = (&self.setup, &self.setup.stream);
+        let planned = self.operation.plan(setup)?;
+        let workspace = DeviceBuffer::new(setup.kernels.device(), "workspace", planned.workspace_bytes)?;
+        let context = LaunchContext { stream, workspace: workspace.span() };
+        let launch = || (planned.launch)(&context);
+        let mut checked = self.verify("launched", launch)?;
+        let graph = Graph::capture(stream, launch)?;
+        let replay = || -> fsa::Result<()> { Ok(graph.launch(stream)?) };
+        let replayed = self.verify("replayed", replay)?;
+        checked.compared.extend(replayed.compared);
+        checked.wrong_selections += replayed.wrong_selections;
+        let Checked { compared, wrong_selections } = checked;
+        if wrong_selections > 0 || !compared.iter().all(Compared::passed) {
+            return Ok((Measured { times: None, compared, wrong_selections }, None));
         }
-        if matches!(self.planned, Planned::Backward(_)) {
-            let grad_out = normal_tensor("grad_out", 5, self.problem.dtype, self.reference.inputs.query.shape())?;
-            replace(&self.buffers.grad_out, &grad_out, &self.stream)?;
-        }
-        let (times, device) = self.time(budget, replay)?;
-        Ok((Measured { times: Some(times), compared, wrong_selections: 0 }, Some(device)))
+        self.operation.before_timing(setup)?;
+        let (times, device) = self.time(budget, (&planned, &context), replay)?;
+        Ok((Measured { times: Some(times), compared, wrong_selections }, Some(device)))
     }
 
-    fn time(&self, budget: Duration, replay: impl FnMut() -> fsa::Result<()>) -> fsa::Result<(Times, DeviceTimes)> {
-        let clock = Clock::new(self.kernels.device(), &self.stream)?;
+    fn time(
+        &self,
+        budget: Duration,
+        (planned, context): (&Planned<'_>, &LaunchContext<'_>),
+        replay: impl FnMut() -> fsa::Result<()>,
+    ) -> fsa::Result<(Times, DeviceTimes)> {
+        let setup = &self.setup;
+        let clock = Clock::new(setup.kernels.device(), &setup.stream)?;
         let share = budget / 3;
-        let launched = clock.measure(share, || self.launch(&self.planned, &self.workspace))?;
-        let planned_anew = clock.measure(share, || {
-            let planned = Planned::new(self.kernels, self.pass(), &self.problem, &self.options)?;
-            self.launch(&planned, &self.workspace)
-        })?;
+        let launched = clock.measure(share, || (planned.launch)(context))?;
+        let planned_anew = clock.measure(share, || (self.operation.plan(setup)?.launch)(context))?;
         let Timed { device: graph, host_us: graph_host_us } = clock.measure(share, replay)?;
         let times = DeviceTimes {
             graph_median_ms: graph.median_ms,
@@ -152,71 +185,26 @@ impl<'a> Work<'a> {
             host_us: launched.host_us,
             plan_host_us: planned_anew.host_us,
             graph_host_us,
-            workspace_bytes: self.planned.workspace_bytes(),
-            deterministic: self.options.deterministic,
+            workspace_bytes: planned.workspace_bytes,
+            deterministic: setup.options.deterministic,
         };
         Ok((launched.device, times))
     }
 
-    fn pass(&self) -> Pass {
-        match self.planned {
-            Planned::Forward(_) => Pass::Forward,
-            Planned::Backward(_) => Pass::Backward,
-        }
-    }
-
-    fn scale(&self) -> f32 {
-        (self.problem.head_dim as f32).powf(-0.5)
-    }
-
-    /// Gives a call to the stream.
-    fn launch(&self, planned: &Planned, workspace: &DeviceBuffer) -> fsa::Result<()> {
-        let context = LaunchContext { stream: &self.stream, workspace: workspace.span() };
-        let batch = self.buffers.batch.get();
-        match planned {
-            Planned::Forward(planned) => {
-                planned.launch(&context, &batch, &self.buffers.forward(&self.problem), self.scale())
-            }
-            Planned::Backward(planned) => {
-                planned.launch(&context, &batch, &self.buffers.backward(&self.problem), self.scale())
-            }
-        }
-    }
-
     /// Runs `call` over poisoned results and compares them with the oracle.
-    fn verify(&self, how: &str, call: impl FnOnce() -> fsa::Result<()>) -> fsa::Result<Vec<Compared>> {
+    fn verify(&self, how: &str, call: impl FnOnce() -> fsa::Result<()>) -> fsa::Result<Checked> {
         self.poison()?;
         call()?;
-        self.stream.synchronize()?;
+        self.setup.stream.synchronize()?;
         let named = |c: Compared| Compared { tensor: format!("{how} {}", c.tensor), ..c };
-        Ok(self.reference.compare(&self.results()?)?.into_iter().map(named).collect())
+        let Checked { compared, wrong_selections } = self.operation.compare(&self.setup)?;
+        Ok(Checked { compared: compared.into_iter().map(named).collect(), wrong_selections })
     }
 
     /// Makes NaN of what the call writes: floats whose every byte is 0xff.
     fn poison(&self) -> fsa::Result<()> {
-        let Buffers { out, lse, grad_query, grad_key, grad_value, .. } = &self.buffers;
-        let written = match self.pass() {
-            Pass::Forward => &[out, lse][..],
-            Pass::Backward => &[grad_query, grad_key, grad_value],
-        };
-        let _bound = self.kernels.device().bind()?;
-        written.iter().try_for_each(|buffer| Ok(buffer.span().fill(0xff, &self.stream)?))
-    }
-
-    /// `out` and `lse`, or the three gradients.
-    fn results(&self) -> fsa::Result<Vec<Tensor>> {
-        let (buffers, stream, dtype) = (&self.buffers, &self.stream, self.problem.dtype);
-        let [q, kv] = [self.reference.inputs.query.shape(), self.reference.inputs.key.shape()];
-        match self.pass() {
-            Pass::Forward => {
-                let out = download("out", &buffers.out, dtype, q, stream)?;
-                Ok(vec![out, download("lse", &buffers.lse, DType::F32, &[q[1], q[0]], stream)?])
-            }
-            Pass::Backward => {
-                let query = download("grad_query", &buffers.grad_query, dtype, q, stream)?;
-                let key = download("grad_key", &buffers.grad_key, dtype, kv, stream)?;
-                Ok(vec![query, key, download("grad_value", &buffers.grad_value, dtype, kv, stream)?])
-            }
-        }
+        let _bound = self.setup.kernels.device().bind()?;
+        let written = self.operation.written();
+        written.into_iter().try_for_each(|buffer| Ok(buffer.span().fill(0xff, &self.setup.stream)?))
     }
 }

@@ -2,7 +2,7 @@
 
 use super::super::definition::Point;
 use super::super::work::SAMPLED_ROWS;
-use super::inputs::{Inputs, heads};
+use super::inputs::{Inputs, heads, sampled_heads};
 use crate::sampled::{Compared, Sample};
 use fsa::Tensor;
 use fsa_oracle::Pass;
@@ -32,9 +32,8 @@ impl Reference {
     /// Compares `out` and `lse`, or the gradients of query, key and value for [`Reference::grad_out`], on the first and
     /// the last kv head with their query heads.
     pub fn compare(&self, results: &[Tensor]) -> fsa::Result<Vec<Compared>> {
-        let last = self.inputs.key.shape()[1] - 1;
         let mut compared = Vec::new();
-        for kv_head in if last > 0 { vec![0, last] } else { vec![0] } {
+        for kv_head in sampled_heads(self.inputs.key.shape()[1]) {
             let named = |c: Compared| Compared { tensor: format!("{} of kv head {kv_head}", c.tensor), ..c };
             compared.extend(self.compare_head(kv_head, results)?.into_iter().map(named));
         }
@@ -87,7 +86,8 @@ mod tests {
             batch: &inputs.batch,
             softmax_scale: None,
         };
-        let selection = Selection { topk_indices: inputs.topk_indices.view(), block_size: 16, validate: true };
+        let topk_indices = inputs.topk_indices.as_ref().expect("of stage selected").view();
+        let selection = Selection { topk_indices, block_size: 16, validate: true };
         let forward = engine.selected(&args, &selection).expect("valid");
         match &reference.grad_out {
             None => vec![forward.out, forward.lse],
