@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import importlib.util
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import types
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import stand_ins
 from .reference import Case
 
 #: From Triton 3.6 on a tuple of one pointer is no pointer.
@@ -30,39 +27,6 @@ FSA_BEFORE, FSA_AFTER = (
     "lse_ptrs = (lse_ptr + pid_q_j * stride_lse_n,)",
     "lse_ptrs = (lse_ptr + pid_q_j * stride_lse_n)",
 )
-
-
-def _missing(name: str) -> bool:
-    return name not in sys.modules and importlib.util.find_spec(name) is None
-
-
-def _stand_in(name: str, **members: Any) -> None:
-    """A module that holds `members`, unless there is one of that name."""
-    if _missing(name):
-        module = types.ModuleType(name)
-        module.__spec__ = ModuleSpec(name, None)  # others look for it
-        for key, value in members.items():
-            setattr(module, key, value)
-        sys.modules[name] = module
-
-
-def _prepare() -> None:
-    def parse_version(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
-
-    def einsum(*arguments: Any) -> Tensor:
-        *tensors, pattern = arguments
-        names = {name: chr(ord("a") + at) for at, name in enumerate(sorted(set(re.findall(r"\w+", pattern))))}
-        return torch.einsum(re.sub(r"\w+", lambda name: names[name[0]], pattern).replace(" ", ""), *tensors)
-
-    def rearrange(x: Tensor, pattern: str) -> Tensor:
-        if pattern not in ("h k d -> h (k d)", "n k d D -> n (k d) D"):
-            raise NotImplementedError(f"einops is not installed, and its stand-in does not know {pattern!r}")
-        return x.flatten(1, 2)
-
-    _stand_in("pkg_resources", parse_version=parse_version)
-    _stand_in("pandas")
-    _stand_in("einops", einsum=einsum, rearrange=rearrange)
 
 
 def _commit(checkout: Path) -> str:
@@ -153,7 +117,7 @@ Peer = Fsa | Nsa | Sfnsa
 
 def load(fsa: Path | None, sfnsa: Path | None) -> tuple[list[Peer], dict[str, str]]:
     """The peers whose checkouts are given, and their commits."""
-    _prepare()
+    stand_ins.install()
     peers: list[Peer] = []
     commits: dict[str, str] = {}
     if fsa is not None:

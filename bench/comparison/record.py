@@ -14,15 +14,28 @@ from typing import Any
 
 import torch
 
+Rows = list[dict[str, Any]]
+OURS = "fsa_rs"
+#: What the name of an implementation ends with if a replay of a CUDA graph was timed.
+GRAPH_SUFFIX = "-graph"
+#: A call that takes longer is timed once: what a clock and a launch add is nothing beside it.
+LONG_S = 0.5
 
-def median_ms(call: Callable[[], Any], seconds: float = 0.4, warm: int = 2, most: int = 15) -> float:
-    """Median time of a call between two events, over at least three calls."""
-    for _ in range(warm):
+
+def median_ms(call: Callable[[], Any], seconds: float = 0.4, most: int = 15) -> float:
+    """Median time of a call between two events, over at least three calls if they are short."""
+    elapsed = 0.0
+    for _ in range(2):
+        start = time.monotonic()
         call()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        elapsed = time.monotonic() - start
+        if elapsed > LONG_S:
+            break
+    least = 3 if elapsed <= LONG_S else 1
     times: list[float] = []
     start = time.monotonic()
-    while len(times) < 3 or (time.monotonic() - start < seconds and len(times) < most):
+    while len(times) < least or (time.monotonic() - start < seconds and len(times) < most):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         call()
@@ -44,18 +57,22 @@ def extra_mb(call: Callable[[], Any]) -> float:
 
 
 class Record:
-    """What was measured so far, saved after every row."""
+    """What was measured so far, saved after every row; `summary` says in text what the rows come to."""
 
-    def __init__(self, path: Path | None, about: dict[str, str]) -> None:
-        self.path, self.about = path, about
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, path: Path | None, about: dict[str, str], summary: Callable[[Rows], str]) -> None:
+        self.path, self.about, self.summary = path, about, summary
+        self.rows: Rows = []
         self.notes: list[str] = []
         self.failures = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(self, **row: Any) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        self.save()
+
+    def amend(self, row: dict[str, Any], **more: Any) -> None:
+        row.update(more)
         self.save()
 
     def note(self, text: str) -> None:
@@ -73,7 +90,7 @@ class Record:
         rows = ",\n".join(json.dumps(row) for row in self.rows)
         self.path.write_text(f"[\n{rows}\n]\n")
         about = [f"{name}: {value}" for name, value in self.about.items()]
-        text = "\n".join([*about, "", *self.notes, "", table(self.rows), ""])
+        text = "\n".join([*about, "", *self.notes, "", self.summary(self.rows), ""])
         self.path.with_suffix(".txt").write_text(text)
 
 
@@ -102,44 +119,3 @@ def about(commit: str, commits: dict[str, str]) -> dict[str, str]:
         "fsa_rs": fsa_rs.__version__,
         **{f"commit of {name}": value for name, value in commits.items()},
     }
-
-
-OURS = "fsa_rs"
-GRAPH = "fsa_rs-graph"
-COLUMNS = ("FSA", "NSA-ref", "SFNSA", "dense", OURS, GRAPH)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """One line per shape and pass: times in ms, the best peer over ours, dense over ours."""
-    lines: dict[tuple[Any, ...], dict[str, float]] = {}
-
-    def size(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in ("N", "hq", "d", "phase"))
-
-    # How many heads share keys changes little for dense attention: it is measured once.
-    dense = {size(row): row["ms"] for row in rows if row["section"] == "dense"}
-    for row in rows:
-        if row["section"] == "sel":
-            key = (
-                row["selection"],
-                row["N"],
-                f"{row['hq']}/{row['hq'] // row['g']}",
-                row["bk"],
-                row["T"],
-                row["phase"],
-            )
-            line = lines.setdefault(key, {})
-            line[row["impl"]] = row["ms"]
-            if size(row) in dense:
-                line["dense"] = dense[size(row)]
-    head = ["selection", "N", "heads", "block", "top", "pass", *COLUMNS, "peer/ours", "dense/ours"]
-    text = [head]
-    for key, line in lines.items():
-        ours = line.get(OURS)
-        peers = [line[name] for name in COLUMNS[:3] if name in line]
-        best = f"{min(peers) / ours:.2f}" if peers and ours else ""
-        speedup = f"{line['dense'] / ours:.2f}" if "dense" in line and ours else ""
-        times = [f"{line[name]:.3f}" if name in line else "" for name in COLUMNS]
-        text.append([*map(str, key), *times, best, speedup])
-    widths = [max(len(line[at]) for line in text) for at in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in text)

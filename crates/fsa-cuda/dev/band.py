@@ -21,15 +21,15 @@ def tensor(x):
     return Tensor(x.data_ptr(), x.stride(0), x.stride(1))
 
 
-def tensor_map(x, tokens, heads):
-    """Boxes of `tokens` x `heads` x 64 columns of a [tokens, heads, columns] tensor."""
+def tensor_map(x, tokens, heads, step=1):
+    """Boxes of `tokens` (of which every `step`-th counts) x `heads` x 64 columns of a [tokens, heads, columns] tensor."""
     m = TensorMap()
     if not HOPPER or x.numel() == 0:
         return m
     array = aligned(TensorMap)
     u64s, u32s = lambda *v: (ctypes.c_uint64 * len(v))(*v), lambda *v: (ctypes.c_uint32 * len(v))(*v)
     code = cuda().cuTensorMapEncodeTiled(ctypes.byref(array), 9 if x.dtype == torch.bfloat16 else 6, 3, ctypes.c_void_p(x.data_ptr()), u64s(x.shape[2], x.shape[1], x.shape[0]),
-                                         u64s(x.stride(1) * 2, x.stride(0) * 2), u32s(64, heads, tokens), u32s(1, 1, 1), 0, 3, 3, 0)
+                                         u64s(x.stride(1) * 2, x.stride(0) * 2), u32s(64, heads, tokens), u32s(1, 1, step), 0, 3, 3, 0)
     assert code == 0, f"cuTensorMapEncodeTiled: {code}"
     ctypes.memmove(ctypes.byref(m), ctypes.byref(array), 128)
     return m
@@ -123,11 +123,15 @@ def select(s, q, k, lse, ids, scale, block_size=64, init=1, local=2, heads=None)
     p.band, p.query, p.key, p.lse, p.topk_indices = s.band(), tensor(q), tensor(k), lse.data_ptr(), ids.data_ptr()
     p.scale_log2, p.topk, p.init_blocks, p.local_blocks, p.scored_heads = scale * LOG2_E, topk, init, local, heads or s.hq // s.hk
     p.num_tiles, p.num_kv_heads = s.num_tiles, s.hk
-    p.query_map, p.key_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(k, 128 if d <= 128 else 64, 1)
+    p.query_map, p.key_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(k, 128 if d <= 128 else 64, 1, 4 if HOPPER else 1)
     row, t = -(-d // 64) * 128, s.tile_tokens
     if HOPPER:
         step = 128 if d <= 128 else 64
-        shared = row * (128 + 2 * step) + 2 * 128 * (step // 4 + 2) * 4 + t * (topk * 8 + 8)
+        keys = block_size // s.kernel_stride
+        p.direct = int(keys == 4 and s.tile_heads in (1, 2, 4, 8))
+        blocks, shared = step // keys, row * (128 + 2 * step) + 32 * 34 * 8 + t * (topk * 8 + 32) + (0 if p.direct else 2 * 128 * (step // 4 + 8) * 4)
+        p.segment_steps = min((227 * 1024 - 4096 - shared) // (t * blocks * 4), 512 // blocks)
+        shared += t * p.segment_steps * blocks * 4
         grid, threads = (max(1, min(s.num_tiles * s.hk, MULTIPROCESSORS)), 1, 1), 384
     else:
         steps, reach, floor2 = block_size // s.kernel_stride, s.kernel_size // s.kernel_stride - 1, lambda n: 1 << (n.bit_length() - 1)

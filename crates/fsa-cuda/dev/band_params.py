@@ -47,13 +47,13 @@ class BandBackwardParams(ctypes.Structure):
     _pack_ = 1
     _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats")] + [
         (n, Tensor) for n in ("grad_query", "grad_key", "grad_value")] + [("partial_keys", ptr), ("scale_log2", f32), ("scale", f32)] + [
-        (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits")] + [(n, TensorMap) for n in ("query_map", "grad_out_map", "key_map", "value_map")])
+        (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits", "accumulate")] + [(n, TensorMap) for n in ("query_map", "grad_out_map", "key_map", "value_map")])
 
 
 class SelectParams(ctypes.Structure):
     _pack_ = 1
     _fields_ = padded([("band", Band), ("query", Tensor), ("key", Tensor), ("lse", ptr), ("topk_indices", ptr), ("scale_log2", f32)] + [
-        (n, i32) for n in ("topk", "init_blocks", "local_blocks", "scored_heads", "num_tiles", "num_kv_heads")] + [(n, TensorMap) for n in ("query_map", "key_map")])
+        (n, i32) for n in ("topk", "init_blocks", "local_blocks", "scored_heads", "num_tiles", "num_kv_heads", "segment_steps", "direct")] + [(n, TensorMap) for n in ("query_map", "key_map")])
 
 
 def aligned(kind):

@@ -13,8 +13,8 @@ class Layout(ctypes.Structure):
 
 
 class Index(ctypes.Structure):
-    _fields_ = [(n, ptr) for n in ("topk_indices", "plane", "entries", "row_info", "units", "unit_counts")] + [
-        (n, i32) for n in ("topk", "slots", "lanes_per_row", "has_dense", "num_subs", "sub_tiles", "max_blocks", "window_blocks", "unit_entries", "full_units", "ordered")]
+    _fields_ = [(n, ptr) for n in ("topk_indices", "plane", "entries", "row_info", "units", "unit_counts", "block_units")] + [
+        (n, i32) for n in ("topk", "slots", "has_dense", "num_subs", "sub_tiles", "max_blocks", "window_blocks", "unit_entries", "full_units", "ordered")]
 
 
 class IndexParams(ctypes.Structure):
@@ -23,7 +23,7 @@ class IndexParams(ctypes.Structure):
 
 class AttendParams(ctypes.Structure):
     _fields_ = [("layout", Layout), ("index", Index), ("query", Tensor), ("key", Tensor), ("value", Tensor), ("partial", ptr), ("partial_lse", ptr),
-                ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32)]
+                ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32), ("has_buffer", i32)]
 
 
 class ReduceParams(ctypes.Structure):
@@ -34,10 +34,5 @@ class ReduceParams(ctypes.Structure):
 class BackwardParams(ctypes.Structure):
     _fields_ = [("layout", Layout), ("index", Index)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [
         (n, ptr) for n in ("lse", "grad_lse", "row_stats", "grad_query", "partial")] + [
-        ("grad_query_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("sum_rows", i64), ("scale_log2", f32), ("scale", f32)] + [
-        (n, i32) for n in ("group_size", "chunk", "first_head", "rows", "first_sums", "first_key", "end_key")]
-
-
-class ConvertParams(ctypes.Structure):
-    _fields_ = [("source", ptr), ("source_stride", i64), ("target", Tensor), ("first_row", ptr), ("end_row", ptr), ("cu_seqlens_kv", ptr)] + [
-        (n, i32) for n in ("batch", "first_key", "end_key", "rows", "first_head", "accumulate")] + [("scale", f32)]
+        ("grad_query_out", Tensor), ("grad_key_out", Tensor), ("grad_value_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("sum_rows", i64), ("scale_log2", f32), ("scale", f32)] + [
+        (n, i32) for n in ("group_size", "chunk", "first_head", "rows", "first_sums", "finish_sums", "first_key", "end_key", "given_stats", "accumulate", "accumulate_keys")]

@@ -61,7 +61,7 @@ def tensor(x):
 class Selected:
     """One problem: owns its scratch; forward() only launches."""
 
-    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=False, index_parts=1, ordered=0, **plan_options):
+    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=False, index_parts=1, ordered=0, in_turn=1, **plan_options):
         dev, (total_q, self.hq, d), (total_kv, self.hk, _) = query.device, query.shape, key.shape
         cu = lambda x, n: torch.tensor([0, n], dtype=torch.int32, device=dev) if x is None else x
         self.cu_q, self.cu_kv = cu(cu_seqlens_q, total_q), cu(cu_seqlens_kv, total_kv)
@@ -80,10 +80,9 @@ class Selected:
         ptr = lambda name: s[name].data_ptr()
         self.layout = P.Layout(self.cu_q.data_ptr(), self.cu_kv.data_ptr(), ptr("tile_base"), ptr("block_base"), ptr("chunk_token"), ptr("tiles"),
                                self.batch, total_q, p.num_chunks, p.chunk_tiles, p.max_tiles)
-        lanes = min(32, 1 << (topk - 1).bit_length())
-        self.index = P.Index(topk_indices.data_ptr(), ptr("plane"), ptr("entries"), ptr("row_info"), ptr("units"), ptr("unit_counts"), topk, p.slots, lanes, p.has_dense,
+        self.index = P.Index(topk_indices.data_ptr(), ptr("plane"), ptr("entries"), ptr("row_info"), ptr("units"), ptr("unit_counts"), None, topk, p.slots, p.has_dense,
                              p.num_subs, p.sub_tiles, p.max_blocks, p.window_blocks, p.unit_entries, p.full_units, ordered)
-        self.ordered = ordered
+        self.ordered, self.in_turn = ordered, in_turn
         self.index_parts, self.index_stream = index_parts, torch.cuda.Stream()
         self.side = [torch.cuda.Stream(priority=0) for _ in range(p.buffers)]
         self.fast = [torch.cuda.Stream(priority=-5 if priority else 0) for _ in range(p.buffers)]
@@ -124,18 +123,21 @@ class Selected:
         scale_log2, group = self.scale * math.log2(math.e), self.hq // self.hk
         launches = []
         attend_bytes = sets.attend_bytes(self.block_size, self.d, d.get("FSA_QUERY_STAGES", 2))
-        reduce_bytes = sets.reduce_tiles_bytes(self.block_size, self.d) + TILE * p.slots * 4
+        narrow = d.get("FSA_PARTIAL_BITS") == 12 and self.d == 128
+        reduce_bytes = sets.reduce_tiles_bytes(self.block_size, self.d) + TILE * p.slots * (8 if narrow else 4)
         for head in range(0, self.hq, p.heads):
             heads = min(p.heads, self.hq - head)
             for chunk in range(p.num_chunks):
                 buffer = len(launches) % p.buffers
                 partial = self.partials[buffer].data_ptr()
                 partial_lse = partial + p.heads * p.chunk_tiles * TILE * p.slots * self.d * 2
-                a = P.AttendParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), partial, partial_lse, scale_log2, group, chunk, head)
+                # In turn, the reduce that read the buffer ended before the attend before this one did.
+                a = P.AttendParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), partial, partial_lse, scale_log2, group, chunk, head,
+                                   int(self.in_turn and p.buffers > 1))
                 r = P.ReduceParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), tensor(out), partial, partial_lse, lse.data_ptr(),
                                    scale_log2, group, chunk, head)
                 launches.append((buffer, (head + heads - 1) // group,
-                                 lambda s=None, a=a, h=heads, later=len(launches) >= p.buffers: attend.launch("attend", (p.full_units + p.max_blocks, h, 1), 128, attend_bytes, a, s, later),
+                                 lambda s=None, a=a, h=heads, later=len(launches) >= (1 if self.in_turn else p.buffers): attend.launch("attend", (p.full_units + p.max_blocks, h, 1), 128, attend_bytes, a, s, later),
                                  lambda s=None, r=r, h=heads: reduce.launch("reduce", (p.chunk_tiles, h, 1), 128, reduce_bytes, r, s, True)))
         return launches
 
@@ -147,10 +149,10 @@ class Selected:
             stream.wait_stream(main)
         wait_index = self.index_ahead(main)
         for buffer, last_kv_head, attend, reduce in self.stage_launches(out, lse):
-            wait_index(self.side[buffer], last_kv_head)
-            # The reduce of one buffer goes ahead of the queued ctas of the next attend: it waits on memory, they multiply.
-            attend(self.side[buffer])
-            reduce(self.side[buffer])
+            stream = self.side[0 if self.in_turn else buffer]
+            wait_index(stream, last_kv_head)
+            attend(stream)
+            reduce(stream)
         for stream in self.side + self.fast + [self.index_stream]:
             main.wait_stream(stream)
         return out, lse
@@ -196,10 +198,6 @@ class SelectedBackward(Selected):
             with torch.cuda.stream(stream):
                 buffer.zero_()
 
-        def convert(source, target, tokens, rows, first_head, heads, scale, stream):
-            c = P.ConvertParams(source.data_ptr(), source.stride(0), tensor(target), tokens, tokens + 4 if tokens else None, None, 0, 0, total_kv, rows, first_head, 0, scale)
-            module.launch("backward_convert", (ceil_div(rows * self.d // 4, 256), heads, 1), 256, 0, c, stream)
-
         for turn, kv_head in enumerate(range(0, self.hk, self.kv_heads)):
             b, kv_heads = turn % p.buffers, min(self.kv_heads, self.hk - kv_head)
             stream = self.side[b]
@@ -213,17 +211,17 @@ class SelectedBackward(Selected):
                     if not self.query_partials:
                         clear(self.acc_query[b], stream)
                     a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
-                                         grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, tensor(grads[0]),
+                                         grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, *(tensor(x) for x in grads),
                                          self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(), total_kv, self.scale * math.log2(math.e), self.scale, group,
-                                         chunk, head, self.rows, int((heads == 1 or group == 1) and chunk == 0 and head % group == 0), 0, total_kv)
+                                         chunk, head, self.rows, int((heads == 1 or group == 1) and chunk == 0 and head % group == 0), 0, 0, total_kv, 0, 0, 0)
                     module.launch("backward_delta", (ceil_div(self.rows, 8), heads, 1), 256, 0, a, stream)
                     module.launch("backward", (p.full_units + p.max_blocks, parts, heads), threads, shared, a, stream)
                     if self.query_partials:
                         module.launch("backward_merge", (ceil_div(self.rows, 256 // (self.d // 8)), heads, 1), 256, 0, a, stream)
                     else:
-                        convert(self.acc_query[b], grads[0], self.scratch["chunk_token"].data_ptr() + 4 * chunk, self.rows, head, heads, self.scale, stream)
-            for i, scale in ((0, self.scale), (1, 1.0)):
-                convert(self.acc_kv[b][i], grads[1 + i], None, total_kv, kv_head, kv_heads, scale, stream)
+                        module.launch("backward_convert", (ceil_div(self.rows * self.d // 4, 256), heads, 1), 256, 0, a, stream)
+            a.first_head = kv_head * group
+            module.launch("backward_finish", (p.max_blocks, kv_heads, 2), 256, 0, a, stream)
         for stream in self.side + [self.index_stream]:
             main.wait_stream(stream)
         return grads

@@ -1,12 +1,13 @@
 // WHAT   Selected attention forward, KV-outer: one block of keys against every row that chose it. Each (row, block) pair
 //        gets a softmax of its own; the normalised 16-bit partial and its log2-sum-exp go to the row's slot.
-// GRID   (units of the chunk, query heads of the launch). A unit is at most unit_entries rows of one block; a cta that
-//        has no unit leaves at once. Heads are the slow axis, so that one head's queries stay in L2.
+// GRID   (units of the chunk, query heads of the launch). A unit is at most unit_entries rows of one block; the last ctas
+//        have none and leave. Heads are the slow axis, so that one head's queries stay in L2.
 // ROLES  One warpgroup, 64 gathered rows a step; the ctas of an SM hide each other's latency.
 // SMEM   key tile, value tile, QUERY_STAGES query tiles.
 // SYNC   cp.async groups in order: keys + first queries, values, then one group per query tile. One barrier per tile makes a
 //        query tile visible to wgmma and tells that the previous tile's stage is free. Rows see every key of the block
 //        (block/sequence.cuh), so there is no mask.
+#include "block/narrow_partials.cuh"
 #include "block/sequence.cuh"
 #include "block/softmax.cuh"
 #include "ptx/wgmma.cuh"
@@ -34,12 +35,12 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
     const Index& index = p.index;
     const int head = p.first_head + blockIdx.y, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
-    const int unit_number = blockIdx.x;
-    if (!unit_exists(index, list, unit_number)) {
+    const Unit* found = find_unit(index, list, blockIdx.x);
+    if (found == nullptr) {
         wait_for_previous();
         return;
     }
-    const Unit unit = index.units[list * (index.full_units + index.max_blocks) + unit_number];
+    const Unit unit = *found;
     const int chunk_token = p.layout.chunk_token[p.chunk];
     const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
@@ -47,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
     const u32 query_row_bytes = (u32)p.query.row_stride * ELEMENT_BYTES;
     const char* queries = tensor_row(p.query, chunk_token, head);
     const i64 head_slots = (i64)blockIdx.y * p.layout.chunk_tiles * TILE_ROWS * index.slots;
-    char* partials = (char*)p.partial + head_slots * ROW_BYTES;
+    char* partials = (char*)p.partial + head_slots * PARTIAL_ROW_BYTES;
     f32* partial_lse = p.partial_lse + head_slots;
 
     // Entry of row lane % 16 of the warp's rows; rows beyond the unit repeat its last one and are not stored.
@@ -105,7 +106,18 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
         const u32 slot_low = (entry_low & 0xffffffu) * index.slots + (entry_low >> 24), slot_high = (entry_high & 0xffffffu) * index.slots + (entry_high >> 24);
         const int row = tile * TILE_ROWS + warp * 16 + low;
         const bool keep_low = row < unit.entry_count, keep_high = row + 8 < unit.entry_count;
-        if (tile == 0) wait_for_previous();     // the buffer's earlier partials are merged
+        if (tile == 0 && !p.has_buffer) wait_for_previous();    // the buffer's earlier partials are merged
+        if constexpr (NARROW_PARTIALS) {
+            entry = next_entry;
+            next_entry = tile_entry((tile + 2) * TILE_ROWS);
+            wgmma_wait<0>();
+            FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) wgmma_pin(out[piece]);
+            const u32 chunk_slots = p.layout.chunk_tiles * TILE_ROWS * index.slots, first = blockIdx.y * chunk_slots;
+            NarrowSlot* table = narrow_slots(p.partial, (i64)gridDim.y * chunk_slots);
+            store_narrow<false>((char*)p.partial, table, first + slot_low, keep_low, out, scale_low, state_low.max + log2_fast(sum_low));
+            store_narrow<true>((char*)p.partial, table, first + slot_high, keep_high, out, scale_high, state_high.max + log2_fast(sum_high));
+            continue;
+        }
         if ((lane & 3) == 0) {
             if (keep_low) partial_lse[slot_low] = state_low.max + log2_fast(sum_low);
             if (keep_high) partial_lse[slot_high] = state_high.max + log2_fast(sum_high);
@@ -122,4 +134,5 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
         }
     }
     copy_wait<0>();
+    wait_for_previous();    // so that the end of this launch means the end of those before
 }

@@ -44,9 +44,9 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
     const Index& index = p.index;
     const int head = p.first_head + blockIdx.z, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
-    if (!unit_exists(index, list, blockIdx.x)) return;
-    const Unit unit = index.units[list * (index.full_units + index.max_blocks) + blockIdx.x];
-    if (!in_range(p, unit.kv_row)) return;
+    const Unit* record = find_unit(index, list, blockIdx.x);
+    if (record == nullptr || !in_range(p, record->kv_row)) return;
+    const Unit unit = *record;
     const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
     const int part = blockIdx.y * 64, keys = min_i(64, unit.valid_keys - part);
     if (keys <= 0) return;
@@ -57,7 +57,6 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
     const u32 key_tile = shared_address(shared), value_tile = key_tile + RowTile::BYTES, stages = value_tile + RowTile::BYTES;
     const u32 p_tile = stages + 2 * STAGE_BYTES, ds_tile = p_tile + DS_BYTES;
     const i64 head_row = (i64)blockIdx.z * p.rows;
-    const f32* row_stats = p.row_stats + 2 * head_row;
 
     auto tile_entry = [&](int row) { return row < unit.entry_count ? __ldg(entries + row) : NO_ENTRY; };
     auto gather_entry = [&](int first) { return tile_entry(first + warp * NARROW_WARP_ROWS + lane % NARROW_WARP_ROWS); };
@@ -68,8 +67,8 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
         gather_rows<NARROW_WARP_ROWS, true>(stages + stage * STAGE_BYTES, queries, query_row_bytes, grads, grad_row_bytes, token, warp * NARROW_WARP_ROWS);
         if (lane < NARROW_WARP_ROWS) {
             RowStats* target = &stats[stage][warp * NARROW_WARP_ROWS + lane];
-            if (token >= 0) copy_async8(shared_address(target), row_stats + 2 * token);
-            else *target = {__int_as_float(0x7f800000), 0.0f};      // probability 2^-inf
+            if (token >= 0) copy_async8(shared_address(target), row_stats_at(p, blockIdx.z, token));
+            else *target = no_row_stats();
         }
         copy_commit();
         return row_limit(entry) < 63;
@@ -94,9 +93,10 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
         const u32 query_tile = stages + stage * STAGE_BYTES, grad_tile = query_tile + RowTile::BYTES;
         copy_wait<0>();
         fence_async_proxy();
+        masked |= p.given_stats && lane < NARROW_WARP_ROWS && is_negative(stats[stage][warp * NARROW_WARP_ROWS + lane]);
         const bool any_masked = __syncthreads_or(masked);
         if (any_masked && !keys_clean) {    // see backward_sm90.cuh
-            clean_rows<64, NARROW_THREADS>(key_tile);
+            clean_keys<RowTile::BYTES, NARROW_THREADS>(key_tile);
             keys_clean = true;
             fence_async_proxy();
             __syncthreads();
@@ -124,8 +124,10 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
         }
         if (any_masked)
             FSA_UNROLL for (int i = 0; i < NARROW_ROWS / 2; ++i) {
-                const int limit = row_limit(tile_entry(tile * TILE_ROWS + half * NARROW_ROWS + i / 4 * 8 + 2 * (lane & 3) + (i & 1)));
+                const int column = i / 4 * 8 + 2 * (lane & 3) + (i & 1);
+                const int limit = row_limit(tile_entry(tile * TILE_ROWS + half * NARROW_ROWS + column));
                 if (row + (i & 2) * 4 > limit) s[i] = 0.0f;
+                else if (is_negative(stats[stage][half * NARROW_ROWS + column])) s[i] = -s[i];
             }
         store_scores(p_tile, s, row, half);
         wgmma_wait<0>();

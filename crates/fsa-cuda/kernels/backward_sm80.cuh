@@ -72,7 +72,6 @@ struct BackwardUnit : CtaUnits {
     int launch_kv_head;             // counted from the launch's first
     const char *queries, *grads;    // of the chunk's first row
     u32 query_row_bytes, grad_row_bytes;
-    const f32* row_stats;
 
     // One thread: before the first unit.
     FSA_DEVICE void open(const BackwardParams& p) {
@@ -85,7 +84,6 @@ struct BackwardUnit : CtaUnits {
         grads = tensor_row(p.grad_out, chunk_token, head);
         query_row_bytes = (u32)p.query.row_stride * ELEMENT_BYTES;
         grad_row_bytes = (u32)p.grad_out.row_stride * ELEMENT_BYTES;
-        row_stats = p.row_stats + 2 * (i64)blockIdx.z * p.rows;
     }
     // One thread: goes to the next part that the cta takes, of the same unit or of its next one.
     FSA_DEVICE void advance(const BackwardParams& p) {
@@ -112,17 +110,17 @@ struct BackwardUnit : CtaUnits {
         copy_tile<CTA_KEYS>(tiles.value, p.value, kv_head, unit.kv_row + first_key, keys);
     }
     // Starts the copies of a tile's queries and statistics; true if some row of this warp needs a mask.
-    FSA_DEVICE bool start_queries(const Tiles& tiles, RowRecords& records, u32 entry, int slots) const {
+    FSA_DEVICE bool start_queries(const BackwardParams& p, const Tiles& tiles, RowRecords& records, u32 entry, int slots) const {
         const int token = BackwardUnit::token(entry), lane = threadIdx.x & 31, first_row = threadIdx.x / 32 * WARP_ROWS;
         gather_warp_rows<WARP_ROWS>(tiles.query, queries, query_row_bytes, token, first_row);
         int limit = CTA_KEYS;
         if (lane < WARP_ROWS) {
             const int row = first_row + lane;
             if (token >= 0) {
-                copy_async8(shared_address(&records.stats[row]), row_stats + 2 * token);
+                copy_async8(shared_address(&records.stats[row]), row_stats_at(p, blockIdx.z, token));
                 limit = max_i(min_i(token - first_token, keys - 1), -1);
             } else {
-                records.stats[row] = {__int_as_float(0x7f800000), 0.0f};   // probability 2^-inf
+                records.stats[row] = no_row_stats();
                 limit = -1;     // its zeros times a key or value that is not finite would be NaN
             }
             records.limits[row] = (i8)limit;
@@ -240,17 +238,9 @@ FSA_DEVICE void query_gradients(const BackwardParams& p, const Tiles& tiles, int
     }
 }
 
-// f32 sums to rows of the storage type. A quad per 16 columns of a row, a lane per 16 bytes of the source.
-extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ ConvertParams p) {
-    const int first = convert_first(p);
-    const i64 n = (i64)blockIdx.x * 256 + threadIdx.x, row = n / (HEAD_DIM / 4);
-    const int place = (int)(n % (HEAD_DIM / 4)) * 4, q = threadIdx.x & 3;
-    const bool present = is_converted(p, first + row);
-    Vec4 v = {0, 0, 0, 0};
-    if (present) v = load_global_once(p.source + (i64)blockIdx.y * p.source_stride + row * HEAD_DIM + place);
-    const WordPair words = natural_pairs(v, p.scale);
-    const int column = (place & ~15) + (q & 1) * 8 + (q >> 1) * 4;
-    if (present) store_converted(p, (char*)tensor_row(p.target, first + row, p.first_head + blockIdx.y) + column * ELEMENT_BYTES, words.x, words.y);
+FSA_DEVICE NaturalColumns natural_columns(Vec4 v) {
+    const int q = threadIdx.x & 3;
+    return {natural_pairs(v), (q & 1) * 8 + (q >> 1) * 4};
 }
 
 // P^T of the warp's keys and rows, to shared memory and in `s`.
@@ -277,7 +267,7 @@ FSA_DEVICE void backward_part(const BackwardParams& p, const BackwardUnit& u, Ro
     const int row_low = w.row + (threadIdx.x & 31) / 4;
     u32 entry = u.entry(0);
     u.start_keys(p, tiles);
-    bool masked = u.start_queries(tiles, records, entry, p.index.slots), keys_clean = false;
+    bool masked = u.start_queries(p, tiles, records, entry, p.index.slots), keys_clean = false;
     u.start_grads(tiles, entry);
     entry = u.entry(1);
     KeySums grad_key, grad_value;
@@ -285,6 +275,8 @@ FSA_DEVICE void backward_part(const BackwardParams& p, const BackwardUnit& u, Ro
     clear(grad_value);
     FSA_NO_UNROLL for (int tile = 0; tile < u.tiles; ++tile) {
         copy_wait<1>();
+        const int lane = threadIdx.x & 31;
+        masked |= p.given_stats && lane < WARP_ROWS && is_negative(records.stats[threadIdx.x / 32 * WARP_ROWS + lane]);
         const bool any_masked = __syncthreads_or(masked);       // queries of all warps are there
         if (any_masked && !keys_clean) {
             // A key that is not finite makes log2-sum-exp, and so everything, NaN for the rows that see it; the others must
@@ -302,7 +294,7 @@ FSA_DEVICE void backward_part(const BackwardParams& p, const BackwardUnit& u, Ro
         add_rows(grad_key, tiles.gradient, tiles.query, w);
         const u32 target_low = records.targets[row_low], target_high = records.targets[row_low + 8];
         __syncthreads();                                        // all are past the queries and their records; all of dS is written
-        if (tile + 1 < u.tiles) masked = u.start_queries(tiles, records, entry, p.index.slots);
+        if (tile + 1 < u.tiles) masked = u.start_queries(p, tiles, records, entry, p.index.slots);
         else copy_commit();
         add_rows(grad_value, tiles.probability, tiles.grad, w);
         __syncthreads();                                        // all are past grad_out

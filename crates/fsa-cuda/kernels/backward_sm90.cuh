@@ -10,6 +10,7 @@
 #include "block/backward_rows.cuh"
 #include "block/score_gradients.cuh"
 #include "ptx/bulk.cuh"
+#include "ptx/thread.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/swizzled_tile.cuh"
 
@@ -35,6 +36,15 @@ constexpr int BACKWARD_CTAS = GROUPS == 1 ? 2 : 1;
 // dV while dS is computed, dK while dQ leaves: needs the fragments of P beside dP. Wider rows have no registers left for that.
 constexpr bool OVERLAP = HEAD_DIM <= 128;
 
+// Clears NaN and infinity in a tile that is there for all threads. A loop, whose addresses take no registers of the main loop.
+template <int BYTES, int THREADS>
+FSA_DEVICE void clean_keys(u32 tile) {
+    FSA_NO_UNROLL for (u32 at = tile + thread_number() * 16, end = tile + BYTES; at < end; at += THREADS * 16) {
+        const Vec4 v = load_shared(at);
+        store_shared(at, Vec4{finite_or_zero(v.x), finite_or_zero(v.y), finite_or_zero(v.z), finite_or_zero(v.w)});
+    }
+}
+
 // Puts the thread's two rows of grad_key or grad_value into the warp's 16 rows in shared memory, f32 in fragment order.
 constexpr int SUM_BYTES = HEAD_DIM * 4;
 constexpr int SUMS_OFFSET = GROUPS == 1 ? 2 * KeyTile::BYTES : 0;       // the row tiles, or all tiles
@@ -47,6 +57,38 @@ FSA_DEVICE void stage_sums(u32 rows, const Piece (&acc)[PIECES]) {
             const u32 at = row + (piece * PIECE_COLUMNS + pair * 16) * 4;
             store_shared(at, as_words(sums[0], sums[1], sums[4], sums[5]));
             store_shared(at + 8 * SUM_BYTES, as_words(sums[2], sums[3], sums[6], sums[7]));
+        }
+}
+
+// Adds what launches before left of the thread's two rows of grad_key or grad_value. At the end of a unit: its start has no registers for them.
+FSA_DEVICE void add_sums(Piece (&acc)[PIECES], const f32* low, bool has_low, bool has_high) {
+    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
+        FSA_UNROLL for (int pair = 0; pair < PIECE_COLUMNS / 16; ++pair) {
+            const f32* at = low + piece * PIECE_COLUMNS + pair * 16 + (threadIdx.x & 3) * 4;
+            Vec4 v = {0, 0, 0, 0}, w = {0, 0, 0, 0};
+            if (has_low) v = load_global_once(at);
+            if (has_high) w = load_global_once(at + 8 * HEAD_DIM);
+            f32* sums = &acc[piece][pair * 8];
+            sums[0] += __uint_as_float(v.x); sums[1] += __uint_as_float(v.y); sums[4] += __uint_as_float(v.z); sums[5] += __uint_as_float(v.w);
+            sums[2] += __uint_as_float(w.x); sums[3] += __uint_as_float(w.y); sums[6] += __uint_as_float(w.z); sums[7] += __uint_as_float(w.w);
+        }
+}
+
+// One of the two rows, finished: written, or added to what is there.
+template <bool HIGH>
+FSA_DEVICE void finish_row(char* row, const Piece (&acc)[PIECES], f32 scale, bool accumulate, bool present) {
+    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
+        FSA_UNROLL for (int group = 0; group < PIECE_GROUPS; ++group) {
+            char* at = row + (piece * PIECE_GROUPS + group) * 64 + (threadIdx.x & 3) * 16;
+            const Vec4 before = words_before(at, accumulate, present);
+            const u32 word[4] = {before.x, before.y, before.z, before.w};
+            u32 w[4];
+            FSA_UNROLL for (int j = 0; j < 4; ++j) {
+                const int e = (group * 4 + j) * 4 + (HIGH ? 2 : 0);
+                w[j] = add_pair(word[j], acc[piece][e], acc[piece][e + 1], scale);
+            }
+            const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
+            if (present) store_global(at, natural);
         }
 }
 
@@ -109,24 +151,11 @@ FSA_DEVICE void query_gradients(u32 ds_tiles, u32 key_tile, const QueryRows& row
     if constexpr (!LAST) query_gradients<PIECE + 1, END>(ds_tiles, key_tile, rows, last);
 }
 
-// A quad per 16 columns of a row, a lane per 16 bytes of the source.
-extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ ConvertParams p) {
-    const int first = convert_first(p);
-    const i64 n = (i64)blockIdx.x * 256 + threadIdx.x;
-    const i64 row = n / (HEAD_DIM / 4);
-    const int column = (int)(n % (HEAD_DIM / 4)) * 4, t = threadIdx.x & 3;
-    const bool present = is_converted(p, first + row);
-    Vec4 v = {0, 0, 0, 0};
-    if (present) v = load_global_once(p.source + (i64)blockIdx.y * p.source_stride + row * HEAD_DIM + column);
-    // Columns 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t of the sixteen; an even lane takes the first pair of its neighbour, an odd one
-    // the second, so that each stores 8 bytes.
-    const u32 lower = pack2(__uint_as_float(v.x) * p.scale, __uint_as_float(v.y) * p.scale);
-    const u32 upper = pack2(__uint_as_float(v.z) * p.scale, __uint_as_float(v.w) * p.scale);
-    const u32 received = __shfl_xor_sync(0xffffffffu, t & 1 ? lower : upper, 1);
-    if (!present) return;
-    char* target = (char*)tensor_row(p.target, first + row, p.first_head + blockIdx.y) + (column & ~15) * ELEMENT_BYTES;
-    if (t & 1) store_converted(p, target + 16 + (t & 2) * 4, received, upper);
-    else store_converted(p, target + (t & 2) * 4, lower, received);
+// A lane loaded columns 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t; an even one takes the first pair of its neighbour, an odd one the second.
+FSA_DEVICE NaturalColumns natural_columns(Vec4 v) {
+    const bool odd = threadIdx.x & 1;
+    const u32 a = __shfl_xor_sync(0xffffffffu, odd ? v.x : v.z, 1), b = __shfl_xor_sync(0xffffffffu, odd ? v.y : v.w, 1);
+    return {odd ? Vec4{a, b, v.z, v.w} : Vec4{v.x, v.y, a, b}, (odd ? 8 : 0) + (int)(threadIdx.x & 2) * 2};
 }
 
 // Which main kernel: the host knows the same rule.
@@ -134,6 +163,18 @@ extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_
 #if FSA_BACKWARD_NARROW
 #include "backward_narrow_sm90.cuh"
 #else
+
+// Where a row that does not exist adds its zeros: another row for every block, and nothing that a register holds over the loop.
+FSA_DEVICE u32 padding_row(const BackwardParams& p, int number) {
+    const i32* chunk_token = p.layout.chunk_token + p.chunk;
+    return (u32)number % (u32)(chunk_token[1] - chunk_token[0]);
+}
+// The launch's kv head that the cta's sums are of; computed when it is asked for.
+FSA_DEVICE int sums_head(const BackwardParams& p) {
+    int launch_head = blockIdx.z;
+    asm volatile("" : "+r"(launch_head));
+    return (p.first_head + launch_head) / p.group_size - p.first_head / p.group_size;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(const __grid_constant__ BackwardParams p) {
     extern __shared__ __align__(1024) char shared[];
@@ -143,12 +184,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     const Index& index = p.index;
     const int head = p.first_head + blockIdx.z, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
-    const int unit_number = blockIdx.x;
-    if (!unit_exists(index, list, unit_number)) return;
-    const Unit* record = &index.units[list * (index.full_units + index.max_blocks) + unit_number];
-    if (!in_range(p, record->kv_row)) return;
+    const Unit* record = find_unit(index, list, blockIdx.x);
+    if (record == nullptr || !in_range(p, record->kv_row)) return;
     const Unit unit = *record;
-    const int chunk_token = p.layout.chunk_token[p.chunk], chunk_rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
+    const int chunk_token = p.layout.chunk_token[p.chunk];
     const int part = blockIdx.y * KEYS_PER_PART, keys = min_i(KEYS_PER_PART, unit.valid_keys - part);
     if (keys <= 0) return;
     const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
@@ -159,11 +198,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     const u32 ds_tiles = stages + 2 * STAGE_BYTES;
 
     const i64 head_row = (i64)blockIdx.z * p.rows;
-    const f32* row_stats = p.row_stats + 2 * head_row;
     auto tile_entry = [&](int first) {  // of row lane % WARP_ROWS of this warp's rows; unpacked when used, so that nothing waits here
         const int row = first + warp * WARP_ROWS + lane % WARP_ROWS;
         return row < unit.entry_count ? __ldg(entries + row) : NO_ENTRY;
     };
+    const int first_token = unit.first_token + part - chunk_token;      // that sees the part's first key, relative to the chunk
     // Starts the copies of a tile; the return value says that some row of this warp needs a mask.
     auto start_tile = [&](int stage, u32 entry) {
         const int token = entry == NO_ENTRY ? -1 : (int)(entry & 0xffffffu);    // relative to the chunk
@@ -171,14 +210,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         const int row = warp * WARP_ROWS + lane;
         bool partly = false;
         if (lane < WARP_ROWS) {
-            if (token >= 0) copy_async8(shared_address(&stats[stage][row]), row_stats + 2 * token);
-            else stats[stage][row] = {__int_as_float(0x7f800000), 0.0f};   // probability 2^-inf
+            if (token >= 0) copy_async8(shared_address(&stats[stage][row]), row_stats_at(p, blockIdx.z, token));
+            else stats[stage][row] = no_row_stats();
             // A row that does not exist sees nothing: its zeros times a key or value that is not finite would be NaN.
-            const int limit = token < 0 ? -1 : min_i(token + chunk_token - unit.first_token - part, keys - 1);
+            const int limit = token < 0 ? -1 : min_i(token - first_token, keys - 1);
             limits[stage][row] = limit;
             partly = limit < CTA_KEYS - 1;
             if (QUERY_PARTIALS) targets[stage][row] = token >= 0 ? (u32)token * index.slots + (entry >> 24) : NO_ENTRY;
-            else targets[stage][row] = token >= 0 ? (u32)token : (u32)(unit.entry_begin + row) % (u32)chunk_rows;
+            else targets[stage][row] = token >= 0 ? (u32)token : padding_row(p, first_token + row);
         }
         copy_commit();
         return partly;
@@ -189,10 +228,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     copy_rows<CTA_KEYS, THREADS>(key_tile, p.key, kv_head, unit.kv_row + part, keys);
     copy_rows<CTA_KEYS, THREADS>(value_tile, p.value, kv_head, unit.kv_row + part, keys);
     bool masked = start_tile(0, first_entry), keys_clean = false;
+    const int key_low = group * 64 + (warp & 3) * 16 + lane / 4;
     Piece grad_key[PIECES], grad_value[PIECES];
     FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
         FSA_UNROLL for (int i = 0; i < PIECE_COLUMNS / 2; ++i) grad_key[piece][i] = grad_value[piece][i] = 0.0f;
-    const int key_low = group * 64 + (warp & 3) * 16 + lane / 4;
     const u32 ds_tile = ds_tiles + group * DS_BYTES, my_keys = key_tile + group * 64 * 128, my_values = value_tile + group * 64 * 128;
     f32* grad_query = p.grad_query + head_row * HEAD_DIM;
     char* partials = (char*)p.partial + head_row * index.slots * ROW_BYTES;
@@ -203,11 +242,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         const u32 query_tile = stages + stage * STAGE_BYTES, grad_tile = query_tile + RowTile::BYTES;
         copy_wait<0>();
         fence_async_proxy();
+        masked |= p.given_stats && lane < WARP_ROWS && is_negative(stats[stage][warp * WARP_ROWS + lane]);
         const bool any_masked = __syncthreads_or(masked);
         if (any_masked && !keys_clean) {
             // A key that is not finite makes log2-sum-exp, and so everything, NaN for the rows that see it; the others must
             // not meet it in dS K, where their dS is zero.
-            clean_rows<CTA_KEYS, THREADS>(key_tile);
+            clean_keys<KeyTile::BYTES, THREADS>(key_tile);
             keys_clean = true;
             fence_async_proxy();
             __syncthreads();
@@ -293,14 +333,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) { wgmma_pin(grad_key[piece]); wgmma_pin(grad_value[piece]); }
     }
 
+    const int first_key = group * 64 + (warp & 3) * 16, launch_kv_head = sums_head(p), sums_kv_head = p.first_head / p.group_size + launch_kv_head;
+    const int row = record->kv_row + part;      // read again: no register held it
+    const i64 sums_row = launch_kv_head * p.sum_rows + row;
+    const bool alone = !record->split;
+    if (p.finish_sums && alone) {
+        const bool has_low = key_low < keys, has_high = key_low + 8 < keys;
+        if (!p.first_sums) {
+            add_sums(grad_key, p.grad_key + (sums_row + key_low) * HEAD_DIM, has_low, has_high);
+            add_sums(grad_value, p.grad_value + (sums_row + key_low) * HEAD_DIM, has_low, has_high);
+        }
+        auto finish = [&](const Tensor& target, const Piece (&acc)[PIECES], f32 scale) {
+            char* first = (char*)tensor_row(target, row + key_low, sums_kv_head);
+            finish_row<false>(first, acc, scale, p.accumulate_keys, has_low);
+            finish_row<true>(first + 8 * target.row_stride * ELEMENT_BYTES, acc, scale, p.accumulate_keys, has_high);
+        };
+        finish(p.grad_key_out, grad_key, p.scale);
+        finish(p.grad_value_out, grad_value, 1.0f);
+        return;
+    }
     // All products are done once every warp is here: the sums leave through the tiles, 16 keys a warp.
-    bulk_wait_read();
     __syncthreads();
-    const int first_key = group * 64 + (warp & 3) * 16, warp_keys = min_i(16, keys - first_key);
-    const i64 launch_kv_head = kv_head - p.first_head / p.group_size;
-    const i64 offset = (launch_kv_head * p.sum_rows + record->kv_row + part + first_key) * HEAD_DIM;     // read again: no register held it
+    const int warp_keys = min_i(16, keys - first_key);
+    const i64 offset = (sums_row + first_key) * HEAD_DIM;
     // Additions to memory outside L2 run at a third of the rate of stores.
-    const bool alone = p.first_sums && !record->split;
+    const bool is_first = p.first_sums && alone;
     const u32 sums = SUMS_OFFSET + key_tile + first_key * SUM_BYTES;
     stage_sums(sums, grad_key);
     stage_sums(sums + CTA_KEYS * SUM_BYTES, grad_value);
@@ -308,7 +365,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     __syncwarp();
     if (lane == 0 && warp_keys > 0) {
         const int bytes = warp_keys * SUM_BYTES;
-        if (alone) {
+        if (is_first) {
             bulk_store(p.grad_key + offset, sums, bytes);
             bulk_store(p.grad_value + offset, sums + CTA_KEYS * SUM_BYTES, bytes);
         } else {

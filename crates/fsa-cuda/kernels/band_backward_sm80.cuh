@@ -1,7 +1,8 @@
 // WHAT   Backward of window, compressed and dense attention, for every device from sm_80 on, in two passes that compute the scores again, so
 //        that every sum has one owner and no atomics are needed. band_backward_queries: grad_query of 64 rows over the keys that they see,
 //        three products. band_backward_keys: grad_key and grad_value of a tile of keys over all rows of the group that see it, four products.
-//        Before them band_delta, and after them band_backward_merge where splits > 1 (block/band_gradients.cuh).
+//        grad_query may be added to. Before them band_delta where the caller has no statistics, and after them band_backward_merge where
+//        splits > 1 (block/band_gradients.cuh).
 // GRID   queries: (num_tiles * head_tiles, num_kv_heads), the tiles with the most keys first. keys: (num_key_tiles, num_kv_heads, splits):
 //        split z takes every splits-th tile of rows and writes f32 sums, unscaled; a single split writes the gradients.
 // ROLES  Four warps. queries: 16 rows each. keys: 16 keys each, scores with keys as rows, so that P^T and dS^T are operands as they lie in
@@ -40,10 +41,9 @@ struct QueryRow {
     }
 };
 FSA_DEVICE QueryRow query_row(const BandBackwardParams& p, const BandTile& tile, int row) {
-    QueryRow r = {{__int_as_float(0x7f800000), 0.0f}, 0, 0};
+    QueryRow r = {no_row_stats(), 0, 0};
     if (!tile.exists(row)) return r;
-    const f32* stats = p.row_stats + 2 * tile.plane_index(row, p.band.total_q);
-    r.stats = {stats[0], stats[1]};
+    r.stats = p.row_stats[tile.plane_index(row, p.band.total_q)];
     r.first = first_key(p.band, tile.position_of(row));
     r.end = end_key(p.band, tile.position_of(row), tile.keys);
     return r;
@@ -75,6 +75,20 @@ FSA_DEVICE void step_gradients(StepScores& s, StepScores& dp, u32 queries, u32 g
     multiply_tiles<STEP_KEYS, TILE_ROWS, STEP_KEYS>(dp, grads, values);
     row_gradients<STEP_KEYS, false, MASKED>(dp, s, low.stats, span_low);
     row_gradients<STEP_KEYS, true, MASKED>(dp, s, high.stats, span_high);
+}
+
+// One of the thread's two rows, with the sign of its gate.
+template <bool HIGH>
+FSA_DEVICE void store_query_row(const BandBackwardParams& p, const BandTile& tile, int number, const QueryRow& row, Piece (&out)[PIECES]) {
+    char* target = (char*)tile.row_of(p.grad_query, number);
+    const bool exists = tile.exists(number);
+    f32 scale = is_negative(row.stats) ? -p.scale : p.scale;
+    if (p.accumulate) {
+        FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
+            add_held<HIGH>(out[piece], target + piece * PIECE_COLUMNS * ELEMENT_BYTES, scale, exists);
+        scale = 1.0f;
+    }
+    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) store_natural<HIGH>(target, piece, out[piece], scale, exists);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPGROUP, QUERIES_CTAS) band_backward_queries(const __grid_constant__ BandBackwardParams p) {
@@ -131,12 +145,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, QUERIES_CTAS) band_backw
         }
     }
     copy_wait<0>();
-    char *target_low = (char*)tile.row_of(p.grad_query, row_low), *target_high = (char*)tile.row_of(p.grad_query, row_low + 8);
-    const bool exists_low = tile.exists(row_low), exists_high = tile.exists(row_low + 8);
-    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) {
-        store_natural<false>(target_low, piece, out[piece], p.scale, exists_low);
-        store_natural<true>(target_high, piece, out[piece], p.scale, exists_high);
-    }
+    store_query_row<false>(p, tile, row_low, low, out);
+    store_query_row<true>(p, tile, row_low + 8, high, out);
 }
 
 // ---- grad_key, grad_value ----
@@ -175,24 +185,26 @@ struct KeyContext {
             if (active) copy_async(at, from != 0 ? (const char*)from + column : (const char*)source.data, from != 0 ? 16 : 0);
         });
     }
-    // Starts the copies of a step's grad_out and statistics; true if some row of this warp needs a mask.
+    // Starts the copies of a step's grad_out and statistics; true if the thread's row needs a mask or has a gate below zero.
     FSA_DEVICE bool start_grads(const BandBackwardParams& p, u32 target, u32 first_row) {
         gather(target, p.grad_out, first_row);
         const u32 number = row_of_lane(first_row);
         const int row = threadIdx.x / 32 * WARP_ROWS + (threadIdx.x & 31);
-        bool masked = false;
+        bool masked = false, negative = false;
         if ((threadIdx.x & 31) < WARP_ROWS) {
             KeySpan span = {0, 0};      // its zeros times a key or value that is not finite would be NaN
             if (number < tile.rows) {
-                copy_async8(shared_address(&stats[row]), p.row_stats + 2 * tile.plane_index(number, p.band.total_q));
+                const RowStats* source = p.row_stats + tile.plane_index(number, p.band.total_q);
+                copy_async8(shared_address(&stats[row]), source);
+                negative = is_negative(*source);
                 span = key_span(p.band, tile.position_of(number), tile.first_key, tile.keys, tile.sequence.keys);
             } else {
-                stats[row] = {__int_as_float(0x7f800000), 0.0f};
+                stats[row] = no_row_stats();
             }
             spans[row] = span;
             masked = span.count < tile.keys;
         }
-        return masked;
+        return masked || negative;
     }
 };
 static_assert(sizeof(KeyContext) <= 1024, "static shared memory of two ctas, beside their tiles");
@@ -218,12 +230,13 @@ FSA_DEVICE Tiles tiles_at(u32 shared) {
     return {shared, shared + KeyTile::BYTES, grad, queries, scores, scores + SCORE_BYTES};
 }
 
-// P^T and dS^T of the warp's keys and rows.
+// P^T and dS^T of the warp's keys and rows, with the signs of the rows' gates if MASKED.
 template <bool MASKED>
 FSA_DEVICE void key_scores(ScoreTile& s, ScoreTile& dp, const Tiles& tiles, u32 query_tile, const KeyContext& c, const WarpPlace& w, f32 scale_log2) {
     const int row = w.half * SCORE_ROWS;
     multiply_tiles<SCORE_ROWS, CTA_KEYS, STEP_ROWS>(s, tall_address(tiles.key, w.key), wide_address(query_tile, row));
     key_probabilities<SCORE_ROWS, MASKED>(s, c.stats + row, c.spans + row, w.key_low(), scale_log2);
+    if (MASKED) apply_signs<SCORE_ROWS>(s, c.stats + row);
     multiply_tiles<SCORE_ROWS, CTA_KEYS, STEP_ROWS>(dp, tall_address(tiles.value, w.key), wide_address(tiles.grad, row));
     key_gradients<SCORE_ROWS, MASKED>(dp, s, c.stats + row, c.spans + row, w.key_low());
 }
@@ -253,14 +266,16 @@ FSA_DEVICE void add_rows(KeySums& sums, const u32 (&operands)[SCORE_ROWS / 16][4
     }
 }
 
-// Adds the NaN and infinite elements of grad_out, which clean_tile removed from the tile, to grad_value of the keys that their rows see.
+// Adds the NaN and infinite elements of grad_out, which clean_tile removed from the tile, to grad_value of the keys that their rows see: with the
+// sign of the row's gate, and as NaN where that is zero.
 FSA_DEVICE void add_nonfinite_grads(KeySums& sums, const Tensor& grad_out, const KeyContext& c, u32 first_row, const WarpPlace& w) {
     FSA_NO_UNROLL for (int r = 0; r < STEP_ROWS && first_row + r < c.tile.rows; ++r) {
         const char* row = c.tile.row_of(grad_out, first_row + r) + (first_column(w) + 2 * (threadIdx.x & 3)) * ELEMENT_BYTES;
         const bool low = c.spans[r].sees(w.key_low()), high = c.spans[r].sees(w.key_low() + 8);
+        const f32 gate = c.stats[r].lse == no_row_stats().lse ? 0.0f : is_negative(c.stats[r]) ? -1.0f : 1.0f;
         FSA_UNROLL for (int i = 0; i < SUM_COLUMNS / 8; ++i) {
             const u32 word = *(const u32*)(row + (sum_unit(i / 2) * 16 + i % 2 * 8) * ELEMENT_BYTES), bad = word ^ finite_or_zero(word);
-            const f32 x = unpack_lo(bad), y = unpack_hi(bad);
+            const f32 x = unpack_lo(bad) * gate, y = unpack_hi(bad) * gate;
             if (low) { sums[4 * i] += x; sums[4 * i + 1] += y; }
             if (high) { sums[4 * i + 2] += x; sums[4 * i + 3] += y; }
         }

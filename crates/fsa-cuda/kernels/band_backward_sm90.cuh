@@ -1,6 +1,7 @@
 // WHAT   Backward of attention of rows to an interval of keys (window, compressed, dense) on Hopper, without atomics: two passes that compute the scores
 //        again. `band_backward_queries` walks the keys of a tile of rows for grad_query, `band_backward_keys` the rows of a tile of keys for
-//        grad_key and grad_value, over all heads of the group. band_delta before them and band_backward_merge after them are those of every architecture.
+//        grad_key and grad_value, over all heads of the group. band_delta before them, where the caller has no statistics, and band_backward_merge
+//        after them are those of every architecture. grad_query may be added to.
 // GRID   queries: as many ctas as there are multiprocessors, as in `band`. keys: (tiles of 128 keys, kv heads, splits), those with the most rows first;
 //        split z takes every splits-th tile of rows and leaves f32 sums of its own.
 // ROLES  Two warpgroups of 64 rows (queries) or 64 keys (keys) consume. Of a third one thread loads boxes; in the pass of queries three warps check the
@@ -60,8 +61,7 @@ FSA_DEVICE void produce_keys(const BandBackwardParams& p, const QueryMemory& m, 
 }
 
 FSA_DEVICE RowStats row_stats_of(const BandBackwardParams& p, const BandTile& t, int row) {
-    if (!t.exists(row)) return {__int_as_float(0x7f800000), 0.0f};
-    return *(const RowStats*)(p.row_stats + 2 * t.plane_index(row, p.band.total_q));
+    return t.exists(row) ? p.row_stats[t.plane_index(row, p.band.total_q)] : no_row_stats();
 }
 
 struct QueryConsumer {
@@ -128,6 +128,19 @@ struct QueryConsumer {
         wgmma_pin(grad_query);
         m.key_ring.release(step - 1);
     }
+
+    // One of the thread's two rows, with the sign of its gate.
+    template <bool HIGH>
+    FSA_DEVICE void store(const BandTile& t, int row) {
+        const bool exists = t.exists(row);
+        char* target = exists ? (char*)t.row_of(p.grad_query, row) : nullptr;
+        f32 scale = is_negative(row_stats_of(p, t, row)) ? -p.scale : p.scale;
+        if (p.accumulate) {
+            add_held<HIGH>(grad_query, target, scale, exists);
+            scale = 1.0f;
+        }
+        store_row<HIGH>(target, grad_query, scale, exists);
+    }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) band_backward_queries(const __grid_constant__ BandBackwardParams p) {
@@ -168,9 +181,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_backward_queries(c
         if (w.tile.tokens == 0) continue;
         clear(c.grad_query);
         if (w.steps > 0) c.walk(w, row);
-        const bool has_low = w.tile.exists(row), has_high = w.tile.exists(row + 8);
-        store_row<false>(has_low ? (char*)w.tile.row_of(p.grad_query, row) : nullptr, c.grad_query, p.scale, has_low);
-        store_row<true>(has_high ? (char*)w.tile.row_of(p.grad_query, row + 8) : nullptr, c.grad_query, p.scale, has_high);
+        c.store<false>(w.tile, row);
+        c.store<true>(w.tile, row + 8);
     }
 }
 
@@ -180,8 +192,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_backward_queries(c
 struct RowRecords {
     RowStats stats[CTA_ROWS];
     KeySpan spans[CTA_ROWS];
-    i32 masked[CTA_ROWS / 32];      // some row of 32 does not see some key
+    i32 special[CTA_ROWS / 32];     // of 32 rows: MASKED and NEGATIVE
 };
+constexpr i32 MASKED = 1, NEGATIVE = 2;     // some row does not see some key, has a gate below zero
 
 // A tile of keys and the tiles of rows that meet it: tokens from the first that sees a key on, as many at a time as fit.
 struct KeyWork {
@@ -243,16 +256,16 @@ FSA_DEVICE void bring_rows(const BandBackwardParams& p, const KeyMemory& m, cons
         const int token = first_token + token_of_tile, head = first_head + head_of_tile;
         const bool exists = token_of_tile < p.band.tile_tokens && token < w.tokens.tokens && head < p.band.group_size;
         RowRecords& records = m.records[Ring<STAGES>::place(stage)];
-        RowStats stats = {__int_as_float(0x7f800000), 0.0f};
+        RowStats stats = no_row_stats();
         KeySpan span = {0, 0};
         if (exists) {
-            stats = *(const RowStats*)(p.row_stats + 2 * ((i64)(w.rows.first_head + head) * p.band.total_q + w.tokens.token + token));
+            stats = p.row_stats[(i64)(w.rows.first_head + head) * p.band.total_q + w.tokens.token + token];
             span = key_span(p.band, w.tokens.position + token, w.rows.first_key, w.rows.keys, w.tokens.keys);
         }
         records.stats[row] = stats;
         records.spans[row] = span;
         // A row that does not exist is masked, too: its zeros times a key that is not finite are NaN.
-        const bool partly = __any_sync(0xffffffffu, !exists || span.count != w.rows.keys);
+        const bool masked = __any_sync(0xffffffffu, !exists || span.count != w.rows.keys), negative = __any_sync(0xffffffffu, is_negative(stats));
         if (__any_sync(0xffffffffu, !exists && token_of_tile < p.band.tile_tokens)) {
             m.loaded.wait(stage);
             if (!exists) { clear_row(m.query(stage), row); clear_row(m.grad(stage), row); }
@@ -260,7 +273,7 @@ FSA_DEVICE void bring_rows(const BandBackwardParams& p, const KeyMemory& m, cons
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
-            records.masked[row / 32] = partly;
+            records.special[row / 32] = (masked ? MASKED : 0) | (negative ? NEGATIVE : 0);
             barrier_arrive(m.checked.full + 8 * Ring<STAGES>::place(stage));
         }
     }
@@ -281,7 +294,7 @@ struct KeyConsumer {
         }
     }
 
-    FSA_DEVICE void add_rows(u32 keys, u32 values, u32 query, u32 grad, const RowStats* stats, const KeySpan* spans, bool masked) {
+    FSA_DEVICE void add_rows(u32 keys, u32 values, u32 query, u32 grad, const RowStats* stats, const KeySpan* spans, i32 special) {
         PieceScores s, dp;
         wgmma_fence();
         start_piece(s, keys, query);
@@ -293,7 +306,8 @@ struct KeyConsumer {
         wgmma_pin(grad_key);
         wgmma_pin(grad_value);
         key_probabilities<PIECE_KEYS, false>(s, stats, spans, key_low, p.scale_log2);
-        if (masked) mask(s, spans);
+        if (special & MASKED) mask(s, spans);
+        if (special & NEGATIVE) apply_signs<PIECE_KEYS>(s, stats);
         PieceFragments a;
         FSA_UNROLL for (int k = 0; k < PIECE_KEYS / 16; ++k) to_fragment<PIECE_KEYS>(a[k], s, k);
         wgmma_fence();
@@ -302,7 +316,7 @@ struct KeyConsumer {
         wgmma_wait<1>();
         wgmma_pin(dp);
         key_gradients<PIECE_KEYS, false>(dp, s, stats, spans, key_low);
-        if (masked) mask(dp, spans);
+        if (special & MASKED) mask(dp, spans);
         wgmma_wait<0>();        // frees the fragments: there are no registers for two sets
         wgmma_pin(grad_value);
         FSA_UNROLL for (int k = 0; k < PIECE_KEYS / 16; ++k) to_fragment<PIECE_KEYS>(a[k], dp, k);
@@ -323,7 +337,7 @@ struct KeyConsumer {
                 const u32 query = m.query(stage) + piece * PIECE_BYTES, grad = m.grad(stage) + piece * PIECE_BYTES;
                 const RowStats* stats = records.stats + piece * PIECE_KEYS;
                 const KeySpan* spans = records.spans + piece * PIECE_KEYS;
-                add_rows(keys, values, query, grad, stats, spans, (records.masked[2 * piece] | records.masked[2 * piece + 1]) != 0);
+                add_rows(keys, values, query, grad, stats, spans, records.special[2 * piece] | records.special[2 * piece + 1]);
             }
             wgmma_wait<0>();
             wgmma_pin(grad_key);

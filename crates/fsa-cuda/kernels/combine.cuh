@@ -1,35 +1,24 @@
 // WHAT   Stage combine: out = sum over the branches of gate * branch, in f32 and rounded once, and its gradients: grad_branch = gate * grad_out,
-//        grad_gate = branch . grad_out, summed over the heads where they share a gate. Memory-bound. Without gates, all are 1, and a branch may
-//        be absent: so gradients of branches are added up, too.
+//        grad_gate = branch . grad_out, summed over the heads where they share a gate. combine_statistics is what stage nsa does instead of the latter:
+//        the gradients of the gates, and the statistics with which the attentions read grad_out as it is (block/row_stats.cuh). Memory-bound.
 // GRID   (groups of 4 rows).
 // ROLES  64 threads a row: a thread has a 16-byte piece of every few heads.
-// SMEM   combine_backward: sums of the row's threads, where heads share a gate.
-// SYNC   combine: none; each element is read and written by one thread, so out may be one of the branches. combine_backward: sums within a
-//        head by shuffles; over the heads each thread in their order, then one barrier and the threads in theirs.
+// SMEM   Sums of the gates' gradients of a row's phases, where heads share a gate.
+// SYNC   combine: none; each element is read and written by one thread, so out may be one of the branches. The others: sums within a head by
+//        shuffles; over the heads each phase in their order, then one barrier and the phases in theirs.
+#include "block/row_stats.cuh"
 #include "tile/pieces.cuh"
 
 constexpr int CTA_THREADS = 256, CTA_ROWS = 4, ROW_THREADS = CTA_THREADS / CTA_ROWS, BRANCHES = 3;
 // Threads side by side on a head's row: a power of two, so that they can shuffle. At 96 and 192 a quarter of them has nothing to do.
 constexpr int LANES = PIECES_PER_ROW <= 8 ? 8 : PIECES_PER_ROW <= 16 ? 16 : 32, PHASES = ROW_THREADS / LANES;
 
-// Gates of a row and head.
-struct Gates {
-    f32 of[BRANCHES];
+// First gate of a row and head.
+FSA_DEVICE i64 gate_index(const CombineParams& p, i64 row, int head) { return row * p.gate_row_stride + head * p.gate_head_stride; }
 
-    FSA_DEVICE Gates(const CombineParams& p, i64 row, int head) {
-        const i64 at = row * p.gate_row_stride + head * p.gate_head_stride;
-        FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) of[b] = p.gates == nullptr ? 1.0f : widen_element(p.gates, at + b);
-    }
-};
-
-// A piece of AHEAD heads of each of the tensors, zeros where there is none: the loads are under way together.
-template <int AHEAD, int TENSORS>
-FSA_DEVICE void load_heads(Vec4 (&v)[AHEAD][TENSORS], const Tensor (&tensors)[TENSORS], i64 row, int head, int heads, int piece) {
-    FSA_UNROLL for (int a = 0; a < AHEAD; ++a)
-        FSA_UNROLL for (int b = 0; b < TENSORS; ++b) {
-            const bool present = head + a * PHASES < heads && tensors[b].data != nullptr;
-            v[a][b] = present ? load_global_once(tensor_row(tensors[b], row, head + a * PHASES) + piece * 16) : Vec4{0, 0, 0, 0};
-        }
+// A piece of a row's head, zeros where there is none.
+FSA_DEVICE Vec4 load_piece(const Tensor& t, i64 row, int head, int piece, bool present) {
+    return present ? load_global_once(tensor_row(t, row, head) + piece * 16) : Vec4{0, 0, 0, 0};
 }
 
 extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) combine(const __grid_constant__ CombineParams p) {
@@ -37,77 +26,120 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) combine(const __gri
     const i64 row = (i64)blockIdx.x * CTA_ROWS + threadIdx.x / ROW_THREADS;
     const int phase = threadIdx.x % ROW_THREADS / LANES, piece = threadIdx.x % LANES;
     if (row >= p.rows || piece >= PIECES_PER_ROW) return;
-    FSA_NO_UNROLL for (int head = phase; head < p.heads; head += AHEAD * PHASES) {
-        Vec4 v[AHEAD][BRANCHES];
-        load_heads(v, p.branches, row, head, p.heads, piece);
+    FSA_NO_UNROLL for (int first = phase; first < p.heads; first += AHEAD * PHASES) {
+        Vec4 v[AHEAD][BRANCHES];        // loads that are under way together
+        FSA_UNROLL for (int a = 0; a < AHEAD; ++a)
+            FSA_UNROLL for (int b = 0; b < BRANCHES; ++b)
+                v[a][b] = load_piece(p.branches[b], row, first + a * PHASES, piece, first + a * PHASES < p.heads);
         FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
-            if (head + a * PHASES >= p.heads) break;
-            const Gates gates(p, row, head + a * PHASES);
+            const int head = first + a * PHASES;
+            if (head >= p.heads) break;
             Eight sum, x;
             fill(sum, 0.0f);
             FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) {
-                if (p.branches[b].data == nullptr) continue;
                 widen(x, v[a][b]);
-                add_scaled(sum, gates.of[b], x);
+                add_scaled(sum, widen_element(p.gates, gate_index(p, row, head) + b), x);
             }
-            store_global((char*)tensor_row(p.out, row, head + a * PHASES) + piece * 16, narrow(sum));
+            store_global((char*)tensor_row(p.out, row, head) + piece * 16, narrow(sum));
         }
     }
 }
 
-FSA_DEVICE void store_gates(void* grad_gates, i64 index, const f32 (&grads)[BRANCHES]) {
-    FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) store_element(grad_gates, index * BRANCHES + b, grads[b]);
-}
-// Sum over the threads of a head.
+// Sum over the threads of a head, in all of them.
 FSA_DEVICE f32 sum_lanes(f32 x) {
     FSA_UNROLL for (int delta = LANES / 2; delta > 0; delta /= 2) x += __shfl_xor_sync(0xffffffffu, x, delta);
     return x;
 }
+// Element `b` of three, where b is not known to the compiler.
+FSA_DEVICE f32 pick(const f32 (&x)[BRANCHES], int b) { return b == 0 ? x[0] : b == 1 ? x[1] : x[2]; }
+
+// What a thread does for both backward kernels: the products of a head's grad_out with the branches end up in lane b for branch b.
+struct GateGrads {
+    void* grad_gates;
+    int rows, heads;
+    bool per_head;
+    f32 total;          // of the phase's heads so far, where all share their gates
+
+    // All threads of a warp come here together, because they shuffle.
+    FSA_DEVICE f32 add(const Vec4 (&branches)[BRANCHES], const Eight& grad, i64 row, int head, int lane, bool stored) {
+        f32 sums[BRANCHES];
+        FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) {
+            Eight x;
+            widen(x, branches[b]);
+            sums[b] = sum_lanes(dot(0.0f, x, grad));
+        }
+        const f32 sum = pick(sums, lane);
+        if (per_head && stored && lane < BRANCHES) store_element(grad_gates, (row * heads + head) * BRANCHES + lane, sum);
+        total += sum;
+        return sum;
+    }
+    // The phases' totals of a row, in their order.
+    FSA_DEVICE void finish(i64 row, int local, int phase, int lane) const {
+        __shared__ f32 all[CTA_ROWS][PHASES][BRANCHES];
+        if (per_head) return;
+        if (lane < BRANCHES) all[local][phase][lane] = total;
+        __syncthreads();
+        if (phase > 0 || lane >= BRANCHES || row >= rows) return;
+        f32 sum = total;
+        FSA_UNROLL for (int other = 1; other < PHASES; ++other) sum += all[local][other][lane];
+        store_element(grad_gates, row * BRANCHES + lane, sum);
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) combine_backward(const __grid_constant__ CombineBackwardParams p) {
-    __shared__ f32 all[CTA_ROWS][PHASES][BRANCHES];
     const CombineParams& f = p.forward;
     const int local = threadIdx.x / ROW_THREADS, phase = threadIdx.x % ROW_THREADS / LANES, lane = threadIdx.x % LANES;
     const i64 row = (i64)blockIdx.x * CTA_ROWS + local;
-    const bool present = row < f.rows && lane < PIECES_PER_ROW, per_head = f.gate_head_stride != 0, any_gates = p.grad_gates != nullptr;
-    f32 sums[BRANCHES] = {0.0f, 0.0f, 0.0f};
-    // All threads of a warp go round equally often, because they shuffle.
+    GateGrads gates = {p.grad_gates, f.rows, f.heads, f.gate_head_stride != 0, 0.0f};
     FSA_NO_UNROLL for (int first = 0; first < f.heads; first += PHASES) {
         const int head = first + phase;
-        const bool mine = present && head < f.heads;
-        if (mine) {
-            Vec4 v[BRANCHES], grad_words = load_global_once(tensor_row(p.grad_out, row, head) + lane * 16);
-            FSA_UNROLL for (int b = 0; b < BRANCHES; ++b)
-                if (any_gates) v[b] = load_global_once(tensor_row(f.branches[b], row, head) + lane * 16);
-            const Gates gates(f, row, head);
+        const bool present = row < f.rows && lane < PIECES_PER_ROW && head < f.heads;
+        const Vec4 grad_words = load_piece(p.grad_out, row, head, lane, present);
+        Vec4 v[BRANCHES];
+        FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) v[b] = load_piece(f.branches[b], row, head, lane, present);
+        Eight grad;
+        widen(grad, grad_words);
+        gates.add(v, grad, row, head, lane, present);
+        if (!present) continue;
+        FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) {
+            const f32 gate = widen_element(f.gates, gate_index(f, row, head) + b);
+            Eight x;
+            FSA_UNROLL for (int e = 0; e < 8; ++e) x[e] = gate * grad[e];
+            store_global((char*)tensor_row(p.grad_branches[b], row, head) + lane * 16, narrow(x));
+        }
+    }
+    gates.finish(row, local, phase, lane);
+}
+
+extern "C" __global__ void __launch_bounds__(CTA_THREADS, 3) combine_statistics(const __grid_constant__ CombineStatisticsParams p) {
+    constexpr int AHEAD = 2;
+    const CombineParams& f = p.forward;
+    const int local = threadIdx.x / ROW_THREADS, phase = threadIdx.x % ROW_THREADS / LANES, lane = threadIdx.x % LANES;
+    const i64 row = (i64)blockIdx.x * CTA_ROWS + local;
+    const bool wanted = p.grad_gates != nullptr;
+    GateGrads gates = {p.grad_gates, f.rows, f.heads, f.gate_head_stride != 0, 0.0f};
+    const f32* lse = lane == 0 ? p.lse[0] : lane == 1 ? p.lse[1] : p.lse[2];
+    RowStats* row_stats = lane >= BRANCHES ? nullptr : lane == 0 ? p.row_stats[0] : lane == 1 ? p.row_stats[1] : p.row_stats[2];
+    FSA_NO_UNROLL for (int first = phase; first < f.heads + phase; first += AHEAD * PHASES) {
+        Vec4 grads[AHEAD], v[AHEAD][BRANCHES];      // loads that are under way together
+        f32 gate[AHEAD], row_lse[AHEAD];
+        FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
+            const int head = first + a * PHASES;
+            const bool present = row < f.rows && lane < PIECES_PER_ROW && head < f.heads;
+            grads[a] = load_piece(p.grad_out, row, head, lane, present);
+            FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) v[a][b] = load_piece(f.branches[b], row, head, lane, present);
+            if (!present || row_stats == nullptr) continue;
+            gate[a] = widen_element(f.gates, gate_index(f, row, head) + lane);
+            row_lse[a] = lse[head * (i64)f.rows + row];
+        }
+        FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
+            const int head = first + a * PHASES;
+            const bool present = row < f.rows && head < f.heads;
             Eight grad;
-            widen(grad, grad_words);
-            FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) {
-                Eight x;
-                if (any_gates) {
-                    widen(x, v[b]);
-                    sums[b] = dot(sums[b], x, grad);
-                }
-                if (p.grad_branches[b].data == nullptr) continue;
-                FSA_UNROLL for (int e = 0; e < 8; ++e) x[e] = gates.of[b] * grad[e];
-                store_global((char*)tensor_row(p.grad_branches[b], row, head) + lane * 16, narrow(x));
-            }
-        }
-        if (any_gates && per_head) {
-            FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) sums[b] = sum_lanes(sums[b]);
-            if (mine && lane == 0) store_gates(p.grad_gates, row * f.heads + head, sums);
-            FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) sums[b] = 0.0f;
+            widen(grad, grads[a]);
+            const f32 delta = gates.add(v[a], grad, row, head, lane, present && wanted);
+            if (present && row_stats != nullptr) row_stats[head * (i64)f.rows + row] = gated_row_stats(row_lse[a], delta, gate[a]);
         }
     }
-    if (!any_gates || per_head) return;
-    FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) {
-        sums[b] = sum_lanes(sums[b]);
-        if (lane == 0) all[local][phase][b] = sums[b];
-    }
-    __syncthreads();
-    if (threadIdx.x % ROW_THREADS == 0 && row < f.rows) {
-        FSA_UNROLL for (int b = 0; b < BRANCHES; ++b)
-            FSA_UNROLL for (int other = 1; other < PHASES; ++other) sums[b] += all[local][other][b];
-        store_gates(p.grad_gates, row, sums);
-    }
+    if (wanted) gates.finish(row, local, phase, lane);
 }

@@ -1,64 +1,68 @@
 // WHAT   Inverse index of topk_indices: for each kv head and chunk of query tiles, the rows that chose each block, as
 //        CSR, cut into units of bounded size. No sort, no global atomics, no plane of tokens times blocks. On request the
-//        order of entries is by (block, token), so that everything downstream is repeatable.
+//        order of a block's entries follows from the input alone, so that everything downstream is repeatable.
 // GRID   prepare: 1 cta. count, scatter: (pieces of chunks, kv heads, windows of blocks). scan: (chunks, kv heads).
 //        From shapes alone; what does not exist writes nothing.
 // ROLES  count: shared-memory histogram of a piece. scan: starts of all (block, piece), and the units. scatter: each
-//        warp owns consecutive tiles, and takes places from counters; in order, from its own, with ranks inside a step by match.any.
+//        warp owns consecutive tiles, a lane a row, and takes places from counters; repeatably, from the warp's own, with ranks inside
+//        a step by match.any.
 // SMEM   count: window_blocks counters. scatter: as many, in order for every warp.
 // SYNC   four launches on one stream.
 #include "block/sequence.cuh"
+#include "ptx/memory.cuh"
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 FSA_DEVICE void no_rows(int, u32) {}
 
-// Runs f(keep, block, rank, token) for every listed id of a tile, one warp, rows in order, 32 ids a step.
-// `rank` counts the gathered blocks of the row; ids that are absent (negative, in the future) or dense give keep = false.
-// Then g(token, info) once per row, by one lane, with WITH_ROWS.
+// A row's ids from `slot` on, -1 where there are none; a vector where rows are whole vectors.
+constexpr int IDS_AHEAD = 16;       // of a lane, loaded before the first is used
+FSA_DEVICE void load_ids(int (&id)[IDS_AHEAD], const i32* row, int slot, int topk, bool exists, bool vectors) {
+    if (vectors) {
+        FSA_UNROLL for (int i = 0; i < IDS_AHEAD; i += 4) {
+            Vec4 v = {~0u, ~0u, ~0u, ~0u};
+            if (exists && slot + i < topk) v = *(const Vec4*)(row + slot + i);
+            id[i] = (int)v.x; id[i + 1] = (int)v.y; id[i + 2] = (int)v.z; id[i + 3] = (int)v.w;
+        }
+    } else {
+        FSA_UNROLL for (int i = 0; i < IDS_AHEAD; ++i) id[i] = exists && slot + i < topk ? row[slot + i] : -1;
+    }
+}
+
+// Runs f(keep, block, rank, token) for every listed id of a tile, one warp: a lane has a row, so that what is counted along a row needs no
+// other lane. `rank` counts the gathered blocks of the row; ids that are absent (negative, in the future) or dense give keep = false.
+// Then g(token, info) once per row with WITH_ROWS.
 template <bool WITH_ROWS, typename F, typename G>
 FSA_DEVICE void for_each_entry(const IndexParams& p, int kv_head, int tile, F f, G g) {
     const Index& index = p.index;
     const Tile t = p.layout.tiles[tile];
     const DenseRule rule = dense_rule(t, index.has_dense);
-    const int lane = threadIdx.x & 31, lanes = index.lanes_per_row, topk = index.topk;
-    const int rows_per_step = 32 / lanes, sub_row = lane / lanes, first_slot = lane & (lanes - 1);
-    const u32 row_lanes = lanes == 32 ? ALL_LANES : ((1u << lanes) - 1) << (sub_row * lanes);
-    const u32 lanes_below = (1u << lane) - 1;
+    const int topk = index.topk;
     const i32* ids = index.topk_indices + ((i64)kv_head * p.layout.total_q + t.token) * topk;
-
-    constexpr int AHEAD = 8;    // steps whose ids are loaded before the first is used
-    for (int step_row = 0; step_row < t.rows; step_row += AHEAD * rows_per_step) {
-        int loaded[AHEAD];
-        FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
-            const int row = step_row + a * rows_per_step + sub_row;
-            loaded[a] = row < t.rows && first_slot < topk ? ids[(i64)row * topk + first_slot] : -1;
-        }
-        FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
-            if (step_row + a * rows_per_step >= t.rows) break;
-            const int row = step_row + a * rows_per_step + sub_row;
-            const int own = row < t.rows ? (t.position + row) / BLOCK_SIZE : -1;
-            int rank_base = 0;
-            u32 info = 0;
-            auto visit = [&](int id) {      // the id of this lane's slot, 32 slots at a time
-                const bool listed = id >= 0 && id <= own, gathered = listed && !is_dense(rule, id);
-                const u32 vote = __ballot_sync(ALL_LANES, gathered) & row_lanes;
-                const int rank = rank_base + __popc(vote & lanes_below);
-                f(gathered && rank < index.slots, t.block_base + id, rank, t.token + row);
+    const bool vectors = topk % 4 == 0 && ((u64)index.topk_indices & 15) == 0;
+    for (int first = 0; first < t.rows; first += 32) {
+        const int row = first + (threadIdx.x & 31);
+        const bool exists = row < t.rows;
+        const int own = (t.position + row) / BLOCK_SIZE;
+        // The gathered ids are one range, whose first is 1 or 0.
+        const u32 range_begin = rule.enabled, range_size = rule.enabled ? rule.first_local - 1 : own + 1;
+        int rank = 0;
+        u32 info = 0;
+        for (int slot = 0; slot < topk; slot += IDS_AHEAD) {
+            int loaded[IDS_AHEAD];
+            load_ids(loaded, ids + (i64)row * topk, slot, topk, exists, vectors);
+            FSA_UNROLL for (int i = 0; i < IDS_AHEAD; ++i) {
+                if (slot + i >= topk) break;
+                const int id = loaded[i];
+                const bool gathered = (u32)id - range_begin < range_size, has_slot = rank < index.slots;
+                f(gathered && has_slot, t.block_base + id, rank, t.token + row);
                 if (WITH_ROWS) {
-                    rank_base += __popc(vote);
-                    if (listed && !gathered) info |= dense_bit(rule, id);
-                    if (gathered && rank >= index.slots) info |= (u32)(id + 1) << RowInfo::SPILLED_SHIFT;
-                } else if (topk > 32) {
-                    rank_base += __popc(vote);
+                    if (gathered && !has_slot) info |= (u32)(id + 1) << RowInfo::SPILLED_SHIFT;
+                    if (!gathered && (u32)id <= (u32)own) info |= dense_bit(rule, id);
                 }
-            };
-            visit(loaded[a]);
-            if (topk > 32) visit(row < t.rows && first_slot + 32 < topk ? ids[(i64)row * topk + first_slot + 32] : -1);
-            if (WITH_ROWS) {
-                for (int delta = 1; delta < lanes; delta *= 2) info |= __shfl_xor_sync(ALL_LANES, info, delta);
-                if (first_slot == 0 && row < t.rows) g(t.token + row, info | (u32)min_i(rank_base, index.slots) << RowInfo::PARTIALS_SHIFT);
+                rank += gathered;
             }
         }
+        if (WITH_ROWS && exists) g(t.token + row, info | (u32)min_i(rank, index.slots) << RowInfo::PARTIALS_SHIFT);
     }
 }
 
@@ -176,7 +180,13 @@ FSA_DEVICE void write_units(const IndexParams& p, Unit* units, int block, int be
     }
 }
 
-extern "C" __global__ void __launch_bounds__(1024) index_scan(const __grid_constant__ IndexParams p) {
+// A block's counts in consecutive pieces, 0 beyond the last: all loads are under way at once.
+constexpr int PIECES_AHEAD = 8;
+FSA_DEVICE void load_counts(int (&count)[PIECES_AHEAD], const i32* column, int stride, int piece, int last, bool exists) {
+    FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) count[i] = exists && piece + i < last ? column[(i64)(piece + i) * stride] : 0;
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_constant__ IndexParams p) {
     const Index& index = p.index;
     const int chunk = blockIdx.x, kv_head = p.first_kv_head + blockIdx.y;
     const int pieces_per_chunk = p.layout.chunk_tiles / index.sub_tiles;
@@ -186,19 +196,26 @@ extern "C" __global__ void __launch_bounds__(1024) index_scan(const __grid_const
     int carry[3] = {0, 0, 0};   // entries, full units, remainders
     for (int base = 0; base < index.max_blocks; base += 1024) {
         const int block = base + threadIdx.x;
+        const bool exists = block < index.max_blocks;
         int count = 0;
-        if (block < index.max_blocks)
-            for (int piece = first; piece < last; ++piece) count += plane[(i64)piece * index.max_blocks + block];
+        for (int piece = first; piece < last; piece += PIECES_AHEAD) {
+            int here[PIECES_AHEAD];
+            load_counts(here, plane + block, index.max_blocks, piece, last, exists);
+            FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) count += here[i];
+        }
         int sum[3] = {count, count / index.unit_entries, count % index.unit_entries != 0}, total[3];
         cta_scan3(sum, total);
+        if (index.block_units && exists) index.block_units[(i64)kv_head * index.max_blocks + block] = ceil_div(count, index.unit_entries);
         if (count > 0) {
             int start = carry[0] + sum[0];
             write_units(p, units, block, start, count, carry[1] + sum[1], carry[2] + sum[2]);
-            for (int piece = first; piece < last; ++piece) {
-                i32* cell = plane + (i64)piece * index.max_blocks + block;
-                const int here = *cell;
-                *cell = start;
-                start += here;
+            for (int piece = first; piece < last; piece += PIECES_AHEAD) {
+                int here[PIECES_AHEAD];
+                load_counts(here, plane + block, index.max_blocks, piece, last, true);
+                FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) {
+                    if (piece + i < last) plane[(i64)(piece + i) * index.max_blocks + block] = start;
+                    start += here[i];
+                }
             }
         }
         FSA_UNROLL for (int k = 0; k < 3; ++k) carry[k] += total[k];

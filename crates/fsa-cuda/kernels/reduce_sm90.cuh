@@ -6,6 +6,7 @@
 // SMEM   query tile, key tile, value tile of at most 64 keys; log2-sum-exps of the tile's partials [64, slots], which become weights.
 // SYNC   cp.async groups alternate keys, values: the next keys load under softmax and second product, the next
 //        values under the next first product. Barriers around each product; the merge needs none.
+#include "block/narrow_partials.cuh"
 #include "block/sequence.cuh"
 #include "block/softmax.cuh"
 #include "ptx/wgmma.cuh"
@@ -13,7 +14,16 @@
 
 constexpr int STEP_KEYS = BLOCK_SIZE < 64 ? BLOCK_SIZE : 64;
 constexpr int KEY_STEPS = BLOCK_SIZE / STEP_KEYS;
+// 1: half of the tiles merge first; 0: all multiply first.
+#ifndef FSA_MERGE_FIRST
+#define FSA_MERGE_FIRST 1
+#endif
+// 1: lines of partials are dropped from L2 once they were read, so that they need not go to memory; 0: they go when there is need of room.
+#ifndef FSA_DISCARD
+#define FSA_DISCARD 0
+#endif
 constexpr int MAX_DENSE = 7;        // bits of RowInfo
+constexpr int SLOT_WORDS = NARROW_PARTIALS ? 2 : 1;     // of a slot in shared memory: its log2-sum-exp, then weight, and the exponents
 constexpr int REDUCE_CTAS = HEAD_DIM <= 128 ? 3 : 2;
 typedef SwizzledTile<TILE_ROWS> QueryTile;
 typedef SwizzledTile<STEP_KEYS> KeyTile;
@@ -114,26 +124,30 @@ FSA_DEVICE int count_steps(const i32* ids, int count, int last_position) {
     return (count - 1) * KEY_STEPS + min_i(KEY_STEPS, (last_position - ids[count - 1] * BLOCK_SIZE) / STEP_KEYS + 1);
 }
 
-// Turns a row's log2-sum-exps into weights, in place and not normalised.
-struct MergeRow {
-    f32 dense_weight, sum, reference;
-};
-FSA_DEVICE MergeRow merge_weights(const RowState& state, f32* lse, int count) {
+// What the powers of two of a row are relative to.
+FSA_DEVICE f32 reference(const RowState& state) { return state.max == neg_inf() ? 0.0f : state.max; }
+
+// Turns a row's log2-sum-exps into weights, in place, and adds them to its state; returns the factor for what was summed before.
+FSA_DEVICE f32 merge_weights(RowState& state, f32* lse, int count) {
     const int t = threadIdx.x & 3;
-    f32 max = state.max;
-    FSA_NO_UNROLL for (int slot = t; slot < count; slot += 4) max = fmaxf(max, lse[slot]);
-    max = quad_max(max);
-    MergeRow row;
-    row.reference = max == neg_inf() ? 0.0f : max;
-    row.dense_weight = exp2_fast(state.max - row.reference);
-    f32 sum = state.sum * row.dense_weight;
+    const f32 before = state.max;
+    FSA_NO_UNROLL for (int slot = t; slot < count; slot += 4) state.max = fmaxf(state.max, lse[slot * SLOT_WORDS]);
+    state.max = quad_max(state.max);
+    const f32 zero = reference(state), carry = exp2_fast(before - zero);
+    state.sum *= carry;
     FSA_NO_UNROLL for (int slot = t; slot < count; slot += 4) {
-        lse[slot] = exp2_fast(lse[slot] - row.reference);
-        sum += lse[slot];
+        f32& x = lse[slot * SLOT_WORDS];
+        x = exp2_fast(x - zero);
+        state.sum += x;
     }
-    row.sum = quad_sum(sum);
-    return row;
+    return carry;
 }
+
+#if FSA_DISCARD
+FSA_DEVICE void discard_line(const void* line) { asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory"); }
+#else
+FSA_DEVICE void discard_line(const void*) {}
+#endif
 
 template <bool HIGH>
 FSA_DEVICE void merge_partial(Piece (&out)[PIECES], const Vec4 (&v)[HEAD_DIM / 32], f32 weight) {
@@ -171,7 +185,69 @@ FSA_DEVICE void merge_partials(Piece (&out)[PIECES], const char* low, const char
             merge_partial<false>(out, v[2 * a], slot + a < count_low ? weights_low[slot + a] : 0.0f);
             merge_partial<true>(out, v[2 * a + 1], slot + a < count_high ? weights_high[slot + a] : 0.0f);
         }
+        if (FSA_DISCARD) {
+            __syncwarp();       // the quad has read the row
+            const bool is_high = threadIdx.x & 2;
+            const int end = is_high ? count_high : count_low;
+            FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a)
+                FSA_UNROLL for (int line = threadIdx.x & 1; line < ROW_BYTES / 128; line += 2)
+                    if (slot + a < end) discard_line((is_high ? high : low) + (slot + a) * ROW_BYTES + line * 128);
+        }
     }
+}
+
+// The same with partials of 12 bits.
+FSA_DEVICE void merge_narrow(Piece (&out)[PIECES], const char* low, const char* high, int count_low, int count_high, const NarrowSlot* slots_low,
+                             const NarrowSlot* slots_high) {
+    const int count = __reduce_max_sync(0xffffffffu, max_i(count_low, count_high));
+    f32 excess_low = 0.0f, excess_high = 0.0f;
+    FSA_NO_UNROLL for (int slot = 0; slot < count; slot += SLOTS_AHEAD) {
+        u32 words[2 * SLOTS_AHEAD][NARROW_WORDS];
+        FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
+            load_narrow(words[2 * a], low + (slot + a) * PARTIAL_ROW_BYTES, slot + a < count_low);
+            load_narrow(words[2 * a + 1], high + (slot + a) * PARTIAL_ROW_BYTES, slot + a < count_high);
+        }
+        FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
+            const NarrowSlot *of_low = slots_low + slot + a, *of_high = slots_high + slot + a;
+            if (slot + a < count_low) add_narrow<false>(out, excess_low, words[2 * a], of_low->lse, of_low->exponents);
+            if (slot + a < count_high) add_narrow<true>(out, excess_high, words[2 * a + 1], of_high->lse, of_high->exponents);
+        }
+    }
+    FSA_UNROLL for (int n = 0; n < NARROW_VALUES; ++n) {
+        narrow_value<false>(out, n) += excess_low;
+        narrow_value<true>(out, n) += excess_high;
+    }
+}
+
+// Adds the partials of the tile's rows, which start at row `chunk_row` of the buffer. `lse` has room for SLOT_WORDS x [64, slots].
+FSA_DEVICE void merge(TileState& state, const ReduceParams& p, const DenseContext& c, f32* lse, i64 chunk_row) {
+    const int slots = p.index.slots, low = c.row_low, high = low + 8;
+    const int count_low = c.info_low.partials(), count_high = c.info_high.partials();
+    f32 *lse_low = lse + low * slots * SLOT_WORDS, *lse_high = lse + high * slots * SLOT_WORDS;
+    // A quad copies the log2-sum-exps of its own rows.
+    auto copy_lse = [&](f32* to, int row, int count) {
+        const i64 first = (chunk_row + row) * slots;
+        FSA_NO_UNROLL for (int slot = threadIdx.x & 3; slot < count; slot += 4) {
+            if constexpr (NARROW_PARTIALS) {
+                const i64 rows = (i64)gridDim.y * p.layout.chunk_tiles * TILE_ROWS * slots;
+                copy_async8(shared_address(to + slot * SLOT_WORDS), narrow_slots(p.partial, rows) + first + slot);
+            } else {
+                copy_async4(shared_address(to + slot), p.partial_lse + first + slot);
+            }
+        }
+    };
+    copy_lse(lse_low, low, count_low);
+    copy_lse(lse_high, high, count_high);
+    copy_commit();
+    copy_wait<0>();
+    __syncwarp();
+    const f32 carry_low = merge_weights(state.low, lse_low, count_low), carry_high = merge_weights(state.high, lse_high, count_high);
+    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) scale_piece(state.out[piece], carry_low, carry_high);
+    __syncwarp();
+    const char* partials_low = (const char*)p.partial + (chunk_row + low) * slots * PARTIAL_ROW_BYTES;
+    const char* partials_high = partials_low + 8 * slots * PARTIAL_ROW_BYTES;
+    if constexpr (NARROW_PARTIALS) merge_narrow(state.out, partials_low, partials_high, count_low, count_high, (const NarrowSlot*)lse_low, (const NarrowSlot*)lse_high);
+    else merge_partials(state.out, partials_low, partials_high, count_low, count_high, lse_low, lse_high);
 }
 
 // Rows whose id found no slot: their blocks one at a time, lowest first. Rare.
@@ -198,7 +274,6 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
     __shared__ i32 dense_ids[MAX_DENSE + 1], dense_bits[MAX_DENSE];
     __shared__ i32 next_spilled;
     __shared__ u32 warp_info[4];
-    let_next_start();
     const Index& index = p.index;
     const int tile_number = p.chunk * p.layout.chunk_tiles + blockIdx.x;
     DenseContext c;
@@ -238,40 +313,31 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
     FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
         FSA_UNROLL for (int i = 0; i < PIECE_COLUMNS / 2; ++i) state.out[piece][i] = 0.0f;
     state.low = state.high = {neg_inf(), 0.0f};
-    const int steps = count_steps(dense_ids, __popc(all & 0x7f), c.tile.position + c.tile.rows - 1);
-    dense_blocks(state, p, c, dense_ids, steps, [&](int n, RowInfo info) { return info.lists_dense(dense_bits[n]); });
-    if (all >> RowInfo::SPILLED_SHIFT != 0) spilled_blocks(state, p, c, dense_ids, &next_spilled);
-    const int partials_low = c.info_low.partials(), partials_high = c.info_high.partials();
-    wait_for_previous();
-    // A quad copies the log2-sum-exps of its own rows.
-    auto copy_lse = [&](int row, int count) {
-        for (int slot = lane & 3; slot < count; slot += 4)
-            copy_async4(shared_address(lse + row * index.slots + slot), p.partial_lse + (chunk_row + row) * index.slots + slot);
-    };
-    copy_lse(low, partials_low);
-    copy_lse(high, partials_high);
-    copy_commit();
-    copy_wait<0>();
-    __syncwarp();
-
-    const MergeRow row_low = merge_weights(state.low, lse + low * index.slots, partials_low);
-    const MergeRow row_high = merge_weights(state.high, lse + high * index.slots, partials_high);
-    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) scale_piece(state.out[piece], row_low.dense_weight, row_high.dense_weight);
-    __syncwarp();
-    const char* partials = (const char*)p.partial + chunk_row * index.slots * ROW_BYTES;
-    merge_partials(state.out, partials + low * index.slots * ROW_BYTES, partials + high * index.slots * ROW_BYTES, partials_low, partials_high,
-                   lse + low * index.slots, lse + high * index.slots);
+    // Half of the tiles multiply first, under the end of attend; the others read memory first, so that both go on at any time.
+    const bool merge_first = FSA_MERGE_FIRST && 2 * blockIdx.x >= gridDim.x;
+    FSA_NO_UNROLL for (int part = 0; part < 2; ++part) {
+        if ((part == 0) != merge_first) {
+            const int steps = count_steps(dense_ids, __popc(all & 0x7f), c.tile.position + c.tile.rows - 1);
+            dense_blocks(state, p, c, dense_ids, steps, [&](int n, RowInfo info) { return info.lists_dense(dense_bits[n]); });
+            if (all >> RowInfo::SPILLED_SHIFT != 0) spilled_blocks(state, p, c, dense_ids, &next_spilled);
+        } else {
+            wait_for_previous();
+            let_next_start();       // not before: an attend that may start has its buffer, whose readers ended before the attend of this launch did
+            merge(state, p, c, lse, chunk_row);
+        }
+    }
 
     char* out = (char*)tensor_row(p.out, c.tile.token, head);
     const i64 out_row_bytes = p.out.row_stride * ELEMENT_BYTES;
-    const f32 scale_low = row_low.sum == 0.0f ? 0.0f : reciprocal_fast(row_low.sum), scale_high = row_high.sum == 0.0f ? 0.0f : reciprocal_fast(row_high.sum);
+    const f32 sum_low = quad_sum(state.low.sum), sum_high = quad_sum(state.high.sum);
+    const f32 scale_low = sum_low == 0.0f ? 0.0f : reciprocal_fast(sum_low), scale_high = sum_high == 0.0f ? 0.0f : reciprocal_fast(sum_high);
     FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) {
         store_natural<false>(out + low * out_row_bytes, piece, state.out[piece], scale_low, low < c.tile.rows);
         store_natural<true>(out + high * out_row_bytes, piece, state.out[piece], scale_high, high < c.tile.rows);
     }
     if ((lane & 3) == 0) {
         f32* out_lse = p.lse + (i64)head * p.layout.total_q + c.tile.token;
-        if (low < c.tile.rows) out_lse[low] = (row_low.reference + log2_fast(row_low.sum)) * LN_2;
-        if (high < c.tile.rows) out_lse[high] = (row_high.reference + log2_fast(row_high.sum)) * LN_2;
+        if (low < c.tile.rows) out_lse[low] = (reference(state.low) + log2_fast(sum_low)) * LN_2;
+        if (high < c.tile.rows) out_lse[high] = (reference(state.high) + log2_fast(sum_high)) * LN_2;
     }
 }

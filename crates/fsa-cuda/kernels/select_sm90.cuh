@@ -1,22 +1,30 @@
-// WHAT   Block scores and their top-k on Hopper: probabilities of the compressed keys from queries, keys and the log-sum-exp of compressed attention,
-//        pooled to blocks, summed over the heads that vote, and the best blocks of each token listed. No score leaves the cta. For compressed keys that
-//        overlap one neighbour or none (kernel_size is kernel_stride or twice that) and blocks of a multiple of four of them; the portable kernel
+// WHAT   Stage select on Hopper: scores of blocks from compressed attention, with its log-sum-exp, and the best topk of them for every token and kv head. For
+//        windows that reach over one neighbour or none (kernel_size is kernel_stride or twice that) and blocks of a multiple of four of them; the portable kernel
 //        does the others.
 // GRID   As many ctas as there are multiprocessors, at most one per tile; each takes every gridDim.x-th tile of tokens of all kv heads, those with the most
 //        keys first. A tile holds all heads that vote.
-// ROLES  Two warpgroups of 64 rows consume, a thread of a third produces. The scores of the next step are computed while a consumer pools those of
-//        the current one in its registers to groups of four keys; then each of the eight warps offers the blocks of its tokens.
-// SMEM   Query tile of 128 rows, two stages of keys, two buffers of group sums [128 rows, groups], ranks and ids of the best blocks [tokens, topk].
-// SYNC   An mbarrier pair per stage and for the queries; a named barrier of the consumers per step, when the sums of both are there.
+// ROLES  Two warpgroups of 64 rows consume, a thread of a third produces. It brings every fourth key of a step at a time, so that the four keys of a group meet
+//        in one thread. The scores of the next step are computed while a warp pools those of the current one in its registers to groups, adds up
+//        the heads, and leaves ranks of blocks in shared memory. Whenever a segment of blocks is full, a warp takes it into the lists of its tokens.
+// SMEM   Query tile of 128 rows, two stages of keys, candidates [8 warps, 4, 32], ranks of a segment [tokens, blocks], lists [tokens, topk]; where heads are not
+//        added up in registers two buffers of group sums [128 rows, groups].
+// SYNC   An mbarrier pair per stage and for the queries. Where the heads of a token are rows of one warp, warps go their own ways; else a named barrier of the
+//        consumers per step, when the sums of both are there.
 // Every sum has an order that depends on shapes alone. A head whose log-sum-exp is not finite does not vote.
 #include "block/band_pipeline.cuh"
-#include "block/topk.cuh"
+#include "block/segment_topk.cuh"
 
 constexpr int STAGES = 2;
 constexpr int GROUPS = STEP_KEYS / 4;           // of four keys
-constexpr int GROUP_WORDS = GROUPS + 2;         // between rows: 8 rows times 2 groups fall into different banks
-constexpr int SUM_BYTES = CTA_ROWS * GROUP_WORDS * 4;
-constexpr int SMEM_BYTES = RowTile::BYTES + STAGES * KeyTile::BYTES + 2 * SUM_BYTES;    // and [tokens, 2 topk + 2] words
+constexpr int GROUP_WORDS = GROUPS + 8;         // between rows of sums: 4 rows times 8 groups fall into different banks
+constexpr int SEGMENT_PAD = 8;                  // between tokens' ranks, for the same reason
+constexpr int SUM_BUFFERS = 2, SUM_WORDS = CTA_ROWS * GROUP_WORDS, WARPS = CONSUMER_THREADS / 32;
+constexpr int CANDIDATE_BYTES = WARPS * LIST_TOKENS * CANDIDATE_WORDS * 8;
+constexpr int SMEM_BYTES = RowTile::BYTES + STAGES * KeyTile::BYTES + CANDIDATE_BYTES;  // and ranks and lists of the tokens, and sums
+// Key 4 q + e of a step is row GROUPS e + q of its tile: column 8 i + 2 t + c of the scores, in lane t of a quad, is key 4 (8 (i % OCTETS) + 2 t + c) + i / OCTETS.
+constexpr int OCTETS = GROUPS / 8;
+typedef f32 GroupSums[2 * OCTETS];              // of a row: groups 8 j + 2 t, 8 j + 2 t + 1
+struct alignas(8) SumPair { f32 even, odd; };
 
 // A tile of tokens, and the steps of keys that count in blocks which compete for a place, first to last.
 struct SelectWork {
@@ -45,17 +53,29 @@ struct SelectWork {
     }
     FSA_DEVICE int key(int n) const { return (first_step + n) * STEP_KEYS; }
 };
+// Blocks of a step, a power of two.
+FSA_DEVICE int step_blocks(const SelectParams& p) { return STEP_KEYS / (BLOCK_SIZE / p.band.kernel_stride); }
+// Words from a token's ranks to the next one's.
+FSA_DEVICE int segment_words(const SelectParams& p) { return (p.segment_steps * step_blocks(p) + 3) / 4 * 4 + SEGMENT_PAD; }
 
 struct SelectMemory {
     u32 query, keys;
+    u64* candidates;            // [warps, LIST_TOKENS, CANDIDATE_WORDS]
+    u32* ranks;                 // [tokens, segment_words]
+    u64* lists;                 // [tokens, topk]
     f32* sums;                  // [2, 128, GROUP_WORDS]
-    i32 *ranks, *ids;           // [tokens, topk]
-    i32* worst;                 // [tokens, 2] rank and id
     Ring<1> query_ring;
     Ring<STAGES> key_ring;
 
     FSA_DEVICE u32 key(u32 n) const { return keys + Ring<STAGES>::place(n) * KeyTile::BYTES; }
 };
+
+// The keys of a step, every fourth one at a time: the boxes of the map skip three rows after each.
+FSA_DEVICE void load_keys(u32 tile, const TensorMap* map, u32 barrier, int head, int row) {
+    FSA_UNROLL for (int e = 0; e < 4; ++e)
+        FSA_UNROLL for (int half = 0; half < KeyTile::HALVES; ++half)
+            load_box(tile + half * KeyTile::HALF_BYTES + e * GROUPS * 128, map, barrier, half * 64, head, row + e);
+}
 
 FSA_DEVICE void produce(const SelectParams& p, const SelectMemory& m, int total) {
     u32 step = 0, tile = 0;
@@ -64,7 +84,7 @@ FSA_DEVICE void produce(const SelectParams& p, const SelectMemory& m, int total)
         if (w.steps == 0) continue;
         load_tile<CTA_ROWS>(m.query, &p.query_map, m.query_ring.start(tile++, row_tile_bytes(p.band)), w.tile.first_head, w.tile.token);
         FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step)
-            load_tile<STEP_KEYS>(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, w.tile.key_row + w.key(n));
+            load_keys(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, w.tile.key_row + w.key(n));
     }
 }
 
@@ -82,66 +102,123 @@ struct Voter {
     }
 };
 
+// Adds the sums of rows DISTANCE / 4 apart; while there are two pairs or more, each lane keeps half of them. `first` counts the pairs before those that it keeps.
+template <int DISTANCE, int PAIRS>
+FSA_DEVICE void add_rows(GroupSums& v, int& first) {
+    const bool upper = (threadIdx.x & DISTANCE) != 0;
+    if constexpr (PAIRS >= 2) {
+        FSA_UNROLL for (int k = 0; k < PAIRS; ++k) {
+            const f32 sent = upper ? v[k] : v[PAIRS + k], kept = upper ? v[PAIRS + k] : v[k];
+            v[k] = kept + __shfl_xor_sync(0xffffffffu, sent, DISTANCE);
+        }
+        first += upper ? PAIRS / 2 : 0;
+    } else {
+        FSA_UNROLL for (int k = 0; k < 2; ++k) v[k] += __shfl_xor_sync(0xffffffffu, v[k], DISTANCE);
+    }
+    if constexpr (DISTANCE > 4) add_rows<DISTANCE / 2, (PAIRS + 1) / 2>(v, first);
+}
+
 struct SelectConsumer {
     const SelectParams& p;
     const SelectMemory& m;
     int row;                    // the thread's first; the other is 8 more
     u32 step, tile;             // numbers in the rings
+    int blocks, segment;        // of a step; words from a token's ranks to the next one's
+    // The warp's tokens: those of its rows, where a token's rows are in one warp, or every eighth.
+    bool straddles;
+    int first_token, token_step, end_token;
+    int filled;                 // steps of the segment
     f32 carry_low, carry_high;  // last key of the step before, where it counts in the first group of the next
 
     // Group sums of one of the thread's rows: of four keys, those that reach into the next group with half their weight, and the last key of the group
     // before. HIGH: the second row.
     template <bool HIGH>
-    FSA_DEVICE void pool(const Scores& s, f32* sums, f32& carry, bool overlap) const {
+    FSA_DEVICE void pool(GroupSums& sums, const Scores& s, f32& carry, bool overlap) const {
         constexpr int E = HIGH ? 2 : 0;
-        const int lane = threadIdx.x & 31, quad = lane & 3;
-        const f32 inner = overlap ? 2.0f : 1.0f, last = overlap && !(quad & 1) ? 2.0f : 1.0f;
-        FSA_UNROLL for (int i = 0; i < STEP_KEYS / 8; ++i) {
-            f32 sum = fmaf(inner, s[4 * i + E], last * s[4 * i + E + 1]);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            const f32 before = __shfl_sync(0xffffffffu, s[4 * i + E + 1], (lane & ~3) | ((quad + 3) & 3));     // lane 2: of lane 1; lane 0: of lane 3, for the next i
-            if (overlap) sum += quad == 0 ? carry : before;
-            carry = before;
-            if (!(quad & 1)) sums[(row + (HIGH ? 8 : 0)) * GROUP_WORDS + 2 * i + quad / 2] = sum;
+        const int lane = threadIdx.x & 31, left = (lane & ~3) | ((lane + 3) & 3);
+        const f32 inner = overlap ? 2.0f : 1.0f;
+        FSA_UNROLL for (int j = 0; j < OCTETS; ++j) {
+            FSA_UNROLL for (int c = 0; c < 2; ++c) {
+                const f32 a = s[4 * j + E + c], b = s[4 * (OCTETS + j) + E + c], third = s[4 * (2 * OCTETS + j) + E + c];
+                sums[2 * j + c] = fmaf(inner, a + b + third, s[4 * (3 * OCTETS + j) + E + c]);
+            }
+            if (overlap) {
+                const f32* last = &s[4 * (3 * OCTETS + j) + E];
+                const f32 before = __shfl_sync(0xffffffffu, last[1], left);     // lane 0 gets that of the next eight groups
+                sums[2 * j + 1] += last[0];
+                sums[2 * j] += (lane & 3) == 0 ? carry : before;
+                carry = before;
+            }
         }
     }
 
     FSA_DEVICE void probabilities(Scores& s, const Voter& low, const Voter& high, int key, bool masked) const {
         FSA_UNROLL for (int i = 0; i < STEP_KEYS / 8; ++i)
-            FSA_UNROLL for (int e = 0; e < 2; ++e) {
-                s[4 * i + e] = exp2_fast(fmaf(s[4 * i + e], p.scale_log2, -low.reference));
-                s[4 * i + 2 + e] = exp2_fast(fmaf(s[4 * i + 2 + e], p.scale_log2, -high.reference));
+            FSA_UNROLL for (int c = 0; c < 2; ++c) {
+                s[4 * i + c] = exp2_fast(fmaf(s[4 * i + c], p.scale_log2, -low.reference));
+                s[4 * i + 2 + c] = exp2_fast(fmaf(s[4 * i + 2 + c], p.scale_log2, -high.reference));
             }
-        if (masked) mask_scores(s, RowLimits{0, low.end - key, 0, high.end - key}, 0.0f);
+        if (!masked) return;
+        FSA_UNROLL for (int i = 0; i < STEP_KEYS / 8; ++i)
+            FSA_UNROLL for (int c = 0; c < 2; ++c) {
+                const int at = key + 4 * (8 * (i % OCTETS) + 2 * (threadIdx.x & 3) + c) + i / OCTETS;
+                if (at >= low.end) s[4 * i + c] = 0.0f;
+                if (at >= high.end) s[4 * i + 2 + c] = 0.0f;
+            }
     }
 
-    // Offers the blocks of a step to the warp's tokens.
-    FSA_DEVICE void offer(const SelectWork& w, const f32* sums, int n) const {
-        const int per_block = BLOCK_SIZE / p.band.kernel_stride / 4, lane = threadIdx.x & 31;   // groups of a block
-        const int blocks = GROUPS / per_block, block = w.key(n) / 4 / per_block + lane, heads = w.tile.tile_heads;
-        FSA_NO_UNROLL for (int token = threadIdx.x / 32; token < w.tile.tokens; token += CONSUMER_THREADS / 32) {
-            const RowBlocks row = row_blocks(w.tile.position + token, p.topk, p.init_blocks, p.local_blocks);
-            const bool present = lane < blocks && block >= row.first_scored && block < row.end_scored && row.places > 0;
+    // Adds up the HEADS rows of a token and leaves the ranks of its blocks, a group each.
+    template <int HEADS>
+    FSA_DEVICE void rank_rows(GroupSums& sums, int first_row) const {
+        int first = 0;
+        if constexpr (HEADS > 1) add_rows<2 * HEADS, OCTETS>(sums, first);
+        constexpr int PAIRS = OCTETS > HEADS ? OCTETS / HEADS : 1;
+        const int token = first_row / HEADS, lanes = threadIdx.x & 28;
+        if (token >= p.band.tile_tokens || (HEADS > OCTETS && (lanes & (4 * HEADS / OCTETS - 1) & 28) != 0)) return;
+        u32* target = m.ranks + token * segment + filled * GROUPS + 8 * first + 2 * (threadIdx.x & 3);
+        FSA_UNROLL for (int pair = 0; pair < PAIRS; ++pair)
+            *(u64*)(target + 8 * pair) = (u64)(u32)TopBlocks::rank_of(sums[2 * pair + 1]) << 32 | (u32)TopBlocks::rank_of(sums[2 * pair]);
+    }
+    // Through shared memory where heads or groups are many: ranks of the step's blocks, a lane each, of the warp's tokens.
+    FSA_DEVICE void rank_blocks(const GroupSums& low, const GroupSums& high, int n) const {
+        const int lane = threadIdx.x & 31, per_block = GROUPS / blocks, heads = p.band.tile_heads;
+        f32 *sums = m.sums + (n & 1) * SUM_WORDS, *own = sums + row * GROUP_WORDS + 2 * (lane & 3);
+        FSA_UNROLL for (int j = 0; j < OCTETS; ++j) {
+            *(SumPair*)(own + 8 * j) = {low[2 * j], low[2 * j + 1]};
+            *(SumPair*)(own + 8 * GROUP_WORDS + 8 * j) = {high[2 * j], high[2 * j + 1]};
+        }
+        if (straddles) named_sync(ALL_CONSUMERS, CONSUMER_THREADS);
+        else __syncwarp();
+        if (lane >= blocks) return;
+        u32* target = m.ranks + filled * blocks + lane;
+        FSA_NO_UNROLL for (int token = first_token; token < end_token; token += token_step) {
             f32 score = 0.0f;
-            if (present) {
-                const f32* from = sums + token * heads * GROUP_WORDS + lane * per_block;
-                FSA_NO_UNROLL for (int head = 0; head < heads; ++head)
-                    FSA_NO_UNROLL for (int group = 0; group < per_block; ++group) score += from[head * GROUP_WORDS + group];
+            for (int group = 0; group < per_block; ++group) {
+                const f32* from = sums + token * heads * GROUP_WORDS + lane * per_block + group;
+                _Pragma("unroll 4") for (int head = 0; head < heads; ++head) score += from[head * GROUP_WORDS];
             }
-            const int rank = TopBlocks::rank_of(score), worst_rank = m.worst[2 * token], worst_id = m.worst[2 * token + 1];
-            if (!__any_sync(0xffffffffu, present && (rank < worst_rank || (rank == worst_rank && block < worst_id)))) continue;
-            offer_blocks(token, row, score, block, present);
+            target[token * segment] = (u32)TopBlocks::rank_of(score);
         }
     }
-    FSA_DEVICE void offer_blocks(int token, const RowBlocks& row, f32 score, int block, bool present) const {
-        TopBlocks best;
-        best.load(m.ranks + token * p.topk, m.ids + token * p.topk, row.places);
-        best.offer(score, block, present);
-        best.store(m.ranks + token * p.topk, m.ids + token * p.topk, row.places);
-        if ((threadIdx.x & 31) == 0) {
-            m.worst[2 * token] = best.worst_rank;
-            m.worst[2 * token + 1] = best.worst_id;
+    // The lane's token of the four from `first` on; -1 if there are not as many.
+    FSA_DEVICE int lane_token(int first) const {
+        const int token = first + (threadIdx.x & 31) / LIST_LANES * token_step;
+        return token < end_token ? token : -1;
+    }
+    // Takes the ranks of the segment, which ends with step `last`, into the lists.
+    FSA_DEVICE void offer(const SelectWork& w, int last) {
+        const int end = (w.first_step + last + 1) * blocks, begin = end - filled * blocks;
+        u64* scratch = m.candidates + (threadIdx.x / LIST_LANES) * CANDIDATE_WORDS;
+        __syncwarp();
+        FSA_NO_UNROLL for (int first = first_token; first < end_token; first += LIST_TOKENS * token_step) {
+            const int token = max_i(0, lane_token(first));
+            const RowBlocks row = row_blocks(w.tile.position + token, p.topk, p.init_blocks, p.local_blocks);
+            const int first_block = max_i(begin, row.first_scored), end_block = min_i(end, row.end_scored);
+            const bool takes = lane_token(first) >= 0 && !row.lists_all() && first_block < end_block;
+            const TokenSegment t = {m.ranks + token * segment, begin, first_block, end_block, takes ? row.places : 0, takes ? min_i(row.places, first_block - row.first_scored) : 0};
+            offer_segments(m.lists + token * p.topk, scratch, t, ceil_div(end - begin, 32));
         }
+        filled = 0;
         __syncwarp();
     }
 
@@ -156,19 +233,23 @@ struct SelectConsumer {
         wgmma_pin(s);
         m.key_ring.release(step++);
     }
-    // Pools the scores of step n and offers its blocks.
+    // Pools the scores of step n and ranks its blocks.
     FSA_DEVICE void take(Scores& s, const SelectWork& w, const Voter& low, const Voter& high, int n, bool mask_all, bool overlap) {
         probabilities(s, low, high, w.key(n), mask_all || w.key(n) + STEP_KEYS > w.end_common);
-        f32* sums = m.sums + (n & 1) * CTA_ROWS * GROUP_WORDS;
-        pool<false>(s, sums, carry_low, overlap);
-        pool<true>(s, sums, carry_high, overlap);
-        named_sync(ALL_CONSUMERS, CONSUMER_THREADS);
-        offer(w, sums, n);
+        GroupSums low_sums, high_sums;
+        pool<false>(low_sums, s, carry_low, overlap);
+        pool<true>(high_sums, s, carry_high, overlap);
+        const int rows = p.direct ? p.band.tile_heads : 0;
+        if (rows == 4) rank_rows<4>(low_sums, row), rank_rows<4>(high_sums, row + 8);
+        else if (rows == 1) rank_rows<1>(low_sums, row), rank_rows<1>(high_sums, row + 8);
+        else if (rows == 2) rank_rows<2>(low_sums, row), rank_rows<2>(high_sums, row + 8);
+        else if (rows == 8) rank_rows<8>(low_sums, row), rank_rows<8>(high_sums, row + 8);
+        else rank_blocks(low_sums, high_sums, n);
+        if (++filled == p.segment_steps || n + 1 == w.steps) offer(w, n);
     }
 
-    FSA_DEVICE void walk(const SelectWork& w) {
-        const Voter low = Voter::of(p, w.tile, row), high = Voter::of(p, w.tile, row + 8);
-        const bool mask_all = named_sync_or(ALL_CONSUMERS, CONSUMER_THREADS, low.end == 0 || high.end == 0), overlap = p.band.kernel_size != p.band.kernel_stride;
+    FSA_DEVICE void walk(const SelectWork& w, const Voter& low, const Voter& high) {
+        const bool mask_all = __any_sync(0xffffffffu, low.end == 0 || high.end == 0), overlap = p.band.kernel_size != p.band.kernel_stride;
         Scores s;
         carry_low = carry_high = 0.0f;
         m.query_ring.wait(tile);
@@ -181,41 +262,32 @@ struct SelectConsumer {
             wait(next);
             FSA_UNROLL for (int i = 0; i < STEP_KEYS / 2; ++i) s[i] = next[i];
         }
-        take(s, w, low, high, w.steps - 1, mask_all, overlap);
         m.query_ring.release(tile++);
+        take(s, w, low, high, w.steps - 1, mask_all, overlap);
     }
 
-    // Empty places for the warp's tokens; the barrier of the first step comes before they are used by no other warp.
-    FSA_DEVICE void open_tokens(const SelectWork& w) const {
-        for (int token = threadIdx.x / 32; token < w.tile.tokens; token += CONSUMER_THREADS / 32) {
-            const RowBlocks row = row_blocks(w.tile.position + token, p.topk, p.init_blocks, p.local_blocks);
-            TopBlocks best;
-            best.open(row.places);
-            best.store(m.ranks + token * p.topk, m.ids + token * p.topk, row.places);
-            if ((threadIdx.x & 31) == 0) {
-                m.worst[2 * token] = best.worst_rank;
-                m.worst[2 * token + 1] = best.worst_id;
-            }
-        }
-        __syncwarp();
+    FSA_DEVICE void open() {
+        const int warp = threadIdx.x / 32, heads = p.band.tile_heads;
+        blocks = step_blocks(p);
+        segment = segment_words(p);
+        straddles = 16 % heads != 0;
+        first_token = straddles ? warp : warp * (16 / heads);
+        token_step = straddles ? WARPS : 1;
+        filled = 0;
     }
+    // Writes the lists of the warp's tokens.
     FSA_DEVICE void list(const SelectWork& w) const {
-        const int lane = threadIdx.x & 31, per_block = BLOCK_SIZE / p.band.kernel_stride / 4;
-        const int offered = w.steps == 0 ? 0 : (w.first_step + w.steps) * GROUPS / per_block;   // blocks behind were not met: no key of theirs is seen
-        for (int token = threadIdx.x / 32; token < w.tile.tokens; token += CONSUMER_THREADS / 32) {
+        const int met = w.steps == 0 ? 0 : (w.first_step + w.steps) * blocks;
+        __syncwarp();
+        FSA_NO_UNROLL for (int first = first_token; first < end_token; first += LIST_TOKENS * token_step) {
+            const int token = max_i(0, lane_token(first));
             const RowBlocks row = row_blocks(w.tile.position + token, p.topk, p.init_blocks, p.local_blocks);
             i32* target = p.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token + token) * p.topk;
-            if (row.lists_all()) {
-                list_all_blocks(target, row, p.topk);
-                continue;
-            }
-            const int first = max_i(row.first_scored, offered);
-            for (int block = first; block < row.end_scored && block < first + row.places; block += 32)
-                offer_blocks(token, row, 0.0f, block + lane, block + lane < row.end_scored);
-            TopBlocks best;
-            best.load(m.ranks + token * p.topk, m.ids + token * p.topk, row.places);
-            best.list(target, row, p.topk);
+            // Blocks behind the last step were not met: no key of theirs is seen, and they come last.
+            const int unmet = max_i(row.first_scored, met), held = min_i(row.places, unmet - row.first_scored);
+            list_tokens(target, m.lists + token * p.topk, row, p.topk, held, unmet, lane_token(first) >= 0);
         }
+        __syncwarp();
     }
 };
 
@@ -225,10 +297,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) select(const __grid_con
     SelectMemory m;
     m.query = shared_address(shared);
     m.keys = m.query + RowTile::BYTES;
-    m.sums = (f32*)(shared + RowTile::BYTES + STAGES * KeyTile::BYTES);
-    m.ranks = (i32*)(m.sums + 2 * CTA_ROWS * GROUP_WORDS);
-    m.ids = m.ranks + p.band.tile_tokens * p.topk;
-    m.worst = m.ids + p.band.tile_tokens * p.topk;
+    m.candidates = (u64*)(shared + RowTile::BYTES + STAGES * KeyTile::BYTES);
+    m.ranks = (u32*)(m.candidates + CANDIDATE_BYTES / 8);
+    m.lists = (u64*)(m.ranks + p.band.tile_tokens * segment_words(p));
+    m.sums = (f32*)(m.lists + p.band.tile_tokens * p.topk);
     m.query_ring = Ring<1>::at(shared_address(barriers));
     m.key_ring = Ring<STAGES>::at(shared_address(barriers + 2));
     if (threadIdx.x == 0) {
@@ -244,12 +316,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) select(const __grid_con
         return;
     }
     registers_grow<CONSUMER_REGISTERS>();
-    SelectConsumer c = {p, m, first_row_of_thread(), 0, 0, 0.0f, 0.0f};
+    SelectConsumer c = {p, m, first_row_of_thread(), 0, 0};
+    c.open();
+    SelectWork w = SelectWork::find(p, blockIdx.x);
+    Voter low = Voter::of(p, w.tile, c.row), high = Voter::of(p, w.tile, c.row + 8);
     FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number += gridDim.x) {
-        const SelectWork w = SelectWork::find(p, number);
-        if (w.tile.tokens == 0) continue;
-        if (!w.lists_all) c.open_tokens(w);
-        if (w.steps > 0) c.walk(w);
+        c.end_token = c.straddles ? w.tile.tokens : min_i(w.tile.tokens, c.first_token + 16 / p.band.tile_heads);
+        if (w.steps > 0) c.walk(w, low, high);
         c.list(w);
+        w = SelectWork::find(p, number + gridDim.x);
+        low = Voter::of(p, w.tile, c.row);
+        high = Voter::of(p, w.tile, c.row + 8);
     }
 }

@@ -5,7 +5,7 @@
 use crate::arch::KernelSet;
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
-use crate::params::{BackwardParams, ConvertParams, TILE_ROWS};
+use crate::params::{BackwardParams, TILE_ROWS};
 use crate::plan::{IndexPlan, tile_bytes};
 use crate::source::Specialisation;
 use std::sync::Arc;
@@ -15,7 +15,9 @@ pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
     ("backward_delta", "BackwardParams"),
     ("backward", "BackwardParams"),
     ("backward_merge", "BackwardParams"),
-    ("backward_convert", "ConvertParams"),
+    ("backward_convert", "BackwardParams"),
+    ("backward_clear", "BackwardParams"),
+    ("backward_finish", "BackwardParams"),
 ];
 
 /// Keys that a score tile covers.
@@ -96,7 +98,9 @@ pub(crate) struct BackwardKernels {
     delta: Function<BackwardParams>,
     backward: Function<BackwardParams>,
     merge: Function<BackwardParams>,
-    convert: Function<ConvertParams>,
+    convert: Function<BackwardParams>,
+    clear: Function<BackwardParams>,
+    finish: Function<BackwardParams>,
     specialisation: Specialisation,
 }
 
@@ -107,11 +111,19 @@ impl BackwardKernels {
             backward: module.function("backward")?,
             merge: module.function("backward_merge")?,
             convert: module.function("backward_convert")?,
+            clear: module.function("backward_clear")?,
+            finish: module.function("backward_finish")?,
             specialisation: *specialisation,
         })
     }
 
-    /// Row statistics of the chunk, then its sums, for `heads` query heads of `rows` rows; with partials, their merge.
+    /// Whether the main kernel can finish sums of keys.
+    pub(crate) fn finishes_sums(&self) -> bool {
+        self.specialisation.set == KernelSet::Sm90 && !Main::of(&self.specialisation).is_narrow
+    }
+
+    /// Row statistics of the chunk, unless they are given, its sums for `heads` query heads, and gradients of queries in the
+    /// dtype from partials or f32 sums.
     pub(crate) fn launch(
         &self,
         stream: &Stream,
@@ -120,37 +132,46 @@ impl BackwardKernels {
         params: &BackwardParams,
     ) -> Result<()> {
         let (rows, heads) = (params.rows as usize, heads as u32);
-        let small = |ctas: usize| LaunchDims {
-            grid: [ctas as u32, heads, 1],
-            threads: SMALL_THREADS as u32,
-            smem_bytes: 0,
-            overlaps: false,
-        };
-        self.delta.launch(stream, small(rows.div_ceil(DELTA_ROWS)), params)?;
+        let small = |ctas: usize| dims([ctas as u32, heads, 1], SMALL_THREADS);
+        if params.given_stats == 0 {
+            self.delta.launch(stream, small(rows.div_ceil(DELTA_ROWS)), params)?;
+        }
         let Specialisation { head_dim, query_partials, .. } = self.specialisation;
         let main = Main::of(&self.specialisation);
-        let dims = LaunchDims {
-            grid: [plan.max_units() as u32, main.parts as u32, heads],
-            threads: main.threads as u32,
-            smem_bytes: smem_bytes(&self.specialisation) as u32,
-            overlaps: false,
-        };
-        self.backward.launch(stream, dims, params)?;
-        if !query_partials {
-            return Ok(());
+        let grid = [plan.max_units() as u32, main.parts as u32, heads];
+        let smem_bytes = smem_bytes(&self.specialisation) as u32;
+        self.backward.launch(stream, LaunchDims { smem_bytes, ..dims(grid, main.threads) }, params)?;
+        if query_partials {
+            let rows_per_cta = SMALL_THREADS / (head_dim / MERGE_ELEMENTS);
+            self.merge.launch(stream, small(rows.div_ceil(rows_per_cta)), params)
+        } else {
+            self.convert.launch(stream, small((rows * head_dim).div_ceil(CONVERT_ELEMENTS * SMALL_THREADS)), params)
         }
-        let rows_per_cta = SMALL_THREADS / (head_dim / MERGE_ELEMENTS);
-        self.merge.launch(stream, small(rows.div_ceil(rows_per_cta)), params)
     }
 
-    /// f32 sums of up to `rows` rows of `heads` heads to the dtype.
-    pub(crate) fn convert(&self, stream: &Stream, rows: usize, heads: usize, params: &ConvertParams) -> Result<()> {
-        let threads = rows * (self.specialisation.head_dim / CONVERT_ELEMENTS);
-        let grid = [threads.div_ceil(SMALL_THREADS) as u32, heads as u32, 1];
-        self.convert.launch(
-            stream,
-            LaunchDims { grid, threads: SMALL_THREADS as u32, smem_bytes: 0, overlaps: false },
-            params,
-        )
+    /// Zeros for the sums of blocks with several units, before the first launch of their kv heads.
+    pub(crate) fn clear(
+        &self,
+        stream: &Stream,
+        plan: &IndexPlan,
+        kv_heads: usize,
+        params: &BackwardParams,
+    ) -> Result<()> {
+        self.clear.launch(stream, dims([plan.max_blocks as u32, kv_heads as u32, 1], SMALL_THREADS), params)
     }
+
+    /// Gradients of keys and values in the dtype, after the last launch of their kv heads, where no unit finished them.
+    pub(crate) fn finish(
+        &self,
+        stream: &Stream,
+        plan: &IndexPlan,
+        kv_heads: usize,
+        params: &BackwardParams,
+    ) -> Result<()> {
+        self.finish.launch(stream, dims([plan.max_blocks as u32, kv_heads as u32, 2], SMALL_THREADS), params)
+    }
+}
+
+fn dims(grid: [u32; 3], threads: usize) -> LaunchDims {
+    LaunchDims { grid, threads: threads as u32, smem_bytes: 0, overlaps: false }
 }

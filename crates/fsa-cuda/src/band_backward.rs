@@ -1,5 +1,5 @@
-//! Backward of the attention whose rows see an interval of keys: row statistics, then gradients of queries tile of rows by tile
-//! of rows and of keys and values tile of keys by tile of keys. No sum depends on chance.
+//! Backward of the attention whose rows see an interval of keys: row statistics where the caller has none, then gradients of
+//! queries tile of rows by tile of rows and of keys and values tile of keys by tile of keys. No sum depends on chance.
 //!
 //! Kernel files: `kernels/band_backward_sm90.cuh`, `kernels/band_backward_sm80.cuh`.
 
@@ -132,6 +132,13 @@ impl BandBackwardKernels {
         })
     }
 
+    /// The statistics of the rows of the kv heads that `params` names.
+    pub(crate) fn statistics(&self, stream: &Stream, params: &BandBackwardParams) -> Result<()> {
+        let (rows, heads) =
+            ((params.band.total_q as usize).div_ceil(DELTA_ROWS), params.num_kv_heads * params.band.group_size);
+        self.delta.launch(stream, dims([rows, heads as usize, 1], SMALL_THREADS, 0), params)
+    }
+
     /// All gradients of the kv heads that `params` names.
     pub(crate) fn launch(
         &self,
@@ -141,8 +148,6 @@ impl BandBackwardKernels {
         params: &BandBackwardParams,
     ) -> Result<()> {
         let (band, kv_heads) = (&params.band, params.num_kv_heads as usize);
-        let rows = (band.total_q as usize).div_ceil(DELTA_ROWS);
-        self.delta.launch(stream, dims([rows, kv_heads * band.group_size as usize, 1], SMALL_THREADS, 0), params)?;
         let (threads, smem_bytes) = (threads(&self.specialisation), queries_smem_bytes(&self.specialisation));
         let grid = match self.specialisation.set {
             KernelSet::Sm80 => [tiles.ctas(), kv_heads, 1],

@@ -1,16 +1,20 @@
-//! Stage `combine`: the gated sum of the branches, its backward, and the sum of gradients, which is the same with gates of 1.
+//! Stage `combine`: the gated sum of the branches, its backward, and the statistics of rows with which stage `nsa` does without the
+//! gradients of the branches.
 //!
 //! Kernel file: `kernels/combine.cuh`.
 
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
-use crate::params::{CombineBackwardParams, CombineParams};
+use crate::params::{CombineBackwardParams, CombineParams, CombineStatisticsParams};
 use crate::source::Specialisation;
 use std::sync::Arc;
 
 /// Kernels of the file and what they take.
-pub(crate) const ENTRY_POINTS: &[(&str, &str)] =
-    &[("combine", "CombineParams"), ("combine_backward", "CombineBackwardParams")];
+pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
+    ("combine", "CombineParams"),
+    ("combine_backward", "CombineBackwardParams"),
+    ("combine_statistics", "CombineStatisticsParams"),
+];
 
 /// Rows of a CTA, and its threads.
 const CTA_ROWS: usize = 4;
@@ -26,11 +30,16 @@ pub(crate) fn constants(_: &Specialisation) -> Vec<(&'static str, usize)> {
 pub(crate) struct CombineKernels {
     combine: Function<CombineParams>,
     backward: Function<CombineBackwardParams>,
+    statistics: Function<CombineStatisticsParams>,
 }
 
 impl CombineKernels {
     pub(crate) fn load(module: &Arc<Module>, _: &Specialisation) -> Result<Self> {
-        Ok(Self { combine: module.function("combine")?, backward: module.function("combine_backward")? })
+        Ok(Self {
+            combine: module.function("combine")?,
+            backward: module.function("combine_backward")?,
+            statistics: module.function("combine_statistics")?,
+        })
     }
 
     /// The sum of the branches.
@@ -41,6 +50,11 @@ impl CombineKernels {
     /// The gradients of branches and gates.
     pub(crate) fn backward(&self, stream: &Stream, params: &CombineBackwardParams) -> Result<()> {
         self.backward.launch(stream, dims(&params.forward), params)
+    }
+
+    /// The gradients of the gates, and the statistics of rows of every branch.
+    pub(crate) fn statistics(&self, stream: &Stream, params: &CombineStatisticsParams) -> Result<()> {
+        self.statistics.launch(stream, dims(&params.forward), params)
     }
 }
 

@@ -125,8 +125,19 @@ impl<'a> TensorSpan<'a> {
     pub(crate) fn map(
         &self,
         set: KernelSet,
-        [rows, heads]: [usize; 2],
+        shape: [usize; 2],
         extent: [usize; 2],
+        sizes: &Sizes,
+    ) -> Result<TensorMap> {
+        self.map_of_every(1, set, (shape, extent), sizes)
+    }
+
+    /// The same, with boxes that hold the first of every `token_step` tokens.
+    pub(crate) fn map_of_every(
+        &self,
+        token_step: usize,
+        set: KernelSet,
+        ([rows, heads], extent): ([usize; 2], [usize; 2]),
         sizes: &Sizes,
     ) -> Result<TensorMap> {
         if set == KernelSet::Sm80 {
@@ -138,6 +149,7 @@ impl<'a> TensorSpan<'a> {
             shape: [rows, heads, sizes.head_dim],
             stride_bytes: [self.row_stride * element, self.head_stride * element],
             extent,
+            token_step,
             is_bf16: sizes.dtype == DType::Bf16,
         };
         Ok(TensorMap { words: MapWords::new(&boxes)? })

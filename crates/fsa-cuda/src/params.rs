@@ -87,9 +87,9 @@ device_structs! {
         row_info: Address,
         units: Address,
         unit_counts: Address,
+        block_units: Address,
         topk: i32,
         slots: i32,
-        lanes_per_row: i32,
         has_dense: i32,
         num_subs: i32,
         sub_tiles: i32,
@@ -120,6 +120,7 @@ device_structs! {
         group_size: i32,
         chunk: i32,
         first_head: i32,
+        has_buffer: i32,
     }
 
     /// Parameters of `reduce`.
@@ -139,7 +140,7 @@ device_structs! {
         first_head: i32,
     }
 
-    /// Parameters of `backward_delta`, `backward` and `backward_merge`.
+    /// Parameters of the kernels of `backward`.
     struct BackwardParams {
         layout: Layout,
         index: Index,
@@ -154,6 +155,8 @@ device_structs! {
         grad_query: Address,
         partial: Address,
         grad_query_out: Tensor,
+        grad_key_out: Tensor,
+        grad_value_out: Tensor,
         grad_key: Address,
         grad_value: Address,
         sum_rows: i64,
@@ -164,25 +167,12 @@ device_structs! {
         first_head: i32,
         rows: i32,
         first_sums: i32,
+        finish_sums: i32,
         first_key: i32,
         end_key: i32,
-    }
-
-    /// Parameters of `backward_convert`.
-    struct ConvertParams {
-        source: Address,
-        source_stride: i64,
-        target: Tensor,
-        first_row: Address,
-        end_row: Address,
-        cu_seqlens_kv: Address,
-        batch: i32,
-        first_key: i32,
-        end_key: i32,
-        rows: i32,
-        first_head: i32,
+        given_stats: i32,
         accumulate: i32,
-        scale: f32,
+        accumulate_keys: i32,
     }
 
     /// A `[tokens, heads, head_dim]` tensor as the bulk copy engine sees it; see `TensorMap` in `driver`.
@@ -261,6 +251,7 @@ device_structs! {
         num_tiles: i32,
         num_key_tiles: i32,
         splits: i32,
+        accumulate: i32,
         query_map: TensorMap,
         grad_out_map: TensorMap,
         key_map: TensorMap,
@@ -281,6 +272,8 @@ device_structs! {
         scored_heads: i32,
         num_tiles: i32,
         num_kv_heads: i32,
+        segment_steps: i32,
+        direct: i32,
         query_map: TensorMap,
         key_map: TensorMap,
     }
@@ -346,6 +339,15 @@ device_structs! {
         forward: CombineParams,
         grad_out: Tensor,
         grad_branches: [Tensor; 3],
+        grad_gates: Address,
+    }
+
+    /// Parameters of `combine_statistics`.
+    struct CombineStatisticsParams {
+        forward: CombineParams,
+        grad_out: Tensor,
+        lse: [Address; 3],
+        row_stats: [Address; 3],
         grad_gates: Address,
     }
 }

@@ -6,7 +6,7 @@ use crate::arch::KernelSet;
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::{SelectParams, TILE_ROWS};
-use crate::plan::{RowTiles, tile_bytes};
+use crate::plan::{MAX_CTA_SMEM_BYTES, RowTiles, tile_bytes};
 use crate::source::Specialisation;
 use serde::Serialize;
 use std::sync::Arc;
@@ -24,11 +24,19 @@ const STEP_PITCH: usize = STEP_KEYS + 4;
 const PORTABLE_BYTES: usize = 95 << 10;
 /// Scores that a portable CTA keeps of all its tokens, if a step does not need more.
 const KEPT_SCORES: usize = 2048;
-/// On Hopper: stages of keys; keys whose sum is kept; buffers of these sums, and words between their rows.
+/// On Hopper: stages of keys; keys whose sum is kept; buffers of these sums, and words between their rows
+/// and between tokens' ranks.
 const STAGES: usize = 2;
-const GROUP_KEYS: usize = 4;
+pub(crate) const GROUP_KEYS: usize = 4;
 const SUM_BUFFERS: usize = 2;
-const SUM_PAD: usize = 2;
+const PAD: usize = 8;
+/// On Hopper: places for the best blocks of a row; lanes that make the list of a token, and words of its candidates; blocks of a segment.
+const MAX_PLACES: usize = 24;
+const LIST_LANES: usize = 8;
+const CANDIDATE_WORDS: usize = 34;
+const MAX_SEGMENT: usize = 512;
+/// Compressed keys of a block on Hopper, at most: no more than a step has.
+const HOPPER_STEPS: usize = 64;
 
 /// What the shared memory of a CTA depends on besides the specialisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -41,12 +49,29 @@ pub(crate) struct Scoring {
     pub reach: usize,
     /// Blocks that a row lists.
     pub topk: usize,
+    /// Those of them that are not forced.
+    pub places: usize,
+    /// On Hopper, steps of keys whose blocks' ranks have room.
+    pub segment_steps: usize,
+    /// On Hopper, heads and groups of keys are added up in registers.
+    pub direct: bool,
 }
 
 impl Scoring {
     /// True if the kernel for Hopper takes these windows with `heads` voting heads, which share a tile.
     pub(crate) fn suits_hopper(&self, heads: usize) -> bool {
-        self.reach <= 1 && self.steps.is_multiple_of(GROUP_KEYS) && heads <= 2 * TILE_ROWS
+        let blocks = self.steps.is_multiple_of(GROUP_KEYS) && self.steps <= HOPPER_STEPS;
+        self.reach <= 1 && blocks && self.places <= MAX_PLACES && heads <= 2 * TILE_ROWS
+    }
+
+    /// True if the kernel for Hopper adds up the groups and `heads` rows of a block in registers.
+    pub(crate) fn is_direct(&self, heads: usize) -> bool {
+        self.steps == GROUP_KEYS && matches!(heads, 1 | 2 | 4 | 8)
+    }
+
+    /// Blocks of a step on Hopper; 1 for windows that its kernel does not take.
+    fn step_blocks(&self, specialisation: &Specialisation) -> usize {
+        (hopper_step_keys(specialisation) / self.steps).max(1)
     }
 }
 
@@ -63,19 +88,27 @@ fn hopper_step_keys(specialisation: &Specialisation) -> usize {
     if specialisation.head_dim <= 128 { 128 } else { 64 }
 }
 
-/// What a CTA on Hopper takes besides the lists: queries, keys, sums.
+/// What a CTA on Hopper takes besides what it has per token: queries, keys, candidates.
 fn hopper_smem_bytes(specialisation: &Specialisation) -> usize {
     let (rows, keys) = (tile_rows(specialisation), hopper_step_keys(specialisation));
-    let sums = SUM_BUFFERS * rows * (keys / GROUP_KEYS + SUM_PAD) * size_of::<f32>();
-    tile_bytes(rows, specialisation.head_dim) + STAGES * tile_bytes(keys, specialisation.head_dim) + sums
+    let candidates = 2 * WARPGROUP / LIST_LANES * CANDIDATE_WORDS * size_of::<u64>();
+    tile_bytes(rows, specialisation.head_dim) + STAGES * tile_bytes(keys, specialisation.head_dim) + candidates
+}
+
+/// Its sums, where they do not stay in registers.
+fn hopper_sum_bytes(specialisation: &Specialisation) -> usize {
+    let words = hopper_step_keys(specialisation) / GROUP_KEYS + PAD;
+    SUM_BUFFERS * tile_rows(specialisation) * words * size_of::<f32>()
 }
 
 /// Shared memory of a CTA. Portable: keys, probabilities of a step, scores of the blocks that are not complete, lists.
 pub(crate) fn smem_bytes(specialisation: &Specialisation, scoring: &Scoring) -> usize {
-    let Scoring { tile_tokens, steps, reach, topk } = *scoring;
+    let Scoring { tile_tokens, steps, reach, topk, segment_steps, .. } = *scoring;
     let word = size_of::<f32>();
     if specialisation.set == KernelSet::Sm90 {
-        return hopper_smem_bytes(specialisation) + tile_tokens * (2 * topk + 2) * word;
+        let ranks = ((segment_steps * scoring.step_blocks(specialisation)).next_multiple_of(4) + PAD) * word;
+        let sums = if scoring.direct { 0 } else { hopper_sum_bytes(specialisation) };
+        return hopper_smem_bytes(specialisation) + tile_tokens * (topk * size_of::<u64>() + ranks) + sums;
     }
     let open = (STEP_KEYS - 1 + reach) / steps + 2;
     let kept = (1 << (KEPT_SCORES / tile_tokens).max(1).ilog2()).max(open.next_power_of_two());
@@ -83,22 +116,28 @@ pub(crate) fn smem_bytes(specialisation: &Specialisation, scoring: &Scoring) -> 
     keys + TILE_ROWS * STEP_PITCH * word + tile_tokens * (kept + 1) * word + tile_tokens * topk * 2 * word
 }
 
-/// Tokens of a tile, at most those of `scoring`, whose shared memory is at most `most`; 1 if there is no such number.
-pub(crate) fn fitting(specialisation: &Specialisation, scoring: &Scoring, most: usize) -> usize {
+/// `scoring` for tiles of at most its tokens and segments of at least its steps, such that shared memory is at most `most`; with one
+/// token if there is no such number.
+pub(crate) fn fitting(specialisation: &Specialisation, scoring: &Scoring, most: usize) -> Scoring {
     let halves = std::iter::successors(Some(scoring.tile_tokens), |tokens| (*tokens > 1).then(|| tokens / 2));
-    let fits =
-        |tile_tokens: &usize| smem_bytes(specialisation, &Scoring { tile_tokens: *tile_tokens, ..*scoring }) <= most;
-    halves.into_iter().find(fits).unwrap_or(1)
+    let mut all = halves.map(|tile_tokens| Scoring { tile_tokens, ..*scoring });
+    let fits = |scoring: &Scoring| smem_bytes(specialisation, scoring) <= most;
+    let fitting = all.find(fits).unwrap_or(Scoring { tile_tokens: 1, ..*scoring });
+    if specialisation.set == KernelSet::Sm80 {
+        return fitting;
+    }
+    let longest = MAX_SEGMENT / scoring.step_blocks(specialisation);
+    let longer = (1..=longest).rev().map(|segment_steps| Scoring { segment_steps, ..fitting });
+    longer.into_iter().find(fits).unwrap_or(fitting)
 }
 
-/// Shared memory for the windows of the default configuration and groups of one head; portable, where it is to fit the smallest
-/// devices.
+/// Shared memory for the windows of the default configuration and groups of one head on the smallest devices that take the set.
 pub(crate) fn usual_smem_bytes(specialisation: &Specialisation, topk: usize) -> usize {
     let steps = (specialisation.block_size / 16).max(1);
-    let scoring = Scoring { tile_tokens: tile_rows(specialisation), steps, reach: 1, topk };
-    let most = if specialisation.set == KernelSet::Sm80 { PORTABLE_BYTES } else { usize::MAX };
-    let tile_tokens = fitting(specialisation, &scoring, most);
-    smem_bytes(specialisation, &Scoring { tile_tokens, ..scoring })
+    let tile_tokens = tile_rows(specialisation);
+    let scoring = Scoring { tile_tokens, steps, reach: 1, topk, places: topk, segment_steps: 1, direct: false };
+    let most = if specialisation.set == KernelSet::Sm80 { PORTABLE_BYTES } else { MAX_CTA_SMEM_BYTES };
+    smem_bytes(specialisation, &fitting(specialisation, &scoring, most))
 }
 
 /// What the kernel file must agree with.
@@ -116,6 +155,10 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
             ("STEP_KEYS", hopper_step_keys(specialisation)),
             ("CTA_ROWS", tile_rows(specialisation)),
             ("THREADS", HOPPER_THREADS),
+            ("MAX_PLACES", MAX_PLACES),
+            ("MAX_SEGMENT", MAX_SEGMENT),
+            ("SEGMENT_PAD", PAD),
+            ("SUM_BUFFERS * SUM_WORDS * 4", hopper_sum_bytes(specialisation)),
         ],
     }
 }

@@ -1,4 +1,5 @@
-//! On a GPU: gradients do not depend on how many ranges of keys take turns, which the memory for their sums decides.
+//! On a GPU: gradients do not depend on how many ranges of keys take turns, which the memory for their sums decides; and what the whole operation
+//! asks of this backward beside them, statistics of gated rows and gradients that are added to.
 
 use fsa_core::{Batch, DType};
 use fsa_cuda::driver::{DeviceBuffer, Stream, UploadedBatch};
@@ -36,6 +37,22 @@ fn indices(topk: usize, block_size: usize) -> Vec<i32> {
     CU_SEQLENS.windows(2).flat_map(|pair| (0..pair[1] - pair[0]).flat_map(row)).collect()
 }
 
+fn uploaded(kernels: &Kernels, stream: &Stream, data: &[bf16]) -> DeviceBuffer {
+    let buffer = DeviceBuffer::new(kernels.device(), "input", 2 * data.len()).expect("memory");
+    let bits: Vec<u16> = data.iter().map(|x| x.to_bits()).collect();
+    buffer.upload(&bits, stream).expect("uploads");
+    buffer
+}
+
+/// What a backward is given beside the tensors of all calls.
+#[derive(Default)]
+struct Given<'a> {
+    grad_out: Option<&'a DeviceBuffer>,
+    row_stats: Option<&'a DeviceBuffer>,
+    /// What the targets hold and the gradients are added to.
+    before: Option<bf16>,
+}
+
 struct Call {
     kernels: Arc<Kernels>,
     stream: Stream,
@@ -63,12 +80,7 @@ impl Call {
             dtype: DType::Bf16,
         };
         let of_q = rows * HEADS * DIM;
-        let upload = |data: &[bf16]| {
-            let buffer = DeviceBuffer::new(device, "input", 2 * data.len()).expect("memory");
-            let bits: Vec<u16> = data.iter().map(|x| x.to_bits()).collect();
-            buffer.upload(&bits, &stream).expect("uploads");
-            buffer
-        };
+        let upload = |data: &[bf16]| uploaded(&kernels, &stream, data);
         let ids = DeviceBuffer::new(device, "topk_indices", problem.topk_indices_bytes()).expect("memory");
         ids.upload(&indices(problem.topk, problem.block_size), &stream).expect("uploads");
         let lse = DeviceBuffer::new(device, "lse", 4 * rows * HEADS).expect("memory");
@@ -110,36 +122,72 @@ impl Call {
     }
 
     fn plan(&self, budget_bytes: usize) -> SelectedBackward {
-        let options = PlanOptions { budget_bytes, ..PlanOptions::default() };
-        SelectedBackward::plan(&self.kernels, &self.problem, &options).expect("plans")
+        self.plan_with(&PlanOptions { budget_bytes, ..PlanOptions::default() })
+    }
+
+    fn plan_with(&self, options: &PlanOptions) -> SelectedBackward {
+        SelectedBackward::plan(&self.kernels, &self.problem, options).expect("plans")
+    }
+
+    fn download(&self, buffer: &DeviceBuffer, size: usize) -> Vec<f32> {
+        let mut bits = vec![0u16; size];
+        buffer.download(&mut bits, &self.stream).expect("downloads");
+        bits.into_iter().map(|bits| bf16::from_bits(bits).to_f32()).collect()
+    }
+
+    /// Statistics of all rows for the gates, as `BackwardTensors` explains them.
+    fn row_stats(&self, gates: &[f32]) -> DeviceBuffer {
+        let rows = self.problem.total_q;
+        let [.., out, lse, grad_out] = &self.inputs;
+        let [out, grad_out] = [out, grad_out].map(|buffer| self.download(buffer, rows * HEADS * DIM));
+        let mut lses = vec![0f32; rows * HEADS];
+        lse.download(&mut lses, &self.stream).expect("downloads");
+        let stats = (0..HEADS * rows).flat_map(|at| {
+            let (head, row) = (at / rows, at % rows);
+            let vector = (row * HEADS + head) * DIM..(row * HEADS + head + 1) * DIM;
+            let delta: f32 = out[vector.clone()].iter().zip(&grad_out[vector]).map(|(x, y)| x * y).sum();
+            let gate = gates[row * HEADS + head];
+            let sign = u32::from(gate < 0.0);
+            [lses[at] * std::f32::consts::LOG2_E - gate.abs().log2(), f32::from_bits(delta.to_bits() & !1 | sign)]
+        });
+        let stats: Vec<f32> = stats.collect();
+        let buffer = DeviceBuffer::new(self.kernels.device(), "row_stats", 4 * stats.len()).expect("memory");
+        buffer.upload(&stats, &self.stream).expect("uploads");
+        buffer
     }
 
     /// Gradients of query, key and value.
-    fn gradients(&self, backward: &SelectedBackward) -> Vec<Vec<f32>> {
+    fn gradients(&self, backward: &SelectedBackward, given: &Given<'_>) -> Vec<Vec<f32>> {
         let rows = self.problem.total_q;
         let sizes = [rows * HEADS * DIM, rows * DIM, rows * DIM];
         let grads = sizes.map(|size| {
             let buffer = DeviceBuffer::new(self.kernels.device(), "gradient", 2 * size).expect("memory");
-            buffer.upload(&vec![0xffffu16; size], &self.stream).expect("uploads");
+            buffer.upload(&vec![given.before.map_or(0xffff, bf16::to_bits); size], &self.stream).expect("uploads");
             buffer
         });
         let workspace = self.workspace(backward.workspace_bytes());
         let tensors = BackwardTensors {
             forward: self.forward(),
-            grad_out: TensorSpan::contiguous(self.inputs[6].span(), HEADS, DIM),
+            grad_out: TensorSpan::contiguous(given.grad_out.unwrap_or(&self.inputs[6]).span(), HEADS, DIM),
             grad_lse: None,
             grad_query: TensorSpan::contiguous(grads[0].span(), HEADS, DIM),
             grad_key: TensorSpan::contiguous(grads[1].span(), 1, DIM),
             grad_value: TensorSpan::contiguous(grads[2].span(), 1, DIM),
+            row_stats: given.row_stats.map(DeviceBuffer::span),
+            accumulate: given.before.is_some(),
         };
         let context = LaunchContext { stream: &self.stream, workspace: workspace.span() };
         backward.launch(&context, &self.batch.get(), &tensors, 0.125).expect("launches");
-        let download = |(buffer, size): (&DeviceBuffer, usize)| {
-            let mut bits = vec![0u16; size];
-            buffer.download(&mut bits, &self.stream).expect("downloads");
-            bits.into_iter().map(|bits| bf16::from_bits(bits).to_f32()).collect()
-        };
-        grads.iter().zip(sizes).map(download).collect()
+        grads.iter().zip(sizes).map(|(buffer, size)| self.download(buffer, size)).collect()
+    }
+}
+
+/// Compares gradients of query, key and value with what is expected: other units, so another order of sums, and a few roundings to 8 bits.
+fn compare(expected: &[Vec<f32>], got: &[Vec<f32>]) {
+    for (name, (expected, got)) in ["query", "key", "value"].iter().zip(expected.iter().zip(got)) {
+        let bound = |x: f32| (x.abs() + 0.25) / 64.0;
+        let wrong = expected.iter().zip(got).position(|(x, y)| y.is_nan() || (x - y).abs() > bound(*x));
+        assert_eq!(wrong, None, "grad_{name}: {:?}", wrong.map(|at| (at, expected[at], got[at])));
     }
 }
 
@@ -153,11 +201,28 @@ fn ranges_of_keys_give_the_gradients_of_all_keys_at_once() {
     let budget = whole.workspace_bytes() - call.problem.topk_indices_bytes() - (256 << 10);
     let parts = call.plan(budget);
     assert!(parts.plan_value().range_keys < call.problem.total_kv, "{}", parts.plan_value());
-    let (expected, got) = (call.gradients(&whole), call.gradients(&parts));
-    for (name, (expected, got)) in ["query", "key", "value"].iter().zip(expected.iter().zip(&got)) {
-        // Other units, so another order of sums, and a rounding to 8 bits per range.
-        let bound = |x: f32| (x.abs() + 0.25) / 64.0;
-        let wrong = expected.iter().zip(got).position(|(x, y)| y.is_nan() || (x - y).abs() > bound(*x));
-        assert_eq!(wrong, None, "grad_{name}: {:?}", wrong.map(|at| (at, expected[at], got[at])));
+    compare(&call.gradients(&whole, &Given::default()), &call.gradients(&parts, &Given::default()));
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn gates_in_the_statistics_of_rows_are_gates_of_grad_out_and_gradients_are_added() {
+    let call = Call::new();
+    // Powers of two, so that the gates of grad_out round nothing.
+    let gates: Vec<f32> =
+        (0..call.problem.total_q * HEADS).map(|at| [1.0, -0.25, 0.5, 0.0, 0.5, 2.0][at % 6]).collect();
+    let gated: Vec<bf16> = noise(call.problem.total_q * HEADS * DIM, 4)
+        .chunks(DIM)
+        .zip(&gates)
+        .flat_map(|(row, gate)| row.iter().map(move |x| bf16::from_f32(x.to_f32() * gate)))
+        .collect();
+    let (gated, stats) = (uploaded(&call.kernels, &call.stream, &gated), call.row_stats(&gates));
+    for deterministic in [false, true] {
+        let backward = call.plan_with(&PlanOptions { deterministic, ..PlanOptions::default() });
+        let expected = call.gradients(&backward, &Given { grad_out: Some(&gated), ..Given::default() });
+        compare(&expected, &call.gradients(&backward, &Given { row_stats: Some(&stats), ..Given::default() }));
+        let sum: Vec<Vec<f32>> = expected.iter().map(|grad| grad.iter().map(|x| x + 3.0).collect()).collect();
+        let added = Given { row_stats: Some(&stats), before: Some(bf16::from_f32(3.0)), ..Given::default() };
+        compare(&sum, &call.gradients(&backward, &added));
     }
 }

@@ -95,6 +95,8 @@ words! {
         Peaked = "peaked",
         /// Positions beyond a million.
         FarPositions = "far_positions",
+        /// Gates of any sign: all below zero, or of both signs, or with zeros between them.
+        SignedGates = "signed_gates",
     }
 }
 

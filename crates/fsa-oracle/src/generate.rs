@@ -82,7 +82,7 @@ pub fn generate(stage: Stage, pass: Pass, dtype: DType, seed: u64, number: usize
 fn hostile_kinds(stage: Stage, pass: Pass) -> &'static [Hostile] {
     use Hostile::{
         AbsurdIndices, AllChoose, FarPositions, Huge, LogitOffset, LogitOffsetNegative, NanFuture, NanUnseen,
-        NobodyChooses, None, Peaked, Tiny,
+        NobodyChooses, None, Peaked, SignedGates, Tiny,
     };
     match (stage, pass) {
         (Stage::Selected, _) => &[
@@ -105,10 +105,12 @@ fn hostile_kinds(stage: Stage, pass: Pass) -> &'static [Hostile] {
         }
         (Stage::Compress, _) => &[None, None, NanUnseen, NanFuture, Huge, Tiny],
         (Stage::Rope, _) => &[None, None, FarPositions, Huge, Tiny],
-        (Stage::Combine, _) => &[None, Huge, Tiny],
+        (Stage::Combine, _) => &[None, Huge, SignedGates, Tiny],
         // The gradient of a weight sums over all keys: NaN in one of them is NaN in the weight by definition.
-        (Stage::Nsa, Pass::Backward) => &[None, None, None, LogitOffset, Huge, Tiny, Peaked],
-        (Stage::Nsa, Pass::Forward) => &[None, None, NanUnseen, NanFuture, LogitOffset, Huge, Tiny, Peaked],
+        (Stage::Nsa, Pass::Backward) => &[None, None, None, LogitOffset, Huge, SignedGates, Tiny, Peaked],
+        (Stage::Nsa, Pass::Forward) => {
+            &[None, None, NanUnseen, NanFuture, LogitOffset, Huge, SignedGates, Tiny, Peaked]
+        }
         _ => &[None, None, NanUnseen, NanFuture, LogitOffset, LogitOffsetNegative, Huge, Tiny, Peaked],
     }
 }

@@ -1,4 +1,4 @@
-//! Tables from the records of `bench/compare.py`: selected attention beside the public implementations.
+//! Tables from the records of `bench/compare.py`: ours beside the public implementations.
 //!
 //! A record is a list of rows, and a text beside it whose first lines say what was measured where.
 
@@ -7,18 +7,54 @@ use serde_json::Value;
 use std::collections::HashMap;
 use std::fmt::Write;
 
-/// What is shown, in this order: name in the record, head of its column.
-const COLUMNS: [(&str, &str); 6] = [
-    ("FSA", "FSA"),
-    ("NSA-ref", "NSA"),
-    ("SFNSA", "SFNSA"),
-    (DENSE, "dense"),
-    (OURS, "fsa"),
-    ("fsa_rs-graph", "fsa in a graph"),
+/// Rows of one section of a record, and how they are shown.
+struct Kind {
+    section: &'static str,
+    /// Of the README.
+    region: &'static str,
+    /// Heads of the columns between those of the heads and of the pass, and the fields that fill them.
+    words: &'static [(&'static str, &'static str)],
+    /// What is shown, in this order: name in the record, head of its column.
+    columns: &'static [(&'static str, &'static str)],
+}
+
+const KINDS: [Kind; 3] = [
+    Kind {
+        section: "sel",
+        region: "selected",
+        words: &[("blocks", BLOCKS), ("selection", "/selection")],
+        columns: &[
+            ("FSA", "FSA"),
+            ("NSA-ref", "NSA"),
+            ("SFNSA", "SFNSA"),
+            (DENSE, "dense"),
+            (OURS, "fsa"),
+            ("fsa_rs-graph", "fsa in a graph"),
+        ],
+    },
+    Kind {
+        section: "nsa",
+        region: "nsa",
+        words: &[("compression", "/what")],
+        columns: &[
+            ("FSA", "FSA"),
+            ("SFNSA", "SFNSA"),
+            (DENSE, "dense"),
+            (OURS, "fsa"),
+            ("fsa_rs-graph", "fsa in a graph"),
+        ],
+    },
+    Kind {
+        section: "branch",
+        region: "stages",
+        words: &[("stage", "/what")],
+        columns: &[("NSA-ref", "NSA"), ("SFNSA", "SFNSA"), ("FA2", "FlashAttention 2"), (OURS, "fsa")],
+    },
 ];
-const PEERS: usize = 3;
 const DENSE: &str = "CUDNN_ATTENTION";
 const OURS: &str = "fsa_rs";
+/// No field: how many blocks a row lists, and how many keys a block has.
+const BLOCKS: &str = "blocks";
 
 /// A line of the table: what was measured, and the times by name.
 struct Line {
@@ -29,33 +65,40 @@ struct Line {
     times: HashMap<String, f64>,
 }
 
-/// Reads a record and the text beside it; the error names what is missing.
-pub(super) fn table(rows: &[Value], about: &str) -> Result<Table, String> {
+/// Reads a record and the text beside it: a table for each kind of rows. The error names what is missing.
+pub(super) fn tables(rows: &[Value], about: &str) -> Result<Vec<Table>, String> {
+    let of = |kind: &Kind| rows.iter().any(|row| row["section"] == kind.section);
+    KINDS.iter().filter(|kind| of(kind)).map(|kind| table(kind, rows, about)).collect()
+}
+
+fn table(kind: &Kind, rows: &[Value], about: &str) -> Result<Table, String> {
     let fact = |name: &str| {
         let found = about.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
         found.map(str::to_string).ok_or_else(|| format!("the text beside it has no line `{name}: `"))
     };
     let (machine, date) = (fact("gpu")?, fact("date")?);
     let mut text = format!(
-        "{machine}, torch {}, Triton {}; {date}, commit {}; ms:\n\n| tokens | heads | blocks | selection | pass ",
+        "{machine}, torch {}, Triton {}; {date}, commit {}; ms:\n\n| tokens | heads ",
         fact("torch")?,
         fact("triton")?,
         fact("commit")?
     );
-    for (_, head) in COLUMNS {
+    let heads = kind.words.iter().map(|(head, _)| *head).chain(["pass"]);
+    for head in heads.chain(kind.columns.iter().map(|(_, head)| *head)) {
         text.push_str(&format!("| {head} "));
     }
-    text.push_str("| best of the others / fsa |\n|---:|---|---|---|---|");
-    text.push_str(&"---:|".repeat(COLUMNS.len() + 1));
+    text.push_str("| best of the others / fsa |\n|---:|---|");
+    text.push_str(&"---|".repeat(kind.words.len() + 1));
+    text.push_str(&"---:|".repeat(kind.columns.len() + 1));
     text.push('\n');
-    for line in lines(rows)? {
-        write_line(&mut text, &line).map_err(|error| error.to_string())?;
+    for line in lines(kind, rows)? {
+        write_line(&mut text, kind, &line).map_err(|error| error.to_string())?;
     }
-    Ok(Table { region: "selected".into(), machine, date, text })
+    Ok(Table { region: kind.region.into(), machine, date, text })
 }
 
 /// The lines in the order in which they were measured.
-fn lines(rows: &[Value]) -> Result<Vec<Line>, String> {
+fn lines(kind: &Kind, rows: &[Value]) -> Result<Vec<Line>, String> {
     let mut lines: Vec<Line> = Vec::new();
     // How many heads share keys changes little for dense attention: it is measured once.
     let mut dense: HashMap<([u64; 3], String), f64> = HashMap::new();
@@ -64,19 +107,27 @@ fn lines(rows: &[Value]) -> Result<Vec<Line>, String> {
         let (pass, ms) = (pass(&text(row, "/phase")?), number(row, "/ms")?);
         let size = [count("/N")?, count("/hq")?, count("/d")?];
         let [tokens, heads, _] = size;
-        if text(row, "/section")? == "dense" {
-            dense.entry((size, pass)).or_insert(ms);
+        let (section, implementation) = (text(row, "/section")?, text(row, "/impl")?);
+        if section == "dense" && implementation == DENSE {
+            dense.entry((size, pass.clone())).or_insert(ms);
+        }
+        if section != kind.section {
             continue;
         }
-        let group = count("/g")?.max(1);
-        let (block, topk, selection) = (count("/bk")?, count("/T")?, text(row, "/selection")?);
-        let words = format!("{tokens} | {heads}/{} | {topk} x {block} | {selection}", heads / group);
+        let mut words = format!("{tokens} | {heads}/{}", heads / count("/g")?.max(1));
+        for (_, field) in kind.words {
+            let word = match *field {
+                BLOCKS => format!("{} x {}", count("/T")?, count("/bk")?),
+                field => text(row, field)?,
+            };
+            words.push_str(&format!(" | {word}"));
+        }
         let known = lines.iter().position(|line| line.words == words && line.pass == pass);
         let at = known.unwrap_or_else(|| {
             lines.push(Line { words, pass, size, times: HashMap::new() });
             lines.len() - 1
         });
-        lines[at].times.insert(text(row, "/impl")?, ms);
+        lines[at].times.insert(implementation, ms);
     }
     for line in &mut lines {
         if let Some(ms) = dense.get(&(line.size, line.pass.clone())) {
@@ -90,24 +141,26 @@ fn pass(phase: &str) -> String {
     match phase {
         "fwd" => "forward".into(),
         "bwd" => "backward".into(),
+        "fwd+bwd" => "both".into(),
         other => other.into(),
     }
 }
 
-fn write_line(text: &mut String, line: &Line) -> std::fmt::Result {
+fn write_line(text: &mut String, kind: &Kind, line: &Line) -> std::fmt::Result {
     write!(text, "| {} | {} ", line.words, line.pass)?;
-    for (name, _) in COLUMNS {
-        let ms = line.times.get(name);
+    for (name, _) in kind.columns {
+        let ms = line.times.get(*name);
         write!(text, "| {} ", ms.map_or(String::new(), |ms| format!("{ms:.2}")))?;
     }
-    let peers = COLUMNS[..PEERS].iter().filter_map(|(name, _)| line.times.get(*name));
+    let others = kind.columns.iter().filter(|(name, _)| *name != DENSE && !name.starts_with(OURS));
+    let peers = others.filter_map(|(name, _)| line.times.get(*name));
     let ratio = peers.copied().reduce(f64::min).zip(line.times.get(OURS)).map(|(best, ours)| best / ours);
     writeln!(text, "| {} |", ratio.map_or(String::new(), |ratio| format!("{ratio:.2}")))
 }
 
 #[cfg(test)]
 pub(super) fn example() -> Table {
-    table(&tests::rows(), tests::ABOUT).expect("complete")
+    tables(&tests::rows(), tests::ABOUT).expect("complete").remove(0)
 }
 
 #[cfg(test)]
@@ -161,10 +214,35 @@ mod tests {
     }
 
     #[test]
+    fn a_record_of_the_whole_operation_fills_two_regions() {
+        let of = |section: &str, what: &str, implementation: &str, ms: f64| {
+            let mut row = row(implementation, "fwd+bwd", ms);
+            row["section"] = section.into();
+            row["what"] = what.into();
+            row
+        };
+        let rows = [
+            of("nsa", "mean", OURS, 5.0),
+            of("nsa", "mean", "SFNSA", 40.0),
+            of("dense", "dense", DENSE, 20.0),
+            of("dense", "dense", "CUDNN_ATTENTION-graph", 19.0),
+            of("branch", "window", OURS, 1.0),
+            of("branch", "window", "FA2", 2.5),
+        ];
+        let tables = tables(&rows, ABOUT).expect("complete");
+        let [nsa, stages] = &tables[..] else { panic!("{tables:?}") };
+        assert_eq!((&*nsa.region, &*stages.region), ("nsa", "stages"));
+        let whole = "| 65536 | 32/8 | mean | both |  | 40.00 | 20.00 | 5.00 |  | 8.00 |\n";
+        assert!(nsa.text.ends_with(whole), "{}", nsa.text);
+        let window = "| 65536 | 32/8 | window | both |  |  | 2.50 | 1.00 | 2.50 |\n";
+        assert!(stages.text.ends_with(window), "{}", stages.text);
+    }
+
+    #[test]
     fn what_is_missing_is_named() {
-        let error = table(&rows(), "gpu: NVIDIA H200\n").expect_err("no date");
+        let error = tables(&rows(), "gpu: NVIDIA H200\n").expect_err("no date");
         assert_eq!(error, "the text beside it has no line `date: `");
-        let error = table(&[json!({ "ms": 1.0, "N": 1 })], ABOUT).expect_err("no pass");
+        let error = tables(&[json!({ "section": "nsa", "ms": 1.0, "N": 1 })], ABOUT).expect_err("no pass");
         assert_eq!(error, "field /phase is missing or no text");
     }
 }

@@ -1,7 +1,7 @@
 //! `cargo xtask readme`: fills the performance tables of the README from the records in `bench/records`.
 //!
 //! A region `<!-- bench:NAME -->` ... `<!-- /bench -->` gets one table per machine, from its latest record. The
-//! name is a backend that `fsa bench` recorded, or `selected`: a comparison that `bench/compare.py` recorded.
+//! name is a backend that `fsa bench` recorded, or what `bench/compare.py` recorded: `selected`, `nsa`, `stages`.
 //! `--check` changes nothing and fails if the README would change, so that no figure in it is typed by hand or left
 //! behind.
 
@@ -40,14 +40,14 @@ fn rendered(root: &Path) -> Result<(String, String), String> {
     for path in files(root, &["json"])?.iter().filter(|path| path.starts_with(RECORDS)) {
         let record = serde_json::from_str(&read(&root.join(path))?);
         let record: Value = record.map_err(|error| format!("{}: {error}", path.display()))?;
-        let table = match &record {
+        let tables = match &record {
             Value::Array(rows) => {
                 let about = path.with_extension("txt");
-                comparison::table(rows, &read(&root.join(about))?)
+                comparison::tables(rows, &read(&root.join(about))?)
             }
-            _ => backend::table(&record),
+            _ => backend::table(&record).map(|table| vec![table]),
         };
-        records.push(table.map_err(|reason| format!("{}: {reason}", path.display()))?);
+        records.extend(tables.map_err(|reason| format!("{}: {reason}", path.display()))?);
     }
     let old = read(&root.join(README))?;
     let new = fill(&old, &records)?;

@@ -3,6 +3,8 @@
 #pragma once
 #include "base/types.cuh"
 
+struct RowStats;        // block/row_stats.cuh
+
 // A [tokens, heads, head_dim] tensor; strides in elements, head_dim contiguous, rows 16-byte aligned.
 struct Tensor {
     void* data;
@@ -56,9 +58,9 @@ struct Index {
     u32* row_info;              // [num_kv_heads, total_q] see block/sequence.cuh
     Unit* units;                // [num_kv_heads, num_chunks, full_units + max_blocks]
     i32* unit_counts;           // [num_kv_heads, num_chunks, 2] full units, remainders
+    i32* block_units;           // [num_kv_heads, max_blocks] units of every block, where there is one chunk; or null
     i32 topk;
     i32 slots;                  // partials per row that the scratch has room for
-    i32 lanes_per_row;          // power of two >= min(topk, 32)
     i32 has_dense;              // 1: sink and local blocks are left to the reduce stage; 0: every id is an entry
     i32 num_subs;               // pieces of chunks that one cta of the index handles
     i32 sub_tiles;              // tiles per piece; divides chunk_tiles
@@ -66,7 +68,7 @@ struct Index {
     i32 window_blocks;          // blocks that one cta counts: bounded by shared memory
     i32 unit_entries;           // entries of a full unit
     i32 full_units;             // bound on the number of full units of a chunk, from shapes
-    i32 ordered;                // 1: the entries of a block are in token order; 0: in any
+    i32 ordered;                // 1: the order of a block's entries follows from the input; 0: it is any
 };
 
 struct IndexParams {
@@ -85,6 +87,7 @@ struct AttendParams {
     i32 group_size;             // query heads per kv head
     i32 chunk;
     i32 first_head;             // query head of blockIdx.y = 0
+    i32 has_buffer;             // 1: nobody reads the buffer of partials any more when the launch starts; 0: when the one before it has ended
 };
 
 struct ReduceParams {
@@ -108,12 +111,13 @@ struct BackwardParams {
     Tensor out, grad_out;       // out only for backward_delta
     const f32* lse;             // [num_q_heads, total_q], natural log
     const f32* grad_lse;        // the same shape, or null
-    f32* row_stats;             // [heads in launch, rows, 2] log2-sum-exp and delta
+    f32* row_stats;             // [heads in launch, rows] statistics of rows (block/row_stats.cuh), or [num_q_heads, total_q] given by the caller
     f32* grad_query;            // [heads in launch, rows, HEAD_DIM] f32, fragment order, zero before the launch
     void* partial;              // [heads in launch, rows, slots, HEAD_DIM] instead, with FSA_QUERY_PARTIALS
-    Tensor grad_query_out;      // target of backward_merge
-    f32* grad_key;              // [kv heads in launch, sum_rows, HEAD_DIM] f32, fragment order, zero before their first launch; row 0 is where that of
-                                // key row 0 would be
+    Tensor grad_query_out;      // targets
+    Tensor grad_key_out, grad_value_out;
+    f32* grad_key;              // [kv heads in launch, sum_rows, HEAD_DIM] f32, fragment order, zero before their first launch where units add; row 0 is
+                                // where that of key row 0 would be
     f32* grad_value;            // the same
     i64 sum_rows;               // rows of the sums, the first being that of first_key
     f32 scale_log2;
@@ -123,25 +127,12 @@ struct BackwardParams {
     i32 first_head;             // query head of the launch's first
     i32 rows;                   // rows that one head has in row_stats, grad_query and partial
     i32 first_sums;             // 1: nothing was added to grad_key and grad_value yet, and no two heads of the launch share them
+    i32 finish_sums;            // 1: nothing will be, and no two heads do: a block's only unit writes rows of grad_key_out and grad_value_out
     i32 first_key;              // blocks that start at rows [first_key, end_key) of key and value are done, others left to another launch
     i32 end_key;
-};
-
-// f32 accumulators in fragment order to rows of one head in the storage type.
-struct ConvertParams {
-    const f32* source;          // [heads, source_stride], each head [rows, HEAD_DIM]
-    i64 source_stride;
-    Tensor target;
-    const i32* first_row;       // null: first_key
-    const i32* end_row;         // null: rows
-    const i32* cu_seqlens_kv;   // not null: of keys, only rows whose block starts at rows [first_key, end_key)
-    i32 batch;
-    i32 first_key;
-    i32 end_key;
-    i32 rows;
-    i32 first_head;
-    i32 accumulate;             // 1: the target holds a sum of other blocks, which is added to
-    f32 scale;
+    i32 given_stats;            // 1: row_stats are the caller's, and may say that gates are negative
+    i32 accumulate;             // 1: grad_query_out is added to
+    i32 accumulate_keys;        // 1: grad_key_out and grad_value_out are
 };
 
 // How the bulk copy engine sees a [tokens, heads, HEAD_DIM] tensor: boxes of 64 columns, some heads and some tokens, 128-byte swizzle. Made by the driver;
@@ -205,7 +196,7 @@ struct BandBackwardParams {
     Tensor query, key, value, out, grad_out;
     const f32* lse;             // [num_q_heads, total_q], natural log
     const f32* grad_lse;        // the same shape, or null
-    f32* row_stats;             // [num_q_heads, total_q, 2]: log2-sum-exp, and delta less grad_lse
+    RowStats* row_stats;        // [num_q_heads, total_q]
     Tensor grad_query, grad_key, grad_value;
     f32* partial_keys;          // [splits, 2, total_keys, num_kv_heads, HEAD_DIM] f32 in natural order; null where splits = 1
     f32 scale_log2;
@@ -214,6 +205,7 @@ struct BandBackwardParams {
     i32 num_tiles;              // bound on the tiles of rows
     i32 num_key_tiles;          // bound on the tiles of keys
     i32 splits;                 // ctas that share the rows of a tile of keys, each with partial sums of its own
+    i32 accumulate;             // grad_query is added to
     TensorMap query_map;        // boxes of tile_tokens x tile_heads
     TensorMap grad_out_map;     // the same
     TensorMap key_map;          // boxes of 128 keys of one head, of 64 above head_dim 128
@@ -233,8 +225,10 @@ struct SelectParams {
     i32 scored_heads;           // query heads of a group that vote: all, or the first
     i32 num_tiles;
     i32 num_kv_heads;
+    i32 segment_steps;          // Hopper: steps of keys whose blocks' ranks have room
+    i32 direct;                 // Hopper: 1, 2, 4 or 8 heads and blocks of four keys are added up in registers
     TensorMap query_map;        // boxes of tile_tokens x tile_heads
-    TensorMap key_map;          // boxes of 128 keys of one head, of 64 above head_dim 128
+    TensorMap key_map;          // boxes of every fourth of 128 keys of one head, of 64 above head_dim 128
 };
 
 // Windows of kernel_size tokens, kernel_stride apart, to one vector each, and back.
@@ -294,4 +288,12 @@ struct CombineBackwardParams {
     Tensor grad_out;
     Tensor grad_branches[3];
     void* grad_gates;           // contiguous, shape of gates
+};
+
+struct CombineStatisticsParams {
+    CombineParams forward;      // out unused
+    Tensor grad_out;
+    const f32* lse[3];          // [heads, rows]
+    RowStats* row_stats[3];     // the same shape; null: not wanted
+    void* grad_gates;           // contiguous, shape of gates; null: not wanted
 };

@@ -1,28 +1,48 @@
-// The kernels of the backward that work row by row and are the same for every architecture: statistics of rows before the main pass,
-// the sum of a row's partials after it.
+// The kernels of the backward that work row by row: statistics of rows before the main pass, the sum of a row's partials or its f32 sums after it,
+// and what the sums of keys need before the first and after the last launch of the main kernel.
 #pragma once
+#include "block/row_stats.cuh"
 #include "block/rows.cuh"
 #include "block/sequence.cuh"
 #include "tile/swizzled_tile.cuh"
 
+constexpr int ROW_WORDS = HEAD_DIM / 4;     // pieces of four sums
+// In each kernel file, because the order of its sums is its own: four neighbouring columns of the 16 that a quad loaded, from what the
+// lane loaded, and the first of them.
+struct NaturalColumns {
+    Vec4 sums;
+    int first;
+};
+FSA_DEVICE NaturalColumns natural_columns(Vec4 v);
+
 // Whether a launch does a block: where the sums of all keys have no room, ranges of keys take turns.
 FSA_DEVICE bool in_range(const BackwardParams& p, int kv_row) { return kv_row >= p.first_key && kv_row < p.end_key; }
 
-// Rows of the target that a launch of backward_convert writes, and where it finds a row's sum.
-FSA_DEVICE int convert_first(const ConvertParams& p) { return p.first_row ? *p.first_row : p.first_key; }
-FSA_DEVICE bool is_converted(const ConvertParams& p, i64 row) {
-    if (row >= (p.end_row ? *p.end_row : p.rows)) return false;
-    if (p.cu_seqlens_kv == nullptr) return true;
-    const int start = p.cu_seqlens_kv[find_sequence(p.cu_seqlens_kv, p.batch, (int)row)], block = start + ((int)row - start) / BLOCK_SIZE * BLOCK_SIZE;
-    return block >= p.first_key && block < p.end_key;
+// Statistics of a row of the launch's head `launch_head`, `token` being relative to the chunk. The caller's are those of all heads and tokens. From
+// parameters and memory alone: no register holds anything for it over a loop.
+FSA_DEVICE RowStats* row_stats_at(const BackwardParams& p, int launch_head, int token) {
+    if (!p.given_stats) return (RowStats*)p.row_stats + ((i64)launch_head * p.rows + token);
+    return (RowStats*)p.row_stats + ((i64)(p.first_head + launch_head) * p.layout.total_q + p.layout.chunk_token[p.chunk] + token);
 }
-// Stores 8 bytes of a row, or adds them to what is there.
-FSA_DEVICE void store_converted(const ConvertParams& p, char* target, u32 x, u32 y) {
-    if (p.accumulate) {
-        const u32 a = ((const u32*)target)[0], b = ((const u32*)target)[1];
-        x = pack2(unpack_lo(a) + unpack_lo(x), unpack_hi(a) + unpack_hi(x));
-        y = pack2(unpack_lo(b) + unpack_lo(y), unpack_hi(b) + unpack_hi(y));
+
+// 16 bytes of a row that a gradient is added to, as words in fragment order; zeros for a row that is only written. All lanes of a quad take part.
+FSA_DEVICE Vec4 words_before(const char* row, bool accumulate, bool present) {
+    Vec4 v = {0, 0, 0, 0};
+    if (!accumulate) return v;
+    if (present) v = load_global_once(row);
+    return transpose_quad(v);
+}
+FSA_DEVICE u32 add_pair(u32 word, f32 lo, f32 hi, f32 scale) { return pack2(fmaf(lo, scale, unpack_lo(word)), fmaf(hi, scale, unpack_hi(word))); }
+
+// Stores four neighbouring columns of f32 sums, or adds them to what is there; rounded once.
+FSA_DEVICE void store_columns(char* target, Vec4 sums, f32 scale, bool accumulate) {
+    u32 x = 0, y = 0;
+    if (accumulate) {
+        x = ((const u32*)target)[0];
+        y = ((const u32*)target)[1];
     }
+    x = add_pair(x, __uint_as_float(sums.x), __uint_as_float(sums.y), scale);
+    y = add_pair(y, __uint_as_float(sums.z), __uint_as_float(sums.w), scale);
     store_global8(target, x, y);
 }
 
@@ -44,10 +64,22 @@ extern "C" __global__ void __launch_bounds__(256) backward_delta(const __grid_co
     if (lane == 0) {
         const i64 at = (i64)head * p.layout.total_q + token;
         if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
-        f32* stats = p.row_stats + 2 * ((i64)blockIdx.y * p.rows + token - chunk_token);
-        stats[0] = p.lse[at] * LOG2_E;
-        stats[1] = sum;
+        *row_stats_at(p, blockIdx.y, token - chunk_token) = make_row_stats(p.lse[at], sum);
     }
+}
+
+// f32 sums of the chunk's rows to rows of the storage type. A quad per 16 columns of a row, a lane per 16 bytes of the source.
+extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ BackwardParams p) {
+    const int chunk_token = p.layout.chunk_token[p.chunk], rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
+    const i64 n = (i64)blockIdx.x * 256 + threadIdx.x, row = n / ROW_WORDS;
+    const int place = (int)(n % ROW_WORDS) * 4;
+    const bool present = row < rows;
+    Vec4 v = {0, 0, 0, 0};
+    if (present) v = load_global_once(p.grad_query + ((i64)blockIdx.y * p.rows + row) * HEAD_DIM + place);
+    const NaturalColumns columns = natural_columns(v);
+    if (!present) return;
+    char* target = (char*)tensor_row(p.grad_query_out, chunk_token + row, p.first_head + blockIdx.y);
+    store_columns(target + ((place & ~15) + columns.first) * ELEMENT_BYTES, columns.sums, p.scale, p.accumulate);
 }
 
 // Sum of a row's partials in slot order, times the softmax scale. HEAD_DIM / 8 lanes per row, 16 bytes each.
@@ -72,8 +104,55 @@ extern "C" __global__ void __launch_bounds__(256) backward_merge(const __grid_co
             sum[4] += unpack_lo(v[a].z); sum[5] += unpack_hi(v[a].z); sum[6] += unpack_lo(v[a].w); sum[7] += unpack_hi(v[a].w);
         }
     }
+    char* target = (char*)tensor_row(p.grad_query_out, chunk_token + row, head) + lane * 16;
+    const Vec4 before = words_before(target, p.accumulate, present);
+    const u32 word[4] = {before.x, before.y, before.z, before.w};
     u32 w[4];
-    FSA_UNROLL for (int j = 0; j < 4; ++j) w[j] = pack2(sum[2 * j] * p.scale, sum[2 * j + 1] * p.scale);
+    FSA_UNROLL for (int j = 0; j < 4; ++j) w[j] = add_pair(word[j], sum[2 * j], sum[2 * j + 1], p.scale);
     const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
-    if (present) store_global((char*)tensor_row(p.grad_query_out, chunk_token + row, head) + lane * 16, natural);
+    if (present) store_global(target, natural);
+}
+
+// The block of a cta of the two kernels below: blockIdx.x, of the launch's kv head blockIdx.y.
+struct KeyBlock {
+    int row, keys;      // of key and value; no keys where the launch does not do the block
+    int units;          // that add to its sums; more than one if nobody counted
+    i64 sums;           // first of its sums
+};
+FSA_DEVICE KeyBlock key_block(const BackwardParams& p) {
+    const Layout& layout = p.layout;
+    const int block = blockIdx.x, kv_head = p.first_head / p.group_size + blockIdx.y;
+    if (block >= layout.block_base[layout.batch]) return {0, 0, 0, 0};
+    const int s = find_sequence(layout.block_base, layout.batch, block);
+    const int row = layout.cu_seqlens_kv[s] + (block - layout.block_base[s]) * BLOCK_SIZE;
+    const int keys = in_range(p, row) ? min_i(BLOCK_SIZE, layout.cu_seqlens_kv[s + 1] - row) : 0;
+    const int units = p.index.block_units ? p.index.block_units[(i64)kv_head * p.index.max_blocks + block] : 2;
+    return {row, keys, units, (blockIdx.y * p.sum_rows + row) * HEAD_DIM};
+}
+
+// Before the first launch of the main kernel, where units without others finish their sums: zeros for those of several units.
+extern "C" __global__ void __launch_bounds__(256) backward_clear(const __grid_constant__ BackwardParams p) {
+    const KeyBlock block = key_block(p);
+    if (block.units < 2) return;
+    for (int n = threadIdx.x; n < block.keys * ROW_WORDS; n += 256) {
+        store_global(p.grad_key + block.sums + 4 * n, Vec4{0, 0, 0, 0});
+        store_global(p.grad_value + block.sums + 4 * n, Vec4{0, 0, 0, 0});
+    }
+}
+
+// After the last: f32 sums of keys to rows of the storage type, and zeros for blocks that no row lists. What a single unit finished is left alone.
+extern "C" __global__ void __launch_bounds__(256) backward_finish(const __grid_constant__ BackwardParams p) {
+    const KeyBlock block = key_block(p);
+    const bool is_key = blockIdx.z == 0;
+    if (block.units == 1) return;
+    const f32* sums = (is_key ? p.grad_key : p.grad_value) + block.sums;
+    for (int n = threadIdx.x; n < BLOCK_SIZE * ROW_WORDS; n += 256) {       // whole warps
+        const int row = n / ROW_WORDS, place = n % ROW_WORDS * 4;
+        Vec4 v = {0, 0, 0, 0};
+        if (row < block.keys && block.units > 0) v = load_global_once(sums + 4 * n);
+        const NaturalColumns columns = natural_columns(v);
+        if (row >= block.keys) continue;
+        char* target = (char*)tensor_row(is_key ? p.grad_key_out : p.grad_value_out, block.row + row, p.first_head / p.group_size + blockIdx.y);
+        store_columns(target + ((place & ~15) + columns.first) * ELEMENT_BYTES, columns.sums, is_key ? p.scale : 1.0f, p.accumulate_keys);
+    }
 }

@@ -2,10 +2,10 @@
 // the splits after them, and between them probabilities and score gradients of tiles whose rows see an interval of keys.
 #pragma once
 #include "block/band_rows.cuh"
+#include "block/rows.cuh"
 #include "block/score_gradients.cuh"
 
-// Statistics of rows: what turns a score into a probability, and what is subtracted from its gradient. One warp per row. A row without a key has
-// no log-sum-exp; +inf in its place makes every probability 2^-inf = 0.
+// Statistics of rows, where the caller has none. One warp per row.
 extern "C" __global__ void __launch_bounds__(256) band_delta(const __grid_constant__ BandBackwardParams p) {
     const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x & 31, head = blockIdx.y;
     if (token >= p.band.total_q) return;
@@ -20,11 +20,8 @@ extern "C" __global__ void __launch_bounds__(256) band_delta(const __grid_consta
     FSA_UNROLL for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
     if (lane == 0) {
         const i64 at = (i64)head * p.band.total_q + token;
-        const f32 lse = p.lse[at];
-        const bool empty = lse == neg_inf();
         if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
-        p.row_stats[2 * at] = empty ? __int_as_float(0x7f800000) : lse * LOG2_E;
-        p.row_stats[2 * at + 1] = empty ? 0.0f : sum;
+        p.row_stats[at] = make_row_stats(p.lse[at], sum);
     }
 }
 
@@ -48,6 +45,20 @@ extern "C" __global__ void __launch_bounds__(256) band_backward_merge(const __gr
     }
 }
 
+// acc = acc * scale + what memory holds of one of the thread's two rows (HIGH: the second), 2 N columns from `row` on. The whole quad takes part.
+template <bool HIGH, int N>
+FSA_DEVICE void add_held(f32 (&acc)[N], const char* row, f32 scale, bool present) {
+    FSA_UNROLL for (int group = 0; group < N / 16; ++group) {
+        const Vec4 held = transpose_quad(present ? load_global_once(row + group * 64 + (threadIdx.x & 3) * 16) : Vec4{0, 0, 0, 0});
+        const u32 w[4] = {held.x, held.y, held.z, held.w};
+        FSA_UNROLL for (int j = 0; j < 4; ++j) {
+            const int e = (group * 4 + j) * 4 + (HIGH ? 2 : 0);
+            acc[e] = fmaf(acc[e], scale, unpack_lo(w[j]));
+            acc[e + 1] = fmaf(acc[e + 1], scale, unpack_hi(w[j]));
+        }
+    }
+}
+
 // Keys of a tile that a row sees: `count` of them from `first` on.
 struct __align__(4) KeySpan {
     u16 first, count;
@@ -63,7 +74,8 @@ FSA_DEVICE KeySpan key_span(const Band& band, int position, int key, int keys, i
     return {(u16)min_i(first, keys), (u16)max_i(end - first, 0)};
 }
 
-// Rows as rows of the accumulators: one of the thread's two rows (HIGH: row + 8) of N keys. Probabilities from scores, in place.
+// Rows as rows of the accumulators: one of the thread's two rows (HIGH: row + 8) of N keys. Probabilities from scores, in place. All without the sign
+// of the row's gate, which its sums get at the end.
 template <int N, bool HIGH, bool MASKED>
 FSA_DEVICE void row_probabilities(f32 (&s)[N / 2], const RowStats& row, KeySpan span, f32 scale_log2) {
     FSA_UNROLL for (int i = 0; i < N / 8; ++i)

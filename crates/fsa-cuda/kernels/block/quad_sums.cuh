@@ -42,11 +42,9 @@ FSA_DEVICE void add_unit(const SumRows& low, const SumRows& high, int column, co
 }
 
 // The two pairs of columns 8 h + 4 e .. + 3 of a group, h = q & 1 and e = q >> 1, as a thread has them after it loaded places 4 q .. 4 q + 3 and
-// exchanged half with lane ^ 2. Returned in the storage type, scaled.
-struct WordPair { u32 x, y; };
-FSA_DEVICE WordPair natural_pairs(Vec4 v, f32 scale) {
+// exchanged half with lane ^ 2.
+FSA_DEVICE Vec4 natural_pairs(Vec4 v) {
     const bool upper = threadIdx.x & 2;
     const u32 a = __shfl_xor_sync(0xffffffffu, upper ? v.x : v.z, 2), b = __shfl_xor_sync(0xffffffffu, upper ? v.y : v.w, 2);
-    auto pair = [&](u32 lo, u32 hi) { return pack2(__uint_as_float(lo) * scale, __uint_as_float(hi) * scale); };
-    return upper ? WordPair{pair(a, v.z), pair(b, v.w)} : WordPair{pair(v.x, a), pair(v.y, b)};
+    return upper ? Vec4{a, v.z, b, v.w} : Vec4{v.x, a, v.y, b};
 }

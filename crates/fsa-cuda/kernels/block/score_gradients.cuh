@@ -1,17 +1,10 @@
 // Probabilities and score gradients of transposed score tiles: rows of the accumulator are keys, columns are query rows, whose
 // statistics lie in shared memory.
 #pragma once
-#include "base/math.cuh"
+#include "block/row_stats.cuh"
 
-struct RowStats {
-    f32 lse, delta;     // log2; sum of grad_out * out minus grad_lse
-};
-// Statistics of the two neighbouring rows that a thread meets in columns 8 i + 2 t and + 1 of a tile: one 16-byte load.
-struct __align__(16) StatsPair {
-    RowStats first, second;
-};
-
-// Probabilities from scores, in place: column c of the tile is row c of `stats`; keys above its limit do not count.
+// Probabilities from scores, in place: column c of the tile is row c of `stats`; keys above its limit do not count. MASKED also gives them the
+// signs of the rows' gates.
 template <int N, bool MASKED, typename Limit>
 FSA_DEVICE void probabilities(f32 (&s)[N / 2], const RowStats* stats, const Limit* limits, int key_low, f32 scale_log2) {
     const int t = threadIdx.x & 3;
@@ -23,8 +16,9 @@ FSA_DEVICE void probabilities(f32 (&s)[N / 2], const RowStats* stats, const Limi
             s[4 * i + 2 + e] = exp2_fast(fmaf(s[4 * i + 2 + e], scale_log2, -lse));
             if (MASKED) {
                 const int limit = limits[8 * i + 2 * t + e];
-                if (key_low > limit) s[4 * i + e] = 0.0f;
-                if (key_low + 8 > limit) s[4 * i + 2 + e] = 0.0f;
+                const f32 sign = is_negative(e == 0 ? pair.first : pair.second) ? -1.0f : 1.0f;
+                s[4 * i + e] = key_low > limit ? 0.0f : s[4 * i + e] * sign;
+                s[4 * i + 2 + e] = key_low + 8 > limit ? 0.0f : s[4 * i + 2 + e] * sign;
             }
         }
     }

@@ -53,9 +53,9 @@ struct RowInfo {
 };
 FSA_DEVICE u32 dense_bit(const DenseRule& rule, int id) { return 1u << (id == 0 ? 0 : id - rule.first_local + 1); }
 
-// Whether unit `number` of a (kv head, chunk) list was written: full units come first, remainders after their bound.
-FSA_DEVICE bool unit_exists(const Index& index, i64 list, int number) {
-    const i32* counts = index.unit_counts + list * 2;
-    const int full = counts[0], rest = counts[1];
-    return number < index.full_units ? number < full : number - index.full_units < rest;
+// Unit `number` of a (kv head, chunk) list, those that exist first: the full ones, then the remainders; null beyond them.
+FSA_DEVICE const Unit* find_unit(const Index& index, i64 list, int number) {
+    const int full = index.unit_counts[2 * list], rest = index.unit_counts[2 * list + 1];
+    const Unit* units = index.units + list * (index.full_units + index.max_blocks);
+    return number < full ? units + number : number - full < rest ? units + index.full_units + (number - full) : nullptr;
 }

@@ -22,13 +22,15 @@ pub(crate) struct Boxes {
     pub stride_bytes: [usize; 2],
     /// Tokens and heads of a box: at most 256 each.
     pub extent: [usize; 2],
+    /// Of so many tokens of a box the first is copied: at most 8.
+    pub token_step: usize,
     pub is_bf16: bool,
 }
 
 impl MapWords {
     /// The map of a tensor; none of an empty one, of which nothing is copied.
     pub(crate) fn new(boxes: &Boxes) -> Result<Self> {
-        let Boxes { data, shape: [tokens, heads, columns], stride_bytes, extent, is_bf16 } = *boxes;
+        let Boxes { data, shape: [tokens, heads, columns], stride_bytes, extent, token_step, is_bf16 } = *boxes;
         let mut words = Self::default();
         if tokens == 0 || heads == 0 {
             return Ok(words);
@@ -38,7 +40,7 @@ impl MapWords {
         let sizes = [columns as u64, heads as u64, tokens as u64];
         let strides = [stride_bytes[1] as u64, stride_bytes[0] as u64];
         let extents = [BOX_COLUMNS, extent[1] as u32, extent[0] as u32];
-        let steps = [1; 3];
+        let steps = [1, 1, token_step as u32];
         // SAFETY: the map is 128 bytes at a multiple of 64; the arrays have as many elements as the rank says; the driver checks
         // the values and only stores the address.
         let status = unsafe {

@@ -119,6 +119,7 @@ impl BackwardPlan {
             sub_tiles,
             chunk_tiles,
             unit_entries,
+            counts_units: true,
         };
         let index = IndexPlan::new(problem, facts, &input, &mut workspace);
         let rows = index.chunk_rows(problem);
@@ -185,6 +186,16 @@ impl BackwardPlan {
     /// What a lane sums into.
     pub(crate) fn sums(&self, lane: usize) -> &LaneSums {
         &self.sums[lane]
+    }
+
+    /// Whether no two query heads of a launch share sums of keys.
+    pub(crate) fn owns_sums(&self) -> bool {
+        self.heads == 1 || self.problem.gqa_group_size() == 1
+    }
+
+    /// Whether the launches of a kv head have the same units, one per block for most blocks: the last of them finishes their sums.
+    pub(crate) fn finishes_sums(&self) -> bool {
+        self.owns_sums() && self.index.num_chunks == 1 && self.range_keys == self.problem.total_kv
     }
 
     /// Kernels and fills that a call gives to the device.

@@ -141,17 +141,39 @@ pub struct BandBackwardPlan {
 /// Where the scratch lies that is not a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct BandScratch {
-    pub row_stats: Slot,
+    /// None where the caller has them.
+    pub row_stats: Option<Slot>,
     pub partial_keys: Option<Slot>,
 }
 
 impl BandBackwardPlan {
     /// Plans a checked problem for the kernel of a specialisation.
     pub fn new(problem: &BandProblem, kernel: &Specialisation, facts: &DeviceFacts, options: &PlanOptions) -> Self {
+        let head_bytes = problem.sizes.row_stats_bytes() / problem.sizes.num_kv_heads.max(1);
+        Self::with(problem, kernel, facts, options, head_bytes)
+    }
+
+    /// The same where the caller has the statistics of all rows.
+    pub(crate) fn with_row_stats(
+        problem: &BandProblem,
+        kernel: &Specialisation,
+        facts: &DeviceFacts,
+        options: &PlanOptions,
+    ) -> Self {
+        Self::with(problem, kernel, facts, options, 0)
+    }
+
+    /// `head_bytes` are the statistics of the rows of a kv head.
+    fn with(
+        problem: &BandProblem,
+        kernel: &Specialisation,
+        facts: &DeviceFacts,
+        options: &PlanOptions,
+        head_bytes: usize,
+    ) -> Self {
         let (sizes, tile_keys) = (&problem.sizes, band_backward::tile_keys(kernel));
         let tiles = RowTiles::new(sizes, band_backward::tile_rows(kernel));
         let num_key_tiles = bound(problem.total_keys(), sizes.sequences, tile_keys);
-        let head_bytes = 2 * size_of::<f32>() * sizes.gqa_group_size() * sizes.total_q;
         let kv_heads = (options.budget_bytes / head_bytes.max(1)).clamp(1, sizes.num_kv_heads.max(1));
         let split_bytes = 2 * problem.total_keys() * kv_heads * sizes.head_dim * size_of::<f32>();
         let left = options.budget_bytes.saturating_sub(kv_heads * head_bytes);
@@ -169,7 +191,7 @@ impl BandBackwardPlan {
         };
         let tables = TablePlan::new(spec, sizes.sequences, &mut workspace);
         let scratch = BandScratch {
-            row_stats: workspace.add("row_stats", kv_heads * head_bytes),
+            row_stats: (head_bytes > 0).then(|| workspace.add("row_stats", kv_heads * head_bytes)),
             partial_keys: (splits > 1).then(|| workspace.add("partial_keys", splits * split_bytes)),
         };
         Self { problem: *problem, tiles, num_key_tiles, kv_heads, splits, tables, scratch, workspace }

@@ -13,15 +13,13 @@ const PLANE_BYTES: usize = 12 << 20;
 const MAX_WINDOW_BLOCKS: usize = 48 << 10;
 /// Warps of a scattering CTA; in order, each has counters of its own.
 const MAX_SCATTER_WARPS: usize = 8;
-/// Lanes of a warp.
-const LANES: usize = 32;
 
 /// Sizes of the index of some kv heads and all chunks of query tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct IndexPlan {
     /// The first block and the local ones are left to the reduce kernel.
     pub has_dense: bool,
-    /// The entries of a block are in token order.
+    /// The order of a block's entries follows from the input.
     pub ordered: bool,
     /// Partials that a row has room for.
     pub slots: usize,
@@ -60,6 +58,7 @@ struct Regions {
     row_info: Slot,
     units: Slot,
     unit_counts: Slot,
+    block_units: Slot,
 }
 
 /// What the passes choose.
@@ -71,6 +70,8 @@ pub(super) struct IndexInput {
     pub sub_tiles: usize,
     pub chunk_tiles: usize,
     pub unit_entries: usize,
+    /// Says how many units every block has, where there is one chunk.
+    pub counts_units: bool,
 }
 
 /// Tiles of a piece such that the plane of `kv_heads` kv heads stays small, a power of two.
@@ -93,7 +94,7 @@ pub(super) fn slots(problem: &Problem, has_dense: bool) -> usize {
 
 impl IndexPlan {
     pub(super) fn new(problem: &Problem, facts: &DeviceFacts, input: &IndexInput, workspace: &mut Workspace) -> Self {
-        let IndexInput { has_dense, ordered, kv_heads, sub_tiles, chunk_tiles, unit_entries } = *input;
+        let IndexInput { has_dense, ordered, kv_heads, sub_tiles, chunk_tiles, unit_entries, counts_units } = *input;
         let (max_tiles, slots) = (max_tiles(problem), slots(problem, has_dense));
         let max_blocks = bound(problem.total_kv, problem.sequences, problem.block_size).max(1);
         let chunk_tiles = chunk_tiles.min(MAX_CHUNK_TILES / sub_tiles * sub_tiles);
@@ -119,6 +120,9 @@ impl IndexPlan {
             regions: Regions::default(),
         };
         plan.regions = plan.place(problem, kv_heads, workspace);
+        if counts_units && plan.num_chunks == 1 {
+            plan.regions.block_units = workspace.add("block_units", kv_heads * max_blocks * size_of::<i32>());
+        }
         plan
     }
 
@@ -136,6 +140,7 @@ impl IndexPlan {
             row_info: workspace.add("row_info", rows * word),
             units: workspace.add("units", lists * self.max_units() * RECORD_BYTES),
             unit_counts: workspace.add("unit_counts", 2 * lists * word),
+            block_units: Slot::default(),
         }
     }
 
@@ -201,9 +206,13 @@ impl IndexPlan {
             row_info: table(regions.row_info, problem.total_q * word),
             units: table(regions.units, self.num_chunks * self.max_units() * RECORD_BYTES),
             unit_counts: table(regions.unit_counts, 2 * self.num_chunks * word),
+            block_units: if regions.block_units.bytes == 0 {
+                Address::default()
+            } else {
+                table(regions.block_units, self.max_blocks * word)
+            },
             topk: problem.topk as i32,
             slots: self.slots as i32,
-            lanes_per_row: problem.topk.next_power_of_two().min(LANES) as i32,
             has_dense: i32::from(self.has_dense),
             num_subs: self.num_subs as i32,
             sub_tiles: self.sub_tiles as i32,

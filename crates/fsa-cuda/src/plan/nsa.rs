@@ -279,12 +279,8 @@ impl fmt::Display for NsaForwardPlan {
 /// What a pass of a backward keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct BackwardTemporaries {
-    /// Gradients of the branches: a place each, or one for all, one after the other.
-    pub branches: [Slot; 3],
-    /// Gradients of the query through the compressed and the selected branch.
-    pub query: [Slot; 2],
-    /// Gradients of key and value through the window.
-    pub window: [Slot; 2],
+    /// Statistics of the rows of each branch.
+    pub row_stats: [Slot; 3],
     /// Gradients of compressed key and value.
     pub compressed: [Slot; 2],
 }
@@ -294,10 +290,10 @@ pub(crate) struct BackwardTemporaries {
 pub struct NsaBackwardPlan {
     /// The call.
     pub problem: NsaProblem,
-    /// kv heads of a pass.
+    /// kv heads of a pass: all, except in calls so long that their statistics do not fit the budget.
     pub kv_heads: usize,
-    /// The gradients of the branches are all there at once.
-    pub branches_at_once: bool,
+    /// Ranges of keys that take turns in stage `selected`.
+    pub key_ranges: usize,
     /// Compressed and window attention.
     pub attention: [BandBackwardPlan; 2],
     pub(crate) tables: [TablePlan; 2],
@@ -315,36 +311,38 @@ impl NsaBackwardPlan {
     /// Plans a checked problem for the kernels of `set`.
     pub fn new(problem: &NsaProblem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Self {
         let most = options.budget_bytes + problem.topk_indices_bytes();
-        let choices = problem.passes().flat_map(|kv_heads| [(kv_heads, true), (kv_heads, false)]);
-        let mut plans = choices.map(|choice| Self::with(problem, set, facts, options, choice));
-        let fits = |plan: &Self| plan.workspace.size_bytes() <= most;
-        plans.find(fits).unwrap_or_else(|| Self::with(problem, set, facts, options, (1, false)))
+        let plans = problem.passes().map(|kv_heads| Self::with(problem, set, facts, options, kv_heads));
+        // The most heads, of those of which stage `selected` can hold the most keys beside the statistics.
+        let best = plans.filter(|plan| plan.workspace.size_bytes() <= most).min_by_key(|plan| plan.key_ranges);
+        best.unwrap_or_else(|| Self::with(problem, set, facts, options, 1))
     }
 
-    fn with(
-        problem: &NsaProblem,
-        set: KernelSet,
-        facts: &DeviceFacts,
-        options: &PlanOptions,
-        (kv_heads, branches_at_once): (usize, bool),
-    ) -> Self {
+    fn with(problem: &NsaProblem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions, kv_heads: usize) -> Self {
         let pass = problem.with_kv_heads(kv_heads);
         let mut workspace = Workspace::default();
         let compress = pass.compress().map(|compress| CompressScratch::backward(&compress, &mut workspace));
-        let temporaries = BackwardTemporaries::new(&pass, branches_at_once, &mut workspace);
-        let options = left(options, &workspace);
+        let [_, _, compressed] = pass.row_bytes();
+        let temporaries = BackwardTemporaries {
+            row_stats: [(); 3].map(|()| workspace.add("row_stats", pass.sizes.row_stats_bytes())),
+            compressed: [(); 2].map(|()| workspace.add("compressed gradient", compressed)),
+        };
+        // Stage `selected` counts the ids of this pass; the room for those of the others is to spare.
+        let others = problem.topk_indices_bytes() - pass.topk_indices_bytes();
+        let options = left(&PlanOptions { budget_bytes: options.budget_bytes + others, ..*options }, &workspace);
         let kernel = pass.specialisation(Kernel::BandBackward, set);
         let attention = [pass.select().attention(), pass.window()]
-            .map(|problem| BandBackwardPlan::new(&problem, &kernel, facts, &options));
+            .map(|problem| BandBackwardPlan::with_row_stats(&problem, &kernel, facts, &options));
         let tables =
             attention.each_ref().map(|plan| TablePlan::new(plan.tables.spec(), pass.sizes.sequences, &mut workspace));
-        let selected = BackwardPlan::new(&pass.selected(), facts, &options).workspace.size_bytes();
-        let bytes = attention.iter().map(|plan| plan.workspace.size_bytes()).fold(selected, usize::max);
+        let selected = BackwardPlan::new(&pass.selected(), facts, &options);
+        let bytes =
+            attention.iter().map(|plan| &plan.workspace).chain([&selected.workspace]).map(Workspace::size_bytes);
+        let bytes = bytes.max().unwrap_or(0);
         let scratch = workspace.add("scratch", bytes);
         Self {
             problem: *problem,
             kv_heads,
-            branches_at_once,
+            key_ranges: selected.key_ranges().count(),
             attention,
             tables,
             compress,
@@ -361,28 +359,9 @@ impl NsaBackwardPlan {
     }
 }
 
-impl BackwardTemporaries {
-    fn new(pass: &NsaProblem, branches_at_once: bool, workspace: &mut Workspace) -> Self {
-        let [query, tokens, compressed] = pass.row_bytes();
-        let first = workspace.add("branch gradient", query);
-        let mut next = || if branches_at_once { workspace.add("branch gradient", query) } else { first };
-        let branches = [first, next(), next()];
-        Self {
-            branches,
-            query: [(); 2].map(|()| workspace.add("grad_query", query)),
-            window: [(); 2].map(|()| workspace.add("window gradient", tokens)),
-            compressed: [(); 2].map(|()| workspace.add("compressed gradient", compressed)),
-        }
-    }
-}
-
 impl fmt::Display for NsaBackwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let branches = if self.branches_at_once { "at once" } else { "one by one" };
-        write!(
-            f,
-            "nsa backward: {}; {} kv heads a pass, branches {branches}; {}",
-            self.problem, self.kv_heads, self.workspace
-        )
+        let Self { problem, kv_heads, key_ranges, workspace, .. } = self;
+        write!(f, "nsa backward: {problem}; {kv_heads} kv heads a pass, {key_ranges} ranges of keys; {workspace}")
     }
 }

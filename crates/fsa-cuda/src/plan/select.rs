@@ -62,7 +62,9 @@ impl SelectProblem {
     fn scoring(&self, tile_tokens: usize) -> Scoring {
         let Windows { kernel_size, kernel_stride } = self.windows;
         let (steps, reach) = (self.block_size / kernel_stride, kernel_size / kernel_stride - 1);
-        Scoring { tile_tokens, steps, reach, topk: self.topk }
+        let places = self.topk.saturating_sub(self.init_blocks + self.local_blocks);
+        let scoring = Scoring { tile_tokens, steps, reach, topk: self.topk, places, segment_steps: 1, direct: false };
+        Scoring { direct: scoring.is_direct(self.scored_heads()), ..scoring }
     }
 
     /// The specialisation of the kernel: the portable one where the set has none for these windows.
@@ -113,6 +115,8 @@ pub struct ScorePlan {
     /// Tiles of rows.
     pub tiles: RowTiles,
     pub(crate) smem_bytes: usize,
+    pub(crate) segment_steps: usize,
+    pub(crate) direct: bool,
     /// Where the attention's tiles have another number of tokens.
     pub(crate) tables: Option<TablePlan>,
 }
@@ -131,14 +135,15 @@ impl ScorePlan {
         let scoring = problem.scoring(tiles.tile_tokens);
         // Fewer tokens where their scores and lists do not fit: of long windows or lists.
         let most = facts.smem_per_cta_bytes.saturating_sub(STATIC_SMEM_BYTES);
-        let tiles = tiles.with_tokens(sizes, fitting(kernel, &scoring, most));
-        let smem_bytes = smem_bytes(kernel, &Scoring { tile_tokens: tiles.tile_tokens, ..scoring });
+        let scoring = fitting(kernel, &scoring, most);
+        let (tiles, smem_bytes) = (tiles.with_tokens(sizes, scoring.tile_tokens), smem_bytes(kernel, &scoring));
         let got = format!("{smem_bytes} bytes of shared memory");
         require(smem_bytes <= most, "windows of stage select", &got, &format!("at most {most} bytes"))?;
         let spec = TableSpec { tile_tokens: Some(tiles.tile_tokens), ..TableSpec::default() };
         let other = tiles.tile_tokens != attention.tile_tokens;
         let tables = other.then(|| TablePlan::new(spec, sizes.sequences, workspace));
-        Ok(Self { tiles, smem_bytes, tables })
+        let Scoring { segment_steps, direct, .. } = scoring;
+        Ok(Self { tiles, smem_bytes, segment_steps, direct, tables })
     }
 }
 

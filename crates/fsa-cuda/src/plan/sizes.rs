@@ -66,6 +66,11 @@ impl Sizes {
         self.num_q_heads * self.total_q * size_of::<f32>()
     }
 
+    /// Bytes of the statistics of all rows: two numbers each.
+    pub(crate) fn row_stats_bytes(&self) -> usize {
+        2 * self.lse_bytes()
+    }
+
     /// Checks what the kernels support on a device.
     ///
     /// # Errors

@@ -95,11 +95,18 @@ fn what_is_not_saved_is_kept_for_some_heads_at_a_time() {
 }
 
 #[test]
-fn a_short_backward_is_one_pass_and_a_long_one_takes_head_after_head() {
-    let short = backward(&nsa(4096, (32, 8), true));
-    assert_eq!((short.kv_heads, short.branches_at_once), (8, true), "{short}");
-    let long = backward(&nsa(262_144, (32, 2), true));
-    assert_eq!((long.kv_heads, long.branches_at_once), (1, false), "{long}");
+fn a_backward_is_one_pass_within_the_budget_unless_it_is_very_long() {
+    let passes = |tokens, heads: (usize, usize)| {
+        let plan = backward(&nsa(tokens, heads, true));
+        let most = DEFAULT_BUDGET_BYTES + plan.problem.topk_indices_bytes();
+        assert!(plan.workspace.size_bytes() <= most, "{plan}");
+        (heads.1 / plan.kv_heads, plan.key_ranges)
+    };
+    for heads in [(32, 32), (32, 8), (32, 2)] {
+        assert_eq!([passes(4096, heads), passes(65_536, heads)], [(1, 1); 2], "{heads:?}");
+    }
+    assert_eq!(passes(262_144, (32, 2)), (2, 4));
+    assert_eq!(passes(1 << 20, (32, 8)), (8, 2), "rather more passes than more ranges of keys");
 }
 
 /// Regions follow each other without overlap.

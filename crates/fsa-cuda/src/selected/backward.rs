@@ -6,7 +6,7 @@ use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
 use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
-use crate::params::{BackwardParams, ConvertParams, Index, IndexParams, Layout, TILE_ROWS};
+use crate::params::{BackwardParams, Index, IndexParams, Layout, TILE_ROWS};
 use crate::plan::{BackwardPlan, LaneSums, PlanOptions, Problem, Slot};
 use crate::source::Kernel;
 use fsa_core::{Error, Result};
@@ -29,7 +29,6 @@ struct Pass<'a> {
     workspace: DeviceSpan<'a>,
     layout: Layout,
     index: Index,
-    cu_seqlens_kv: Address,
     softmax_scale: f32,
 }
 
@@ -118,12 +117,13 @@ impl SelectedBackward {
         let set = self.kernels.lanes().take(context.stream)?;
         for first in (0..problem.num_kv_heads).step_by(self.plan.kv_heads) {
             let end = (first + self.plan.kv_heads).min(problem.num_kv_heads);
-            let index = self.plan.index.index(problem, &tensors.forward.topk_indices, first, &workspace);
-            let params = IndexParams { layout, index, first_kv_head: first as i32 };
-            if problem.total_q > 0 {
-                self.index.launch(context.stream, &self.plan.index, end - first, &params)?;
+            let mut index = self.plan.index.index(problem, &tensors.forward.topk_indices, first, &workspace);
+            if !self.finishes_sums() {
+                index.block_units = Address::default();
             }
-            let pass = Pass { tensors, workspace, layout, index, cu_seqlens_kv: layout.cu_seqlens_kv, softmax_scale };
+            let params = IndexParams { layout, index, first_kv_head: first as i32 };
+            self.index.launch(context.stream, &self.plan.index, end - first, &params)?;
+            let pass = Pass { tensors, workspace, layout, index, softmax_scale };
             set.fork(context.stream, self.plan.lanes)?;
             for (turn, kv_head) in (first..end).step_by(self.plan.kv_heads_per_launch).enumerate() {
                 let lane = turn % self.plan.lanes;
@@ -137,6 +137,11 @@ impl SelectedBackward {
         Ok(())
     }
 
+    /// Whether units that have a block to themselves finish its sums, so that only those of the others pass through memory.
+    fn finishes_sums(&self) -> bool {
+        self.backward.finishes_sums() && self.plan.finishes_sums()
+    }
+
     /// All gradients of some kv heads and their query heads that a range of keys has part in.
     fn launch_kv_heads(
         &self,
@@ -146,42 +151,25 @@ impl SelectedBackward {
         kv_heads: Range<usize>,
         keys: Range<usize>,
     ) -> Result<()> {
-        let (problem, tensors) = (&self.plan.problem, pass.tensors);
+        let (problem, plan) = (&self.plan.problem, &self.plan.index);
         let group = problem.gqa_group_size();
-        sums.grad_key.span(&pass.workspace).fill(0, stream)?;
-        sums.grad_value.span(&pass.workspace).fill(0, stream)?;
+        let all_heads = kv_heads.start * group..kv_heads.end * group;
+        let params = self.params(pass, sums, &Work { heads: all_heads.clone(), chunk: 0, keys: keys.clone() });
+        if self.finishes_sums() {
+            self.backward.clear(stream, plan, kv_heads.len(), &params)?;
+        } else {
+            sums.grad_key.span(&pass.workspace).fill(0, stream)?;
+            sums.grad_value.span(&pass.workspace).fill(0, stream)?;
+        }
         if problem.total_q > 0 {
-            let end = kv_heads.end * group;
-            for head in (kv_heads.start * group..end).step_by(self.plan.heads) {
-                let heads = head..(head + self.plan.heads).min(end);
-                (self.first_chunk(&keys)..self.plan.index.num_chunks).try_for_each(|chunk| {
+            for head in all_heads.clone().step_by(self.plan.heads) {
+                let heads = head..(head + self.plan.heads).min(all_heads.end);
+                (self.first_chunk(&keys)..plan.num_chunks).try_for_each(|chunk| {
                     self.launch_chunk(pass, stream, sums, &Work { heads: heads.clone(), chunk, keys: keys.clone() })
                 })?;
             }
         }
-        let is_all = keys.len() == problem.total_kv;
-        let sum_rows = self.plan.sum_rows().min(problem.total_kv - keys.start);
-        let targets =
-            [(sums.grad_key, tensors.grad_key, pass.softmax_scale), (sums.grad_value, tensors.grad_value, 1.0)];
-        for (source, target, scale) in targets {
-            let params = ConvertParams {
-                source: source.address(&pass.workspace),
-                source_stride: (self.plan.sum_rows() * problem.head_dim) as i64,
-                target: target.device(),
-                first_row: Address::default(),
-                end_row: Address::default(),
-                cu_seqlens_kv: if is_all { Address::default() } else { pass.cu_seqlens_kv },
-                batch: problem.sequences as i32,
-                first_key: keys.start as i32,
-                end_key: keys.end as i32,
-                rows: (keys.start + sum_rows) as i32,
-                first_head: kv_heads.start as i32,
-                accumulate: 0,
-                scale,
-            };
-            self.backward.convert(stream, sum_rows, kv_heads.len(), &params)?;
-        }
-        Ok(())
+        Ok(self.backward.finish(stream, plan, kv_heads.len(), &params)?)
     }
 
     /// First chunk of which a row may see a key of the range, as far as shapes say.
@@ -195,39 +183,18 @@ impl SelectedBackward {
     }
 
     fn launch_chunk(&self, pass: &Pass<'_>, stream: &Stream, sums: &LaneSums, work: &Work) -> Result<()> {
-        let (problem, plan, heads, chunk) = (&self.plan.problem, &self.plan.index, &work.heads, work.chunk);
         if !self.plan.query_partials {
             sums.grad_query.span(&pass.workspace).fill(0, stream)?;
         }
-        let params = self.chunk_params(pass, sums, work);
-        self.backward.launch(stream, plan, heads.len(), &params)?;
-        if self.plan.query_partials {
-            return Ok(());
-        }
-        let rows = plan.chunk_rows(problem);
-        let params = ConvertParams {
-            source: params.grad_query,
-            source_stride: (rows * problem.head_dim) as i64,
-            target: params.grad_query_out,
-            first_row: plan.chunk_token(chunk, &pass.workspace),
-            end_row: plan.chunk_token(chunk + 1, &pass.workspace),
-            cu_seqlens_kv: Address::default(),
-            batch: 0,
-            first_key: 0,
-            end_key: 0,
-            rows: 0,
-            first_head: params.first_head,
-            accumulate: i32::from(work.keys.start > 0),
-            scale: params.scale,
-        };
-        Ok(self.backward.convert(stream, rows, heads.len(), &params)?)
+        let params = self.params(pass, sums, work);
+        Ok(self.backward.launch(stream, &self.plan.index, work.heads.len(), &params)?)
     }
 
-    fn chunk_params(&self, pass: &Pass<'_>, sums: &LaneSums, Work { heads, chunk, keys }: &Work) -> BackwardParams {
+    fn params(&self, pass: &Pass<'_>, sums: &LaneSums, Work { heads, chunk, keys }: &Work) -> BackwardParams {
         let (problem, tensors, chunk) = (&self.plan.problem, pass.tensors, *chunk);
         let (group, first_head) = (problem.gqa_group_size(), heads.start);
         // Launches of a lane follow one another: the first has its kv heads' sums to itself, unless query heads share them.
-        let first_sums = chunk == 0 && first_head.is_multiple_of(group) && (heads.len() == 1 || group == 1);
+        let first_sums = chunk == 0 && first_head.is_multiple_of(group) && self.plan.owns_sums();
         let grad_query = sums.grad_query.address(&pass.workspace);
         // The kernels number key rows from 0, the sums hold those of the range; no address before them is ever used.
         let skipped = keys.start * problem.head_dim * size_of::<f32>();
@@ -242,10 +209,12 @@ impl SelectedBackward {
             grad_out: tensors.grad_out.device(),
             lse: tensors.forward.lse.address(),
             grad_lse: tensors.grad_lse.map_or(Address::default(), |grad| grad.address()),
-            row_stats: sums.row_stats.address(&pass.workspace),
+            row_stats: tensors.row_stats.map_or(sums.row_stats.address(&pass.workspace), |stats| stats.address()),
             grad_query,
             partial: grad_query,
             grad_query_out: tensors.grad_query.device(),
+            grad_key_out: tensors.grad_key.device(),
+            grad_value_out: tensors.grad_value.device(),
             grad_key: of_keys(sums.grad_key),
             grad_value: of_keys(sums.grad_value),
             sum_rows: self.plan.sum_rows() as i64,
@@ -256,8 +225,12 @@ impl SelectedBackward {
             first_head: first_head as i32,
             rows: self.plan.index.chunk_rows(problem) as i32,
             first_sums: first_sums.into(),
+            finish_sums: (self.finishes_sums() && heads.end.is_multiple_of(group)).into(),
             first_key: keys.start as i32,
             end_key: keys.end as i32,
+            given_stats: tensors.row_stats.is_some().into(),
+            accumulate: (tensors.accumulate || keys.start > 0).into(),
+            accumulate_keys: tensors.accumulate.into(),
         }
     }
 }

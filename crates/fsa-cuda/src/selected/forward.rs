@@ -14,6 +14,10 @@ use crate::source::Kernel;
 use fsa_core::{Error, Result};
 use std::sync::Arc;
 
+/// Chunks follow each other on one stream where the kernels order themselves, so that a chunk's partials are merged right after they
+/// were written; else they take turns on a stream per buffer.
+const IN_TURN: bool = true;
+
 /// A planned forward with its kernels.
 #[derive(Debug)]
 pub struct SelectedForward {
@@ -33,6 +37,16 @@ struct Pass<'a> {
     layout: Layout,
     index: Index,
     scale_log2: f32,
+}
+
+/// Where a chunk's partials go.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    buffer: usize,
+    /// The kernel before it on the stream lets it start early.
+    follows: bool,
+    /// And no kernel that still runs then reads the buffer.
+    has_buffer: bool,
 }
 
 impl SelectedForward {
@@ -125,25 +139,26 @@ impl SelectedForward {
         let starts = heads.clone().step_by(self.plan.heads);
         let steps = starts.flat_map(|head| (0..chunks).map(move |chunk| (head, chunk)));
         let stream = pass.context.stream;
-        if self.plan.steps(heads.len()) == 1 {
-            // Nothing overlaps: the side streams would only cost their events.
-            return steps.into_iter().try_for_each(|step| {
+        let buffers = self.plan.buffers;
+        if IN_TURN && self.overlaps() || self.plan.steps(heads.len()) == 1 {
+            // Kernels that order themselves need one stream: each fills the end of the one before.
+            return steps.enumerate().try_for_each(|(number, step)| {
                 let count = (heads.end - step.0).min(self.plan.heads);
-                self.attend(pass, stream, step, count, (0, false))?;
-                self.reduce(pass, stream, step, count, 0)
+                // The first waits for the index, which did not say when the next may start.
+                let place = Place { buffer: number % buffers, follows: number > 0, has_buffer: buffers > 1 };
+                self.attend(pass, stream, step, count, place)?;
+                self.reduce(pass, stream, step, count, place.buffer)
             });
         }
         let set = self.kernels.lanes().take(stream)?;
-        set.fork(stream, self.plan.buffers)?;
+        set.fork(stream, buffers)?;
         for (number, step) in steps.enumerate() {
             let count = (heads.end - step.0).min(self.plan.heads);
-            let buffer = number % self.plan.buffers;
-            // The first waits for the index, which did not say when the next may start.
-            let follows = number >= self.plan.buffers;
-            self.attend(pass, &set.lanes[buffer], step, count, (buffer, follows))?;
-            self.reduce(pass, &set.lanes[buffer], step, count, buffer)?;
+            let place = Place { buffer: number % buffers, follows: number >= buffers, has_buffer: false };
+            self.attend(pass, &set.lanes[place.buffer], step, count, place)?;
+            self.reduce(pass, &set.lanes[place.buffer], step, count, place.buffer)?;
         }
-        Ok(set.join(stream, self.plan.buffers)?)
+        Ok(set.join(stream, buffers)?)
     }
 
     fn attend(
@@ -152,9 +167,9 @@ impl SelectedForward {
         stream: &Stream,
         (head, chunk): (usize, usize),
         heads: usize,
-        (buffer, follows): (usize, bool),
+        place: Place,
     ) -> Result<()> {
-        let (partial, partial_lse) = self.plan.buffer(buffer);
+        let (partial, partial_lse) = self.plan.buffer(place.buffer);
         let params = AttendParams {
             layout: pass.layout,
             index: pass.index,
@@ -167,8 +182,9 @@ impl SelectedForward {
             group_size: self.plan.problem.gqa_group_size() as i32,
             chunk: chunk as i32,
             first_head: head as i32,
+            has_buffer: place.has_buffer.into(),
         };
-        Ok(self.attend.launch(stream, &self.plan.index, heads, follows && self.overlaps(), &params)?)
+        Ok(self.attend.launch(stream, &self.plan.index, heads, place.follows && self.overlaps(), &params)?)
     }
 
     fn reduce(

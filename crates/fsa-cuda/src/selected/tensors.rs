@@ -1,9 +1,12 @@
 //! Device tensors of a call, and the checks that make a launch sound.
 
 use crate::driver::{Call, DeviceSpan};
-use crate::launch::{TensorSpan, check_words};
+use crate::launch::{TensorSpan, check_aligned, check_words};
 use crate::plan::Problem;
 use fsa_core::Result;
+
+/// Statistics of a row: they are read together.
+const ROW_STATS_BYTES: usize = 2 * size_of::<f32>();
 
 /// Tensors of a forward.
 #[derive(Debug, Clone, Copy)]
@@ -57,6 +60,12 @@ pub struct BackwardTensors<'a> {
     pub grad_key: TensorSpan<'a>,
     /// Shape of `value`, written.
     pub grad_value: TensorSpan<'a>,
+    /// Statistics of all rows: `[num_q_heads, total_q]` of two f32, the log2-sum-exp less the log2 of the size of the row's
+    /// gate, and delta, whose lowest bit says that the gate is negative. `forward.out`, `forward.lse` and `grad_lse` are
+    /// not read then, and `grad_out` is not multiplied by the gate.
+    pub row_stats: Option<DeviceSpan<'a>>,
+    /// The gradients are added to what the targets hold, in f32 and rounded once, instead of written.
+    pub accumulate: bool,
 }
 
 impl BackwardTensors<'_> {
@@ -69,14 +78,18 @@ impl BackwardTensors<'_> {
         self.grad_key.require("grad_key", [total_kv, num_kv_heads], sizes)?;
         self.grad_value.require("grad_value", [total_kv, num_kv_heads], sizes)?;
         let bytes = num_q_heads * total_q * size_of::<f32>();
-        self.grad_lse.as_ref().map_or(Ok(()), |grad| check_words("grad_lse", grad, bytes))
+        self.grad_lse.as_ref().map_or(Ok(()), |grad| check_words("grad_lse", grad, bytes))?;
+        let check = |stats| check_aligned("row_stats", stats, 2 * bytes, ROW_STATS_BYTES);
+        self.row_stats.as_ref().map_or(Ok(()), check)
     }
+
     /// What a launch takes of the tensors.
     pub(super) fn call(&self) -> Call {
         let mut call = self.forward.call();
         let tensors = [&self.grad_out, &self.grad_query, &self.grad_key, &self.grad_value];
         call.extend(tensors.into_iter().flat_map(TensorSpan::numbers));
-        call.push(self.grad_lse.map_or(0, |grad| grad.address().0));
+        call.extend([self.grad_lse, self.row_stats].map(|span| span.map_or(0, |span| span.address().0)));
+        call.push(self.accumulate.into());
         call
     }
 }

@@ -6,7 +6,7 @@ use crate::band::BandKernel;
 use crate::band_backward::BandBackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
-use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
+use crate::launch::{LaunchContext, check_batch, check_scale, part, scale_log2};
 use crate::params::{Band, BandBackwardParams, BandParams};
 use crate::plan::{BandBackwardPlan, BandPlan, BandProblem, BandScratch, PlanOptions, RowTiles, Sizes, Tables};
 use crate::prepare::PrepareKernel;
@@ -149,6 +149,15 @@ impl BandForward {
     }
 }
 
+/// How the gradients of a branch become those of a call; by default the attention is the call.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct BranchGrads<'a> {
+    /// Statistics of all rows, with the gates: `out`, `lse` and `grad_lse` are not read then.
+    pub row_stats: Option<DeviceSpan<'a>>,
+    /// `grad_query` is added to.
+    pub accumulate: bool,
+}
+
 /// The gradients alone, for calls that fill the tables themselves.
 #[derive(Debug)]
 pub(super) struct BandBackwardStep {
@@ -171,13 +180,22 @@ impl BandBackwardStep {
         stream: &Stream,
         batch: &DeviceBatch<'_>,
         (tables, workspace): (&Tables, &DeviceSpan<'_>),
-        tensors: &AttentionGradTensors<'_>,
+        (tensors, branch): (&AttentionGradTensors<'_>, &BranchGrads<'_>),
         softmax_scale: f32,
     ) -> Result<()> {
         let sizes = &self.plan.problem.sizes;
         passes(sizes.num_kv_heads, self.plan.kv_heads).try_for_each(|heads| {
             let own = tensors.kv_heads_from(heads.start, sizes);
-            let params = self.params(batch, (tables, workspace), &own, heads.len(), softmax_scale)?;
+            let mut params = self.params(batch, (tables, workspace), &own, heads.len(), softmax_scale)?;
+            params.accumulate = branch.accumulate.into();
+            match &branch.row_stats {
+                Some(stats) => {
+                    let skipped = heads.start * sizes.gqa_group_size();
+                    let row_stats = part(stats, skipped * sizes.row_stats_bytes() / sizes.num_q_heads);
+                    params.row_stats = row_stats.address();
+                }
+                None => self.kernels.statistics(stream, &params)?,
+            }
             Ok(self.kernels.launch(stream, &self.plan.tiles, self.multiprocessors, &params)?)
         })
     }
@@ -205,7 +223,7 @@ impl BandBackwardStep {
             grad_out: tensors.grad_out.device(),
             lse: lse.address(),
             grad_lse: tensors.grad_lse.map_or(Address::default(), |grad| grad.address()),
-            row_stats: row_stats.address(workspace),
+            row_stats: row_stats.map_or(Address::default(), |slot| slot.address(workspace)),
             grad_query: tensors.grad_query.device(),
             grad_key: tensors.grad_key.device(),
             grad_value: tensors.grad_value.device(),
@@ -216,6 +234,7 @@ impl BandBackwardStep {
             num_tiles: tiles.num_tiles as i32,
             num_key_tiles: *num_key_tiles as i32,
             splits: *splits as i32,
+            accumulate: 0,
             query_map: query.map(set, rows, row_boxes, &sizes)?,
             grad_out_map: tensors.grad_out.map(set, rows, row_boxes, &sizes)?,
             key_map: key.map(set, keys, key_boxes, &sizes)?,
@@ -276,6 +295,7 @@ impl BandBackward {
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let tables = plan.tables.tables(&context.workspace);
         self.prepare.launch(context.stream, &plan.tables.params(batch, &context.workspace))?;
+        let tensors = (tensors, &BranchGrads::default());
         self.step.launch(context.stream, batch, (&tables, &context.workspace), tensors, softmax_scale)
     }
 }

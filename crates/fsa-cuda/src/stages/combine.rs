@@ -5,7 +5,7 @@ use crate::combine::CombineKernels;
 use crate::driver::{Address, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{TensorSpan, check_aligned};
-use crate::params::{self, CombineBackwardParams, CombineParams};
+use crate::params::{CombineBackwardParams, CombineParams, CombineStatisticsParams};
 use crate::plan::Sizes;
 use crate::source::Kernel;
 use fsa_core::{Error, Result};
@@ -54,13 +54,13 @@ impl CombineStep {
         Ok(Self { sizes: *sizes, kernels: kernels.one(&specialisation)? })
     }
 
-    fn params(&self, branches: [params::Tensor; 3], gates: Option<&Gates<'_>>, heads: usize) -> CombineParams {
+    fn params(&self, branches: &[TensorSpan<'_>; 3], gates: &Gates<'_>, heads: usize) -> CombineParams {
         CombineParams {
-            branches,
+            branches: branches.each_ref().map(TensorSpan::device),
             out: absent(),
-            gates: gates.map_or(Address::default(), |gates| gates.span.address()),
-            gate_row_stride: gates.map_or(0, |gates| gates.row_stride as i64),
-            gate_head_stride: gates.map_or(0, |gates| gates.head_stride as i64),
+            gates: gates.span.address(),
+            gate_row_stride: gates.row_stride as i64,
+            gate_head_stride: gates.head_stride as i64,
             rows: self.sizes.total_q as i32,
             heads: heads as i32,
         }
@@ -68,40 +68,39 @@ impl CombineStep {
 
     /// The gated sum of `heads` heads.
     pub(super) fn forward(&self, stream: &Stream, tensors: &CombineTensors<'_>, heads: usize) -> Result<()> {
-        let branches = tensors.branches.each_ref().map(TensorSpan::device);
-        let params = CombineParams { out: tensors.out.device(), ..self.params(branches, Some(&tensors.gates), heads) };
-        Ok(self.kernels.combine(stream, &params)?)
+        let params = self.params(&tensors.branches, &tensors.gates, heads);
+        Ok(self.kernels.combine(stream, &CombineParams { out: tensors.out.device(), ..params })?)
     }
 
-    /// The sum of up to three tensors `[rows, heads, head_dim]`, in f32, rounded once. `out` may be one of them.
-    pub(super) fn sum(
-        &self,
-        stream: &Stream,
-        [rows, heads]: [usize; 2],
-        terms: [Option<&TensorSpan<'_>>; 3],
-        out: &TensorSpan<'_>,
-    ) -> Result<()> {
-        let branches = terms.map(|term| term.map_or(absent(), TensorSpan::device));
-        let sum = self.params(branches, None, heads);
-        Ok(self.kernels.combine(stream, &CombineParams { out: out.device(), rows: rows as i32, ..sum })?)
-    }
-
-    /// The gradients of the branches, those of them that are wanted, and of the gates, where they are.
-    pub(super) fn backward(
-        &self,
-        stream: &Stream,
-        (branches, gates): (&[TensorSpan<'_>; 3], &Gates<'_>),
-        grad_out: &TensorSpan<'_>,
-        (grad_branches, grad_gates): ([Option<&TensorSpan<'_>>; 3], Option<&DeviceSpan<'_>>),
-        heads: usize,
-    ) -> Result<()> {
+    /// The gradients of branches and gates.
+    fn backward(&self, stream: &Stream, tensors: &CombineBackwardTensors<'_>) -> Result<()> {
         let params = CombineBackwardParams {
-            forward: self.params(branches.each_ref().map(TensorSpan::device), Some(gates), heads),
-            grad_out: grad_out.device(),
-            grad_branches: grad_branches.map(|grad| grad.map_or(absent(), TensorSpan::device)),
-            grad_gates: grad_gates.map_or(Address::default(), DeviceSpan::address),
+            forward: self.params(&tensors.branches, &tensors.gates, self.sizes.num_q_heads),
+            grad_out: tensors.grad_out.device(),
+            grad_branches: tensors.grad_branches.each_ref().map(TensorSpan::device),
+            grad_gates: tensors.grad_gates.address(),
         };
         Ok(self.kernels.backward(stream, &params)?)
+    }
+
+    /// What stage `nsa` takes of `grad_out` and the outputs of `heads` heads: with their log-sum-exp the statistics of the rows of
+    /// each branch, and the gradients of the gates where they are wanted.
+    pub(super) fn statistics(
+        &self,
+        stream: &Stream,
+        (branches, lse, gates): (&[TensorSpan<'_>; 3], &[DeviceSpan<'_>; 3], &Gates<'_>),
+        grad_out: &TensorSpan<'_>,
+        (row_stats, grad_gates): (Option<&[DeviceSpan<'_>; 3]>, Option<&DeviceSpan<'_>>),
+        heads: usize,
+    ) -> Result<()> {
+        let params = CombineStatisticsParams {
+            forward: self.params(branches, gates, heads),
+            grad_out: grad_out.device(),
+            lse: lse.each_ref().map(DeviceSpan::address),
+            row_stats: row_stats.map_or_else(Default::default, |stats| stats.each_ref().map(DeviceSpan::address)),
+            grad_gates: grad_gates.map_or(Address::default(), DeviceSpan::address),
+        };
+        Ok(self.kernels.statistics(stream, &params)?)
     }
 }
 
@@ -173,7 +172,6 @@ impl CombineBackward {
         grad_out.require("grad_out", shape, sizes)?;
         check_aligned("grad_gates", grad_gates, grad_gates_bytes(sizes, gates), sizes.dtype.size_bytes())?;
         let _bound = self.0.kernels.device().bind().map_err(Error::from)?;
-        let wanted = (grad_branches.each_ref().map(Some), Some(grad_gates));
-        step.backward(stream, (branches, gates), grad_out, wanted, sizes.num_q_heads)
+        step.backward(stream, tensors)
     }
 }

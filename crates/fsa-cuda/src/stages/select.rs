@@ -9,7 +9,7 @@ use crate::launch::{LaunchContext, check_batch, check_scale, check_words, scale_
 use crate::params::SelectParams;
 use crate::plan::{ScorePlan, SelectPlan, SelectProblem, Tables};
 use crate::prepare::PrepareKernel;
-use crate::select::SelectKernel;
+use crate::select::{GROUP_KEYS, SelectKernel};
 use crate::source::{Kernel, Specialisation};
 use fsa_core::{Error, Result};
 use std::sync::Arc;
@@ -60,8 +60,10 @@ impl SelectStep {
             scored_heads: problem.scored_heads() as i32,
             num_tiles: tiles.num_tiles as i32,
             num_kv_heads: sizes.num_kv_heads as i32,
+            segment_steps: self.plan.segment_steps as i32,
+            direct: self.plan.direct.into(),
             query_map: tensors.query.map(set, [sizes.total_q, sizes.num_q_heads], boxes, sizes)?,
-            key_map: tensors.key.map(set, keys, [box_keys(sizes), 1], sizes)?,
+            key_map: tensors.key.map_of_every(GROUP_KEYS, set, (keys, [box_keys(sizes), 1]), sizes)?,
         };
         Ok(self.kernel.launch(stream, tiles, (self.plan.smem_bytes, self.multiprocessors), &params)?)
     }

@@ -103,7 +103,16 @@ impl<'a> AttentionGradTensors<'a> {
     pub(crate) fn selected(&self, topk_indices: DeviceSpan<'a>) -> selected::BackwardTensors<'a> {
         let Self { forward, grad_out, grad_lse, grad_query, grad_key, grad_value } = *self;
         let forward = forward.selected(topk_indices);
-        selected::BackwardTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value }
+        selected::BackwardTensors {
+            forward,
+            grad_out,
+            grad_lse,
+            grad_query,
+            grad_key,
+            grad_value,
+            row_stats: None,
+            accumulate: false,
+        }
     }
 }
 

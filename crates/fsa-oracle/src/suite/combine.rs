@@ -3,16 +3,23 @@
 use super::check::{Check, gradient};
 use crate::array::Array;
 use crate::buffer::Buffer;
-use crate::case::Case;
+use crate::case::{Case, Hostile};
 use crate::combine::{self, CombineInputs};
 use crate::inputs::{Stream, magnitudes, normal, random};
+use crate::random::Random;
 use fsa_core::ops::GateLayout;
 use fsa_core::{Backend, CombineArgs, CombineGrads, Result};
 
-/// Gates in (0, 1), as a sigmoid gives.
+/// Gates in (0, 1), as a sigmoid gives, or of any sign if the case is about that.
 pub(super) fn gates(case: &Case, total_q: usize) -> Buffer {
     let mut random = random(case, Stream::Gates);
-    let values = std::iter::repeat_with(move || random.uniform());
+    let sign = |random: &mut Random| match (case.hostile, case.seed % 3) {
+        (Hostile::SignedGates, 0) => -1.0,
+        (Hostile::SignedGates, 1) => [-1.0, 1.0][random.below(2)],
+        (Hostile::SignedGates, _) => [-1.0, 0.0, 1.0, 1.0][random.below(4)],
+        _ => 1.0,
+    };
+    let values = std::iter::repeat_with(move || random.uniform() * sign(&mut random));
     match case.gates {
         GateLayout::PerRow => Buffer::from_f64("gates", case.dtype, &[total_q, 3], case.layout, values),
         GateLayout::PerHead => {

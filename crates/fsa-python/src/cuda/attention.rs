@@ -191,7 +191,16 @@ pub fn cuda_attention_backward(
             let topk_indices = listed(&topk_indices, planned, problem.topk)?;
             let AttentionTensors { query, key, value, out, lse } = forward;
             let forward = ForwardTensors { query, key, value, topk_indices, out, lse };
-            let backward = BackwardTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value };
+            let backward = BackwardTensors {
+                forward,
+                grad_out,
+                grad_lse,
+                grad_query,
+                grad_key,
+                grad_value,
+                row_stats: None,
+                accumulate: false,
+            };
             detached(py, || launch.launch(&context, &batch, &backward, softmax_scale))
         }
         (Work::BandBackward(problem), Launch::BandBackward(launch)) => {

@@ -1,5 +1,5 @@
-//! Backward of the whole: the gradients of the branches, through each branch to query, keys and values, their sums, and back through
-//! rotation and compression.
+//! Backward of the whole: statistics of the rows of each branch, with which the attentions read the gradient of the output as it is,
+//! through each branch to query, keys and values, where one adds to the other, and back through rotation and compression.
 
 use super::forward::{call, check_rope};
 use super::tensors::NsaBackwardTensors;
@@ -8,9 +8,9 @@ use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
 use crate::plan::{NsaBackwardPlan, NsaProblem, PlanOptions, Sizes, Slot, Tables};
 use crate::prepare::PrepareKernel;
-use crate::selected::SelectedBackward;
+use crate::selected::{BackwardTensors, SelectedBackward};
 use crate::source::Kernel;
-use crate::stages::band::BandBackwardStep;
+use crate::stages::band::{BandBackwardStep, BranchGrads};
 use crate::stages::combine::CombineStep;
 use crate::stages::compress::CompressStep;
 use crate::stages::tensors::passes;
@@ -26,8 +26,6 @@ pub struct NsaBackward {
     kernels: Arc<Kernels>,
     plan: NsaBackwardPlan,
     prepare: Arc<PrepareKernel>,
-    /// Of all heads, for the gradient of the gates.
-    gates: CombineStep,
     combine: CombineStep,
     compressed: BandBackwardStep,
     selected: SelectedBackward,
@@ -48,19 +46,8 @@ struct Pass<'a> {
     sizes: Sizes,
 }
 
-impl<'a> Pass<'a> {
-    fn tensor(&self, slot: &Slot, heads: usize) -> TensorSpan<'a> {
-        TensorSpan::contiguous(slot.span(&self.workspace), heads, self.sizes.head_dim)
-    }
-}
-
-/// Temporaries of one pass as tensors.
-struct Temporaries<'a> {
-    branches: [TensorSpan<'a>; 3],
-    query: [TensorSpan<'a>; 2],
-    window: [TensorSpan<'a>; 2],
-    compressed: [TensorSpan<'a>; 2],
-}
+/// Gradients of compressed keys and values.
+type CompressedGrads<'a> = [TensorSpan<'a>; 2];
 
 impl NsaBackward {
     /// Plans a call and makes its kernels ready; compiles those that this process and the cache lack, side by side. `rope` comes
@@ -86,8 +73,7 @@ impl NsaBackward {
         Ok(Self {
             kernels: Arc::clone(kernels),
             prepare: kernels.one(&pass.specialisation(Kernel::Prepare, set))?,
-            gates: CombineStep::new(kernels, &problem.sizes)?,
-            combine: CombineStep::new(kernels, &pass.sizes)?,
+            combine: CombineStep::new(kernels, &problem.sizes)?,
             compressed: BandBackwardStep::new(kernels, compressed)?,
             selected: SelectedBackward::plan(kernels, &pass.selected(), &options)?,
             window: BandBackwardStep::new(kernels, window)?,
@@ -146,81 +132,77 @@ impl NsaBackward {
             self.prepare.launch(stream, &tables.params(batch, &workspace))?;
         }
         let tables = plan.tables.each_ref().map(|tables| tables.tables(&workspace));
-        let all = plan.problem.sizes.num_q_heads;
-        let gates = (&tensors.saved.branches, &tensors.gates);
-        self.gates.backward(stream, gates, &tensors.grad_out, ([None; 3], Some(&tensors.grad_gates)), all)?;
-        let pass = Pass { stream, workspace, batch, tables, softmax_scale, sizes: plan.pass().sizes };
-        passes(plan.problem.sizes.num_kv_heads, plan.kv_heads)
-            .try_for_each(|heads| self.launch_pass(&pass, &tensors.heads_from(heads.start, &plan.problem)))
-    }
-
-    fn launch_pass<'a>(&self, pass: &Pass<'a>, tensors: &NsaBackwardTensors<'a>) -> Result<()> {
-        let Sizes { total_q, total_kv, num_q_heads, num_kv_heads, .. } = pass.sizes;
-        let plan = &self.plan.temporaries;
-        let of_tokens = |slot: &Slot| pass.tensor(slot, num_kv_heads);
-        let temporaries = Temporaries {
-            branches: plan.branches.each_ref().map(|slot| pass.tensor(slot, num_q_heads)),
-            query: plan.query.each_ref().map(|slot| pass.tensor(slot, num_q_heads)),
-            window: plan.window.each_ref().map(of_tokens),
-            compressed: plan.compressed.each_ref().map(of_tokens),
-        };
-        self.launch_branches(pass, tensors, &temporaries)?;
-        let [compressed, selected] = &temporaries.query;
-        let [key, value] = &temporaries.window;
-        let NsaBackwardTensors { grad_query, grad_key, grad_value, .. } = tensors;
-        let sums = [
-            ([total_q, num_q_heads], [Some(compressed), Some(selected), Some(grad_query)], grad_query),
-            ([total_kv, num_kv_heads], [Some(grad_key), Some(key), None], grad_key),
-            ([total_kv, num_kv_heads], [Some(grad_value), Some(value), None], grad_value),
-        ];
-        for (shape, terms, out) in sums {
-            self.combine.sum(pass.stream, shape, terms, out)?;
+        let sizes = &plan.problem.sizes;
+        let one_pass = plan.kv_heads == sizes.num_kv_heads;
+        if !one_pass {
+            // A gate may belong to the heads of all passes.
+            self.statistics(stream, tensors, (None, Some(&tensors.grad_gates)), sizes.num_q_heads)?;
         }
-        self.rotate_back(pass, tensors, &temporaries)?;
-        self.launch_compressions(pass, tensors, &temporaries)
+        let pass = Pass { stream, workspace, batch, tables, softmax_scale, sizes: plan.pass().sizes };
+        passes(sizes.num_kv_heads, plan.kv_heads).try_for_each(|heads| {
+            let grad_gates = one_pass.then_some(&tensors.grad_gates);
+            self.launch_pass(&pass, &tensors.heads_from(heads.start, &plan.problem), grad_gates)
+        })
     }
 
-    /// The gradients of query, key and value through every branch.
+    fn launch_pass<'a>(
+        &self,
+        pass: &Pass<'a>,
+        tensors: &NsaBackwardTensors<'a>,
+        grad_gates: Option<&DeviceSpan<'a>>,
+    ) -> Result<()> {
+        let Sizes { num_q_heads, num_kv_heads, head_dim, .. } = pass.sizes;
+        let slots = &self.plan.temporaries;
+        let row_stats = slots.row_stats.each_ref().map(|slot| slot.span(&pass.workspace));
+        let tensor = |slot: &Slot| TensorSpan::contiguous(slot.span(&pass.workspace), num_kv_heads, head_dim);
+        let compressed = slots.compressed.each_ref().map(tensor);
+        self.statistics(pass.stream, tensors, (Some(&row_stats), grad_gates), num_q_heads)?;
+        self.launch_branches(pass, tensors, &row_stats, &compressed)?;
+        self.rotate_back(pass, tensors, &compressed)?;
+        self.launch_compressions(pass, tensors, &compressed)
+    }
+
+    /// What is wanted of the statistics of the rows of each branch and of the gradients of the gates.
+    fn statistics(
+        &self,
+        stream: &Stream,
+        NsaBackwardTensors { saved, gates, grad_out, .. }: &NsaBackwardTensors<'_>,
+        wanted: (Option<&[DeviceSpan<'_>; 3]>, Option<&DeviceSpan<'_>>),
+        heads: usize,
+    ) -> Result<()> {
+        self.combine.statistics(stream, (&saved.branches, &saved.lse, gates), grad_out, wanted, heads)
+    }
+
+    /// The gradients of query, key and value through every branch: the window writes them and the others add to them.
     fn launch_branches<'a>(
         &self,
         pass: &Pass<'a>,
         tensors: &NsaBackwardTensors<'a>,
-        temporaries: &Temporaries<'a>,
+        row_stats: &[DeviceSpan<'a>; 3],
+        compressed: &CompressedGrads<'a>,
     ) -> Result<()> {
         let Pass { stream, workspace, batch, ref tables, softmax_scale, .. } = *pass;
-        let (saved, grad_out) = (&tensors.saved, &temporaries.branches);
-        let heads = pass.sizes.num_q_heads;
-        let gradient = |wanted: [bool; 3]| {
-            let branches = [0, 1, 2].map(|b| wanted[b].then_some(&grad_out[b]));
-            let inputs = (&saved.branches, &tensors.gates);
-            self.combine.backward(stream, inputs, &tensors.grad_out, (branches, None), heads)
-        };
-        let only = |b: usize| [0, 1, 2].map(|branch| branch == b);
-        let next = |b: usize| if self.plan.branches_at_once { Ok(()) } else { gradient(only(b)) };
-        gradient(if self.plan.branches_at_once { [true; 3] } else { only(0) })?;
+        let saved = &tensors.saved;
         let [query, key] = saved.rotated.unwrap_or([tensors.query, tensors.key]);
-        let branch = |b: usize, [key, value]: [TensorSpan<'a>; 2]| AttentionTensors {
-            query,
-            key,
-            value,
-            out: saved.branches[b],
-            lse: saved.lse[b],
-        };
-        let through = |b: usize, keys, grad_query, [grad_key, grad_value]: [TensorSpan<'a>; 2]| {
-            let (forward, grad_out) = (branch(b, keys), grad_out[b]);
+        let through = |b: usize, [key, value]: [TensorSpan<'a>; 2], [grad_key, grad_value]: [TensorSpan<'a>; 2]| {
+            let forward = AttentionTensors { query, key, value, out: saved.branches[b], lse: saved.lse[b] };
+            let NsaBackwardTensors { grad_out, grad_query, .. } = *tensors;
             AttentionGradTensors { forward, grad_out, grad_lse: None, grad_query, grad_key, grad_value }
         };
         let scratch = self.plan.scratch.span(&workspace);
-        let compressed = through(0, saved.compressed, temporaries.query[0], temporaries.compressed);
-        self.compressed.launch(stream, batch, (&tables[0], &scratch), &compressed, softmax_scale)?;
-        next(1)?;
-        let tokens = [key, tensors.value];
-        let selected = through(1, tokens, temporaries.query[1], [tensors.grad_key, tensors.grad_value]);
-        let context = LaunchContext { stream, workspace: scratch };
-        self.selected.launch(&context, batch, &selected.selected(tensors.topk_indices), softmax_scale)?;
-        next(2)?;
-        let window = through(2, tokens, tensors.grad_query, temporaries.window);
-        self.window.launch(stream, batch, (&tables[1], &scratch), &window, softmax_scale)
+        let [compressed, selected, window] = [
+            through(0, saved.compressed, *compressed),
+            through(1, [key, tensors.value], [tensors.grad_key, tensors.grad_value]),
+            through(2, [key, tensors.value], [tensors.grad_key, tensors.grad_value]),
+        ];
+        let [of_compressed, of_selected, of_window] = row_stats.map(Some);
+        let first = BranchGrads { row_stats: of_window, accumulate: false };
+        self.window.launch(stream, batch, (&tables[1], &scratch), (&window, &first), softmax_scale)?;
+        let selected = selected.selected(tensors.topk_indices);
+        let selected = BackwardTensors { row_stats: of_selected, accumulate: true, ..selected };
+        self.selected.launch(&LaunchContext { stream, workspace: scratch }, batch, &selected, softmax_scale)?;
+        let last = BranchGrads { row_stats: of_compressed, accumulate: true };
+        self.compressed.launch(stream, batch, (&tables[0], &scratch), (&compressed, &last), softmax_scale)
     }
 
     /// Gradients of query, key and compressed key, in place.
@@ -228,7 +210,7 @@ impl NsaBackward {
         &self,
         pass: &Pass<'_>,
         tensors: &NsaBackwardTensors<'_>,
-        temporaries: &Temporaries<'_>,
+        compressed: &CompressedGrads<'_>,
     ) -> Result<()> {
         let Some(rope) = &self.rope else { return Ok(()) };
         let NsaProblem { sizes: Sizes { num_q_heads, num_kv_heads, .. }, windows, .. } = self.plan.pass();
@@ -236,7 +218,7 @@ impl NsaBackward {
         let turns = [
             (RopeRows::Query, &tensors.grad_query, num_q_heads),
             (RopeRows::Key, &tensors.grad_key, num_kv_heads),
-            (RopeRows::Compressed { windows, cu_compressed }, &temporaries.compressed[0], num_kv_heads),
+            (RopeRows::Compressed { windows, cu_compressed }, &compressed[0], num_kv_heads),
         ];
         turns.into_iter().try_for_each(|(rows, tensor, heads)| {
             rope.launch_on(pass.stream, pass.batch, &rows, (tensor, tensor, heads), true)
@@ -248,12 +230,12 @@ impl NsaBackward {
         &self,
         pass: &Pass<'_>,
         tensors: &NsaBackwardTensors<'_>,
-        temporaries: &Temporaries<'_>,
+        compressed: &CompressedGrads<'_>,
     ) -> Result<()> {
         let sides = [(tensors.key, tensors.grad_key), (tensors.value, tensors.grad_value)];
         for (c, (input, grad_input)) in sides.into_iter().enumerate() {
             let (parameters, gradients) = (tensors.parameters[c], tensors.grad_parameters[c]);
-            let grad_out = temporaries.compressed[c];
+            let grad_out = compressed[c];
             let compress = CompressBackwardTensors {
                 forward: CompressTensors {
                     input,

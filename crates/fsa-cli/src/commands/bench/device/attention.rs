@@ -131,7 +131,16 @@ impl Attention {
                 let planned = SelectedBackward::plan(setup.kernels, &problem, &setup.options)?;
                 let forward = selected(&forward, ids.as_ref().map(DeviceBuffer::span))?;
                 let AttentionGradTensors { grad_out, grad_lse, grad_query, grad_key, grad_value, .. } = tensors;
-                let tensors = BackwardTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value };
+                let tensors = BackwardTensors {
+                    forward,
+                    grad_out,
+                    grad_lse,
+                    grad_query,
+                    grad_key,
+                    grad_value,
+                    row_stats: None,
+                    accumulate: false,
+                };
                 let bytes = planned.workspace_bytes();
                 Planned::new(bytes, move |context| planned.launch(context, &batch.get(), &tensors, scale))
             }
