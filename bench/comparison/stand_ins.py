@@ -1,10 +1,12 @@
-"""Stand-ins for packages that the peers import: what they call, and no more. Installed packages have precedence.
+"""Stand-ins for packages that the peers import: what they call, and no more. Installed packages have precedence, but for the
+formulas of rotary embeddings.
 
 FlashAttention's kernel is the one that PyTorch carries; its rotary embedding is one Triton kernel, too.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import re
@@ -32,12 +34,10 @@ def install() -> None:
             "flash_attn_2_cuda": {"varlen_fwd": _varlen_forward},
         }
     )
-    _stand_in(
-        {
-            "transformers": {},
-            "transformers.modeling_rope_utils": {"ROPE_INIT_FUNCTIONS": {"default": _default, "llama3": _llama3}},
-        }
-    )
+    formulas = {"default": _default, "llama3": _llama3}
+    _stand_in({"transformers": {}, "transformers.modeling_rope_utils": {"ROPE_INIT_FUNCTIONS": formulas}})
+    # The formulas of transformers 5 ask more of a configuration than the peers' has.
+    importlib.import_module("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS = formulas
 
 
 def _stand_in(modules: dict[str, dict[str, Any]]) -> None:

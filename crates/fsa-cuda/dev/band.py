@@ -129,9 +129,9 @@ def select(s, q, k, lse, ids, scale, block_size=64, init=1, local=2, heads=None)
         step = 128 if d <= 128 else 64
         keys = block_size // s.kernel_stride
         p.direct = int(keys == 4 and s.tile_heads in (1, 2, 4, 8))
-        blocks, shared = step // keys, row * (128 + 2 * step) + 32 * 34 * 8 + t * (topk * 8 + 32) + (0 if p.direct else 2 * 128 * (step // 4 + 8) * 4)
-        p.segment_steps = min((227 * 1024 - 4096 - shared) // (t * blocks * 4), 512 // blocks)
-        shared += t * p.segment_steps * blocks * 4
+        blocks, shared = step // keys, row * (128 + 2 * step) + 8 * 272 + t * (272 + 32) + (0 if p.direct else 2 * 128 * (step // 4 + 8) * 4)
+        p.segment_steps = min((227 * 1024 - 4096 - shared) // (t * 128) * 32, 512) // blocks
+        shared += t * -(-p.segment_steps * blocks // 32) * 128
         grid, threads = (max(1, min(s.num_tiles * s.hk, MULTIPROCESSORS)), 1, 1), 384
     else:
         steps, reach, floor2 = block_size // s.kernel_stride, s.kernel_size // s.kernel_stride - 1, lambda n: 1 << (n.bit_length() - 1)

@@ -246,8 +246,10 @@ FSA_DEVICE void merge(TileState& state, const ReduceParams& p, const DenseContex
     __syncwarp();
     const char* partials_low = (const char*)p.partial + (chunk_row + low) * slots * PARTIAL_ROW_BYTES;
     const char* partials_high = partials_low + 8 * slots * PARTIAL_ROW_BYTES;
-    if constexpr (NARROW_PARTIALS) merge_narrow(state.out, partials_low, partials_high, count_low, count_high, (const NarrowSlot*)lse_low, (const NarrowSlot*)lse_high);
-    else merge_partials(state.out, partials_low, partials_high, count_low, count_high, lse_low, lse_high);
+    if constexpr (NARROW_PARTIALS)
+        merge_narrow(state.out, partials_low, partials_high, count_low, count_high, (const NarrowSlot*)lse_low, (const NarrowSlot*)lse_high);
+    else
+        merge_partials(state.out, partials_low, partials_high, count_low, count_high, lse_low, lse_high);
 }
 
 // Rows whose id found no slot: their blocks one at a time, lowest first. Rare.

@@ -5,8 +5,8 @@
 //        keys first. A tile holds all heads that vote.
 // ROLES  Two warpgroups of 64 rows consume, a thread of a third produces. It brings every fourth key of a step at a time, so that the four keys of a group meet
 //        in one thread. The scores of the next step are computed while a warp pools those of the current one in its registers to groups, adds up
-//        the heads, and leaves ranks of blocks in shared memory. Whenever a segment of blocks is full, a warp takes it into the lists of its tokens.
-// SMEM   Query tile of 128 rows, two stages of keys, candidates [8 warps, 4, 32], ranks of a segment [tokens, blocks], lists [tokens, topk]; where heads are not
+//        the heads, and leaves ranks of blocks in shared memory. Whenever a segment of blocks is full, a warp takes it into the candidates of its tokens.
+// SMEM   Query tile of 128 rows, two stages of keys, candidates [tokens, 32], ranks of a segment [tokens, blocks]; where heads are not
 //        added up in registers two buffers of group sums [128 rows, groups].
 // SYNC   An mbarrier pair per stage and for the queries. Where the heads of a token are rows of one warp, warps go their own ways; else a named barrier of the
 //        consumers per step, when the sums of both are there.
@@ -19,8 +19,7 @@ constexpr int GROUPS = STEP_KEYS / 4;           // of four keys
 constexpr int GROUP_WORDS = GROUPS + 8;         // between rows of sums: 4 rows times 8 groups fall into different banks
 constexpr int SEGMENT_PAD = 8;                  // between tokens' ranks, for the same reason
 constexpr int SUM_BUFFERS = 2, SUM_WORDS = CTA_ROWS * GROUP_WORDS, WARPS = CONSUMER_THREADS / 32;
-constexpr int CANDIDATE_BYTES = WARPS * LIST_TOKENS * CANDIDATE_WORDS * 8;
-constexpr int SMEM_BYTES = RowTile::BYTES + STAGES * KeyTile::BYTES + CANDIDATE_BYTES;  // and ranks and lists of the tokens, and sums
+constexpr int SMEM_BYTES = RowTile::BYTES + STAGES * KeyTile::BYTES + WARPS * CANDIDATE_WORDS * 8;  // and candidates and ranks of the tokens, and sums
 // Key 4 q + e of a step is row GROUPS e + q of its tile: column 8 i + 2 t + c of the scores, in lane t of a quad, is key 4 (8 (i % OCTETS) + 2 t + c) + i / OCTETS.
 constexpr int OCTETS = GROUPS / 8;
 typedef f32 GroupSums[2 * OCTETS];              // of a row: groups 8 j + 2 t, 8 j + 2 t + 1
@@ -55,14 +54,13 @@ struct SelectWork {
 };
 // Blocks of a step, a power of two.
 FSA_DEVICE int step_blocks(const SelectParams& p) { return STEP_KEYS / (BLOCK_SIZE / p.band.kernel_stride); }
-// Words from a token's ranks to the next one's.
-FSA_DEVICE int segment_words(const SelectParams& p) { return (p.segment_steps * step_blocks(p) + 3) / 4 * 4 + SEGMENT_PAD; }
+// Words from a token's ranks to the next one's. They are read 32 at a time.
+FSA_DEVICE int segment_words(const SelectParams& p) { return ceil_div(p.segment_steps * step_blocks(p), 32) * 32 + SEGMENT_PAD; }
 
 struct SelectMemory {
     u32 query, keys;
-    u64* candidates;            // [warps, LIST_TOKENS, CANDIDATE_WORDS]
+    u64* candidates;            // [warps and tokens, CANDIDATE_WORDS]
     u32* ranks;                 // [tokens, segment_words]
-    u64* lists;                 // [tokens, topk]
     f32* sums;                  // [2, 128, GROUP_WORDS]
     Ring<1> query_ring;
     Ring<STAGES> key_ring;
@@ -124,7 +122,7 @@ struct SelectConsumer {
     int row;                    // the thread's first; the other is 8 more
     u32 step, tile;             // numbers in the rings
     int blocks, segment;        // of a step; words from a token's ranks to the next one's
-    // The warp's tokens: those of its rows, where a token's rows are in one warp, or every eighth.
+    // The warp's tokens of the tile: those of its rows, where a token's rows are in one warp, or every eighth.
     bool straddles;
     int first_token, token_step, end_token;
     int filled;                 // steps of the segment
@@ -200,23 +198,24 @@ struct SelectConsumer {
             target[token * segment] = (u32)TopBlocks::rank_of(score);
         }
     }
-    // The lane's token of the four from `first` on; -1 if there are not as many.
-    FSA_DEVICE int lane_token(int first) const {
-        const int token = first + (threadIdx.x & 31) / LIST_LANES * token_step;
-        return token < end_token ? token : -1;
-    }
-    // Takes the ranks of the segment, which ends with step `last`, into the lists.
+    FSA_DEVICE u64* candidates(int token) const { return m.candidates + (WARPS + token) * CANDIDATE_WORDS; }
+    // What lanes without a token have.
+    FSA_DEVICE u64* idle() const { return m.candidates + threadIdx.x / 32 * CANDIDATE_WORDS; }
+    // The lane's token of the four from `first` on, which may be behind the last.
+    FSA_DEVICE int lane_token(int first) const { return first + (threadIdx.x & 31) / LIST_LANES * token_step; }
+    FSA_DEVICE RowBlocks blocks_of(const SelectWork& w, int token) const { return row_blocks(w.tile.position + token, p.topk, p.init_blocks, p.local_blocks); }
+
+    // Takes the ranks of the segment, which ends with step `last`, into the candidates.
     FSA_DEVICE void offer(const SelectWork& w, int last) {
         const int end = (w.first_step + last + 1) * blocks, begin = end - filled * blocks;
-        u64* scratch = m.candidates + (threadIdx.x / LIST_LANES) * CANDIDATE_WORDS;
         __syncwarp();
         FSA_NO_UNROLL for (int first = first_token; first < end_token; first += LIST_TOKENS * token_step) {
-            const int token = max_i(0, lane_token(first));
-            const RowBlocks row = row_blocks(w.tile.position + token, p.topk, p.init_blocks, p.local_blocks);
+            const int token = min_i(lane_token(first), end_token - 1);
+            const RowBlocks row = blocks_of(w, token);
             const int first_block = max_i(begin, row.first_scored), end_block = min_i(end, row.end_scored);
-            const bool takes = lane_token(first) >= 0 && !row.lists_all() && first_block < end_block;
-            const TokenSegment t = {m.ranks + token * segment, begin, first_block, end_block, takes ? row.places : 0, takes ? min_i(row.places, first_block - row.first_scored) : 0};
-            offer_segments(m.lists + token * p.topk, scratch, t, ceil_div(end - begin, 32));
+            const bool takes = lane_token(first) < end_token && !row.lists_all() && first_block < end_block;
+            const TokenSegment t = {m.ranks + token * segment, begin, first_block, end_block, takes ? row.places : 0, first_block == row.first_scored};
+            offer_segments(candidates(token), idle(), t, ceil_div(end - begin, 32));
         }
         filled = 0;
         __syncwarp();
@@ -233,12 +232,13 @@ struct SelectConsumer {
         wgmma_pin(s);
         m.key_ring.release(step++);
     }
-    // Pools the scores of step n and ranks its blocks.
-    FSA_DEVICE void take(Scores& s, const SelectWork& w, const Voter& low, const Voter& high, int n, bool mask_all, bool overlap) {
-        probabilities(s, low, high, w.key(n), mask_all || w.key(n) + STEP_KEYS > w.end_common);
-        GroupSums low_sums, high_sums;
+    FSA_DEVICE void pool_step(GroupSums& low_sums, GroupSums& high_sums, Scores& s, const Voter& low, const Voter& high, int key, bool masked, bool overlap) {
+        probabilities(s, low, high, key, masked);
         pool<false>(low_sums, s, carry_low, overlap);
         pool<true>(high_sums, s, carry_high, overlap);
+    }
+    // Leaves the ranks of step n, and takes a segment that is full.
+    FSA_DEVICE void rank_step(GroupSums& low_sums, GroupSums& high_sums, const SelectWork& w, int n) {
         const int rows = p.direct ? p.band.tile_heads : 0;
         if (rows == 4) rank_rows<4>(low_sums, row), rank_rows<4>(high_sums, row + 8);
         else if (rows == 1) rank_rows<1>(low_sums, row), rank_rows<1>(high_sums, row + 8);
@@ -248,22 +248,25 @@ struct SelectConsumer {
         if (++filled == p.segment_steps || n + 1 == w.steps) offer(w, n);
     }
 
+    // The product of the next step runs under the ranks of this one and under the other warpgroup's arithmetic: a second set of scores costs more in
+    // copies than it hides.
     FSA_DEVICE void walk(const SelectWork& w, const Voter& low, const Voter& high) {
         const bool mask_all = __any_sync(0xffffffffu, low.end == 0 || high.end == 0), overlap = p.band.kernel_size != p.band.kernel_stride;
         Scores s;
+        GroupSums low_sums, high_sums;
         carry_low = carry_high = 0.0f;
         m.query_ring.wait(tile);
         start(s);
-        wait(s);
         FSA_NO_UNROLL for (int n = 0; n + 1 < w.steps; ++n) {
-            Scores next;        // under way while these are pooled
-            start(next);
-            take(s, w, low, high, n, mask_all, overlap);
-            wait(next);
-            FSA_UNROLL for (int i = 0; i < STEP_KEYS / 2; ++i) s[i] = next[i];
+            wait(s);
+            pool_step(low_sums, high_sums, s, low, high, w.key(n), mask_all || w.key(n) + STEP_KEYS > w.end_common, overlap);
+            start(s);
+            rank_step(low_sums, high_sums, w, n);
         }
+        wait(s);
         m.query_ring.release(tile++);
-        take(s, w, low, high, w.steps - 1, mask_all, overlap);
+        pool_step(low_sums, high_sums, s, low, high, w.key(w.steps - 1), true, overlap);
+        rank_step(low_sums, high_sums, w, w.steps - 1);
     }
 
     FSA_DEVICE void open() {
@@ -280,12 +283,12 @@ struct SelectConsumer {
         const int met = w.steps == 0 ? 0 : (w.first_step + w.steps) * blocks;
         __syncwarp();
         FSA_NO_UNROLL for (int first = first_token; first < end_token; first += LIST_TOKENS * token_step) {
-            const int token = max_i(0, lane_token(first));
-            const RowBlocks row = row_blocks(w.tile.position + token, p.topk, p.init_blocks, p.local_blocks);
+            const int token = min_i(lane_token(first), end_token - 1);
+            const RowBlocks row = blocks_of(w, token);
             i32* target = p.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token + token) * p.topk;
             // Blocks behind the last step were not met: no key of theirs is seen, and they come last.
             const int unmet = max_i(row.first_scored, met), held = min_i(row.places, unmet - row.first_scored);
-            list_tokens(target, m.lists + token * p.topk, row, p.topk, held, unmet, lane_token(first) >= 0);
+            list_tokens(target, candidates(token), idle(), row, p.topk, held, unmet, lane_token(first) < end_token);
         }
         __syncwarp();
     }
@@ -298,9 +301,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) select(const __grid_con
     m.query = shared_address(shared);
     m.keys = m.query + RowTile::BYTES;
     m.candidates = (u64*)(shared + RowTile::BYTES + STAGES * KeyTile::BYTES);
-    m.ranks = (u32*)(m.candidates + CANDIDATE_BYTES / 8);
-    m.lists = (u64*)(m.ranks + p.band.tile_tokens * segment_words(p));
-    m.sums = (f32*)(m.lists + p.band.tile_tokens * p.topk);
+    m.ranks = (u32*)(m.candidates + (WARPS + p.band.tile_tokens) * CANDIDATE_WORDS);
+    m.sums = (f32*)(m.ranks + p.band.tile_tokens * segment_words(p));
     m.query_ring = Ring<1>::at(shared_address(barriers));
     m.key_ring = Ring<STAGES>::at(shared_address(barriers + 2));
     if (threadIdx.x == 0) {

@@ -30,10 +30,11 @@ const STAGES: usize = 2;
 pub(crate) const GROUP_KEYS: usize = 4;
 const SUM_BUFFERS: usize = 2;
 const PAD: usize = 8;
-/// On Hopper: places for the best blocks of a row; lanes that make the list of a token, and words of its candidates; blocks of a segment.
+/// On Hopper: places for the best blocks of a row; candidates for them; blocks of a segment.
 const MAX_PLACES: usize = 24;
-const LIST_LANES: usize = 8;
-const CANDIDATE_WORDS: usize = 34;
+const CANDIDATE_BYTES: usize = 34 * size_of::<u64>();
+/// Ranks of a token that are read at a time.
+const RANKS: usize = 32;
 const MAX_SEGMENT: usize = 512;
 /// Compressed keys of a block on Hopper, at most: no more than a step has.
 const HOPPER_STEPS: usize = 64;
@@ -91,7 +92,7 @@ fn hopper_step_keys(specialisation: &Specialisation) -> usize {
 /// What a CTA on Hopper takes besides what it has per token: queries, keys, candidates.
 fn hopper_smem_bytes(specialisation: &Specialisation) -> usize {
     let (rows, keys) = (tile_rows(specialisation), hopper_step_keys(specialisation));
-    let candidates = 2 * WARPGROUP / LIST_LANES * CANDIDATE_WORDS * size_of::<u64>();
+    let candidates = 2 * WARPGROUP / 32 * CANDIDATE_BYTES;
     tile_bytes(rows, specialisation.head_dim) + STAGES * tile_bytes(keys, specialisation.head_dim) + candidates
 }
 
@@ -106,9 +107,9 @@ pub(crate) fn smem_bytes(specialisation: &Specialisation, scoring: &Scoring) -> 
     let Scoring { tile_tokens, steps, reach, topk, segment_steps, .. } = *scoring;
     let word = size_of::<f32>();
     if specialisation.set == KernelSet::Sm90 {
-        let ranks = ((segment_steps * scoring.step_blocks(specialisation)).next_multiple_of(4) + PAD) * word;
+        let ranks = ((segment_steps * scoring.step_blocks(specialisation)).next_multiple_of(RANKS) + PAD) * word;
         let sums = if scoring.direct { 0 } else { hopper_sum_bytes(specialisation) };
-        return hopper_smem_bytes(specialisation) + tile_tokens * (topk * size_of::<u64>() + ranks) + sums;
+        return hopper_smem_bytes(specialisation) + tile_tokens * (CANDIDATE_BYTES + ranks) + sums;
     }
     let open = (STEP_KEYS - 1 + reach) / steps + 2;
     let kept = (1 << (KEPT_SCORES / tile_tokens).max(1).ilog2()).max(open.next_power_of_two());
@@ -156,6 +157,7 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
             ("CTA_ROWS", tile_rows(specialisation)),
             ("THREADS", HOPPER_THREADS),
             ("MAX_PLACES", MAX_PLACES),
+            ("CANDIDATE_WORDS * 8", CANDIDATE_BYTES),
             ("MAX_SEGMENT", MAX_SEGMENT),
             ("SEGMENT_PAD", PAD),
             ("SUM_BUFFERS * SUM_WORDS * 4", hopper_sum_bytes(specialisation)),

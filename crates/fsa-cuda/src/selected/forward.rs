@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 /// Chunks follow each other on one stream where the kernels order themselves, so that a chunk's partials are merged right after they
 /// were written; else they take turns on a stream per buffer.
-const IN_TURN: bool = true;
+const IN_TURN: bool = false;
 
 /// A planned forward with its kernels.
 #[derive(Debug)]
