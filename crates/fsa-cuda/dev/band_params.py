@@ -1,7 +1,7 @@
 """The parameter structs of the stages with an interval of keys, and the driver's tensor maps; field for field as kernels/base/params.cuh."""
 import ctypes
 from ctypes import c_void_p as ptr, c_int32 as i32, c_int64 as i64, c_float as f32, c_uint64 as u64
-from params import Tensor
+from params import Branch, Tensor
 
 
 class TensorMap(ctypes.Structure):
@@ -39,7 +39,7 @@ def padded(fields):
 
 class BandParams(ctypes.Structure):
     _pack_ = 1
-    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out")] + [("lse", ptr), ("scale_log2", f32), ("num_tiles", i32), ("num_kv_heads", i32)] + [
+    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out")] + [("lse", ptr), ("branch", Branch), ("scale_log2", f32), ("num_tiles", i32), ("num_kv_heads", i32)] + [
         (n, TensorMap) for n in ("query_map", "key_map", "value_map")])
 
 

@@ -7,6 +7,14 @@ class Tensor(ctypes.Structure):
     _fields_ = [("data", ptr), ("row_stride", i64), ("head_stride", i64)]
 
 
+class Gates(ctypes.Structure):
+    _fields_ = [("data", ptr), ("row_stride", i64), ("head_stride", i64)]
+
+
+class Branch(ctypes.Structure):
+    _fields_ = [("sum", Tensor), ("gates", Gates), ("number", i32), ("accumulate", i32), ("discards", i32)]
+
+
 class Layout(ctypes.Structure):
     _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "tile_base", "block_base", "chunk_token", "tiles")] + [
         (n, i32) for n in ("batch", "total_q", "num_chunks", "chunk_tiles", "max_tiles")]
@@ -23,12 +31,12 @@ class IndexParams(ctypes.Structure):
 
 class AttendParams(ctypes.Structure):
     _fields_ = [("layout", Layout), ("index", Index), ("query", Tensor), ("key", Tensor), ("value", Tensor), ("partial", ptr), ("partial_lse", ptr),
-                ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32), ("has_buffer", i32)]
+                ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32)]
 
 
 class ReduceParams(ctypes.Structure):
     _fields_ = [("layout", Layout), ("index", Index), ("query", Tensor), ("key", Tensor), ("value", Tensor), ("out", Tensor), ("partial", ptr),
-                ("partial_lse", ptr), ("lse", ptr), ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32)]
+                ("partial_lse", ptr), ("lse", ptr), ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32), ("branch", Branch)]
 
 
 class BackwardParams(ctypes.Structure):

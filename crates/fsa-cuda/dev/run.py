@@ -6,7 +6,6 @@ bench, bench_wide         medians of graph replays, index building included
 repeat                    bitwise repeatability
 million                   1,048,576 tokens: time, memory, sampled rows
 tune, tune_backward       one change at a time
-variants, check_variants  ways to write the forward, each timed, each against float64
 
 FSA_DEV_SET=sm80          the portable kernels instead of those for Hopper; compile takes them for sm_80, sm_89 and sm_90a
 """
@@ -241,46 +240,6 @@ def tune():
         bench(two, **options)
 
 
-# in_turn: chunks on one stream instead of one per buffer. FSA_MERGE_FIRST: half of the tiles merge before their dense blocks. FSA_PARTIAL_BITS:
-# partials of 12 bits. FSA_DISCARD: partials that were read are dropped from L2.
-VARIANTS = [dict(in_turn=0, defines=dict(FSA_MERGE_FIRST=0)), dict(in_turn=0), dict(in_turn=1), dict(in_turn=1, defines=dict(FSA_DISCARD=1)),
-            dict(in_turn=0, defines=dict(FSA_PARTIAL_BITS=12)), dict(in_turn=1, defines=dict(FSA_PARTIAL_BITS=12))]
-
-
-def variants():
-    """The forward in every variant: 16 x 64 on 8, 32 and 2 kv heads, and 8 x 128."""
-    import torch, cases
-    from selected import Selected
-    for tokens, hq, hk, block_size, topk, kind in (BENCH[1], BENCH[0], BENCH[2], BENCH[5]):
-        cu = [0, tokens]
-        q, k, v = make(cu, cu, hq, hk, 128, torch.bfloat16)
-        ids = cases.select(cu, cu, hk, topk, block_size, kind)
-        out, lse = torch.empty_like(q), torch.empty(hq, tokens, device="cuda")
-        for options in VARIANTS:
-            op = Selected(q, k, v, ids, block_size, **options)
-            print(f"{hq}/{hk} ({block_size},{topk}) {forward_times(op, out, lse)} {options}", flush=True)
-            del op
-
-
-def check_variants():
-    """Each variant on several chunks, packed hostile input, and NaN and infinity in gathered and dense blocks."""
-    import cases
-    hostile = lambda q, k, v, ids: (q, k, v, cases.hostile(ids))
-
-    def not_finite(q, k, v, ids):
-        v[200, :, 5], v[330, :, 7], v[900, :, 9], k[70] = float("nan"), float("inf"), -float("inf"), float("nan")
-        return q, k, v * 3e-3, ids
-    ok = True
-    for options in VARIANTS:
-        print(options)
-        ok &= check_case("chunks", [0, 4000], [0, 4000], 4, 2, topk=8, rows=200, budget=11 << 20, **options)
-        ok &= check_case("packed hostile", [0, 1, 1, 130, 391, 456, 777], [0, 1, 1, 190, 451, 516, 1016], 5, 1, topk=5, twist=hostile, **options)
-        ok &= check_case("NaN and infinity", [0, 1500], [0, 1500], 4, 2, topk=8, twist=not_finite, rows=300, **options)
-        ok &= check_case("block 128", [0, 2048], [0, 2048], 4, 2, block_size=128, topk=8, rows=100, **options)
-    print("variants all ok" if ok else "VARIANTS SOME FAILED", flush=True)
-    return ok
-
-
 def tune_backward():
     import torch, cases
     from selected import Selected, SelectedBackward
@@ -344,5 +303,5 @@ if __name__ == "__main__":
         faulthandler.dump_traceback_later(150, exit=True)   # a hung kernel must not hold the machine
     for command in sys.argv[1:] or ["compile"]:
         started = time.time()
-        {"compile": compile_all, "check": check, "small": small, "bench": lambda: bench(BENCH), "tune": tune, "variants": variants, "check_variants": check_variants, "check_backward": check_all_backward, "tune_backward": tune_backward, "bench_wide": lambda: bench(WIDE, breakdown=False), "repeat": repeat, "million": million}[command]()
+        {"compile": compile_all, "check": check, "small": small, "bench": lambda: bench(BENCH), "tune": tune, "check_backward": check_all_backward, "tune_backward": tune_backward, "bench_wide": lambda: bench(WIDE, breakdown=False), "repeat": repeat, "million": million}[command]()
         print(f"[{command}: {time.time() - started:.1f} s]", flush=True)

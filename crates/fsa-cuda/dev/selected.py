@@ -61,7 +61,7 @@ def tensor(x):
 class Selected:
     """One problem: owns its scratch; forward() only launches."""
 
-    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=False, index_parts=1, ordered=0, in_turn=1, **plan_options):
+    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=False, index_parts=1, ordered=0, **plan_options):
         dev, (total_q, self.hq, d), (total_kv, self.hk, _) = query.device, query.shape, key.shape
         cu = lambda x, n: torch.tensor([0, n], dtype=torch.int32, device=dev) if x is None else x
         self.cu_q, self.cu_kv = cu(cu_seqlens_q, total_q), cu(cu_seqlens_kv, total_kv)
@@ -82,7 +82,7 @@ class Selected:
                                self.batch, total_q, p.num_chunks, p.chunk_tiles, p.max_tiles)
         self.index = P.Index(topk_indices.data_ptr(), ptr("plane"), ptr("entries"), ptr("row_info"), ptr("units"), ptr("unit_counts"), None, topk, p.slots, p.has_dense,
                              p.num_subs, p.sub_tiles, p.max_blocks, p.window_blocks, p.unit_entries, p.full_units, ordered)
-        self.ordered, self.in_turn = ordered, in_turn
+        self.ordered = ordered
         self.index_parts, self.index_stream = index_parts, torch.cuda.Stream()
         self.side = [torch.cuda.Stream(priority=0) for _ in range(p.buffers)]
         self.fast = [torch.cuda.Stream(priority=-5 if priority else 0) for _ in range(p.buffers)]
@@ -123,21 +123,18 @@ class Selected:
         scale_log2, group = self.scale * math.log2(math.e), self.hq // self.hk
         launches = []
         attend_bytes = sets.attend_bytes(self.block_size, self.d, d.get("FSA_QUERY_STAGES", 2))
-        narrow = d.get("FSA_PARTIAL_BITS") == 12 and self.d == 128
-        reduce_bytes = sets.reduce_tiles_bytes(self.block_size, self.d) + TILE * p.slots * (8 if narrow else 4)
+        reduce_bytes = sets.reduce_tiles_bytes(self.block_size, self.d) + TILE * p.slots * 4
         for head in range(0, self.hq, p.heads):
             heads = min(p.heads, self.hq - head)
             for chunk in range(p.num_chunks):
                 buffer = len(launches) % p.buffers
                 partial = self.partials[buffer].data_ptr()
                 partial_lse = partial + p.heads * p.chunk_tiles * TILE * p.slots * self.d * 2
-                # In turn, the reduce that read the buffer ended before the attend before this one did.
-                a = P.AttendParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), partial, partial_lse, scale_log2, group, chunk, head,
-                                   int(self.in_turn and p.buffers > 1))
+                a = P.AttendParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), partial, partial_lse, scale_log2, group, chunk, head)
                 r = P.ReduceParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), tensor(out), partial, partial_lse, lse.data_ptr(),
                                    scale_log2, group, chunk, head)
                 launches.append((buffer, (head + heads - 1) // group,
-                                 lambda s=None, a=a, h=heads, later=len(launches) >= (1 if self.in_turn else p.buffers): attend.launch("attend", (p.full_units + p.max_blocks, h, 1), 128, attend_bytes, a, s, later),
+                                 lambda s=None, a=a, h=heads, later=len(launches) >= p.buffers: attend.launch("attend", (p.full_units + p.max_blocks, h, 1), 128, attend_bytes, a, s, later),
                                  lambda s=None, r=r, h=heads: reduce.launch("reduce", (p.chunk_tiles, h, 1), 128, reduce_bytes, r, s, True)))
         return launches
 
@@ -149,10 +146,9 @@ class Selected:
             stream.wait_stream(main)
         wait_index = self.index_ahead(main)
         for buffer, last_kv_head, attend, reduce in self.stage_launches(out, lse):
-            stream = self.side[0 if self.in_turn else buffer]
-            wait_index(stream, last_kv_head)
-            attend(stream)
-            reduce(stream)
+            wait_index(self.side[buffer], last_kv_head)
+            attend(self.side[buffer])
+            reduce(self.side[buffer])
         for stream in self.side + self.fast + [self.index_stream]:
             main.wait_stream(stream)
         return out, lse

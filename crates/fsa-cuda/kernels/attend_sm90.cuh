@@ -7,7 +7,6 @@
 // SYNC   cp.async groups in order: keys + first queries, values, then one group per query tile. One barrier per tile makes a
 //        query tile visible to wgmma and tells that the previous tile's stage is free. Rows see every key of the block
 //        (block/sequence.cuh), so there is no mask.
-#include "block/narrow_partials.cuh"
 #include "block/sequence.cuh"
 #include "block/softmax.cuh"
 #include "ptx/wgmma.cuh"
@@ -48,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
     const u32 query_row_bytes = (u32)p.query.row_stride * ELEMENT_BYTES;
     const char* queries = tensor_row(p.query, chunk_token, head);
     const i64 head_slots = (i64)blockIdx.y * p.layout.chunk_tiles * TILE_ROWS * index.slots;
-    char* partials = (char*)p.partial + head_slots * PARTIAL_ROW_BYTES;
+    char* partials = (char*)p.partial + head_slots * ROW_BYTES;
     f32* partial_lse = p.partial_lse + head_slots;
 
     // Entry of row lane % 16 of the warp's rows; rows beyond the unit repeat its last one and are not stored.
@@ -106,18 +105,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
         const u32 slot_low = (entry_low & 0xffffffu) * index.slots + (entry_low >> 24), slot_high = (entry_high & 0xffffffu) * index.slots + (entry_high >> 24);
         const int row = tile * TILE_ROWS + warp * 16 + low;
         const bool keep_low = row < unit.entry_count, keep_high = row + 8 < unit.entry_count;
-        if (tile == 0 && !p.has_buffer) wait_for_previous();    // the buffer's earlier partials are merged
-        if constexpr (NARROW_PARTIALS) {
-            entry = next_entry;
-            next_entry = tile_entry((tile + 2) * TILE_ROWS);
-            wgmma_wait<0>();
-            FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) wgmma_pin(out[piece]);
-            const u32 chunk_slots = p.layout.chunk_tiles * TILE_ROWS * index.slots, first = blockIdx.y * chunk_slots;
-            NarrowSlot* table = narrow_slots(p.partial, (i64)gridDim.y * chunk_slots);
-            store_narrow<false>((char*)p.partial, table, first + slot_low, keep_low, out, scale_low, state_low.max + log2_fast(sum_low));
-            store_narrow<true>((char*)p.partial, table, first + slot_high, keep_high, out, scale_high, state_high.max + log2_fast(sum_high));
-            continue;
-        }
+        if (tile == 0) wait_for_previous();     // the buffer's earlier partials are merged
         if ((lane & 3) == 0) {
             if (keep_low) partial_lse[slot_low] = state_low.max + log2_fast(sum_low);
             if (keep_high) partial_lse[slot_high] = state_high.max + log2_fast(sum_high);
@@ -134,5 +122,4 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
         }
     }
     copy_wait<0>();
-    wait_for_previous();    // so that the end of this launch means the end of those before
 }

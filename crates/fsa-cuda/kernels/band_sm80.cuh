@@ -9,6 +9,7 @@
 // ends with sums that are not finite starts again, and then takes them out and adds them to the rows that see them.
 #include "block/band_rows.cuh"
 #include "block/band_softmax.cuh"
+#include "block/branch_rows.cuh"
 #include "block/piece_products.cuh"
 #include "tile/warp_rows.cuh"
 
@@ -110,15 +111,13 @@ FSA_DEVICE void attend_interval(BandSums& sums, const BandParams& p, const BandC
     }
 }
 
-// One of the thread's rows, HIGH or not: out and lse.
-template <bool HIGH>
-FSA_DEVICE void store_row(const BandParams& p, const BandTile& tile, int row, const Piece (&out)[PIECES], const RowState& state) {
-    const f32 sum = quad_sum(state.sum), scale = sum == 0.0f ? 0.0f : reciprocal_fast(sum);
-    const bool exists = tile.exists(row);
-    char* target = exists ? (char*)tile.row_of(p.out, row) : nullptr;
-    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) store_natural<HIGH>(target, piece, out[piece], scale, exists);
-    if (exists && (threadIdx.x & 3) == 0)
+// Where one of the thread's rows goes; writes its lse.
+FSA_DEVICE BranchRow finish_row(const BandParams& p, const BandTile& tile, int row, const RowState& state) {
+    const f32 sum = quad_sum(state.sum);
+    if (!tile.exists(row)) return no_row();
+    if (p.lse != nullptr && (threadIdx.x & 3) == 0)
         p.lse[tile.plane_index(row, p.band.total_q)] = ((state.max == neg_inf() ? 0.0f : state.max) + log2_fast(sum)) * LN_2;
+    return branch_row(p.out, p.branch, tile.token + tile.token_of(row), tile.first_head + tile.head_of(row), sum);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPGROUP, BAND_CTAS) band(const __grid_constant__ BandParams p) {
@@ -143,6 +142,6 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, BAND_CTAS) band(const __
     }
     copy_commit();      // a tile without keys has waited for nothing
     copy_wait<0>();
-    store_row<false>(p, c.tile, c.row_low(), sums.out, sums.low);
-    store_row<true>(p, c.tile, c.row_low() + 8, sums.out, sums.high);
+    const BranchRow low = finish_row(p, c.tile, c.row_low(), sums.low), high = finish_row(p, c.tile, c.row_low() + 8, sums.high);
+    store_branch(p.branch, low, high, sums.out);
 }

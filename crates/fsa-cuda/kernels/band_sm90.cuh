@@ -6,6 +6,7 @@
 // SMEM   Query tile of 128 rows, two stages of keys and of values (128 rows each; 64 above head_dim 128). Boxes land swizzled as wgmma reads them.
 // SYNC   An mbarrier pair per stage and for the queries, another barrier per stage for values that were checked; named barriers for the turns.
 #include "block/band_pipeline.cuh"
+#include "block/branch_rows.cuh"
 #include "block/softmax.cuh"
 
 constexpr int STAGES = 2;
@@ -132,15 +133,15 @@ struct Consumer {
         if (dirty) add_nonfinite(out, p, w, w.key(w.steps - 1), limits);
     }
 
-    FSA_DEVICE void store(const BandTile& t, int row) {
-        const f32 sum_low = quad_sum(low.sum), sum_high = quad_sum(high.sum);
-        const bool has_low = t.exists(row), has_high = t.exists(row + 8);
-        store_row<false>(has_low ? (char*)t.row_of(p.out, row) : nullptr, out, sum_low == 0.0f ? 0.0f : reciprocal_fast(sum_low), has_low);
-        store_row<true>(has_high ? (char*)t.row_of(p.out, row + 8) : nullptr, out, sum_high == 0.0f ? 0.0f : reciprocal_fast(sum_high), has_high);
-        if ((threadIdx.x & 3) != 0) return;
-        if (has_low) p.lse[t.plane_index(row, p.band.total_q)] = ((low.max == neg_inf() ? 0.0f : low.max) + log2_fast(sum_low)) * LN_2;
-        if (has_high) p.lse[t.plane_index(row + 8, p.band.total_q)] = ((high.max == neg_inf() ? 0.0f : high.max) + log2_fast(sum_high)) * LN_2;
+    // Where a row goes; writes its lse.
+    FSA_DEVICE BranchRow finish(const BandTile& t, int row, const RowState& state) const {
+        const f32 sum = quad_sum(state.sum);
+        if (!t.exists(row)) return no_row();
+        if (p.lse != nullptr && (threadIdx.x & 3) == 0)
+            p.lse[t.plane_index(row, p.band.total_q)] = ((state.max == neg_inf() ? 0.0f : state.max) + log2_fast(sum)) * LN_2;
+        return branch_row(p.out, p.branch, t.token + t.token_of(row), t.first_head + t.head_of(row), sum);
     }
+    FSA_DEVICE void store(const BandTile& t, int row) const { store_branch(p.branch, finish(t, row, low), finish(t, row + 8, high), out); }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_constant__ BandParams p) {

@@ -6,15 +6,12 @@
 // SMEM   Sums of the gates' gradients of a row's phases, where heads share a gate.
 // SYNC   combine: none; each element is read and written by one thread, so out may be one of the branches. The others: sums within a head by
 //        shuffles; over the heads each phase in their order, then one barrier and the phases in theirs.
+#include "block/gates.cuh"
 #include "block/row_stats.cuh"
-#include "tile/pieces.cuh"
 
 constexpr int CTA_THREADS = 256, CTA_ROWS = 4, ROW_THREADS = CTA_THREADS / CTA_ROWS, BRANCHES = 3;
 // Threads side by side on a head's row: a power of two, so that they can shuffle. At 96 and 192 a quarter of them has nothing to do.
 constexpr int LANES = PIECES_PER_ROW <= 8 ? 8 : PIECES_PER_ROW <= 16 ? 16 : 32, PHASES = ROW_THREADS / LANES;
-
-// First gate of a row and head.
-FSA_DEVICE i64 gate_index(const CombineParams& p, i64 row, int head) { return row * p.gate_row_stride + head * p.gate_head_stride; }
 
 // A piece of a row's head, zeros where there is none.
 FSA_DEVICE Vec4 load_piece(const Tensor& t, i64 row, int head, int piece, bool present) {
@@ -38,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) combine(const __gri
             fill(sum, 0.0f);
             FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) {
                 widen(x, v[a][b]);
-                add_scaled(sum, widen_element(p.gates, gate_index(p, row, head) + b), x);
+                add_scaled(sum, gate_of(p.gates, row, head, b), x);
             }
             store_global((char*)tensor_row(p.out, row, head) + piece * 16, narrow(sum));
         }
@@ -90,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) combine_backward(co
     const CombineParams& f = p.forward;
     const int local = threadIdx.x / ROW_THREADS, phase = threadIdx.x % ROW_THREADS / LANES, lane = threadIdx.x % LANES;
     const i64 row = (i64)blockIdx.x * CTA_ROWS + local;
-    GateGrads gates = {p.grad_gates, f.rows, f.heads, f.gate_head_stride != 0, 0.0f};
+    GateGrads gates = {p.grad_gates, f.rows, f.heads, f.gates.head_stride != 0, 0.0f};
     FSA_NO_UNROLL for (int first = 0; first < f.heads; first += PHASES) {
         const int head = first + phase;
         const bool present = row < f.rows && lane < PIECES_PER_ROW && head < f.heads;
@@ -102,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) combine_backward(co
         gates.add(v, grad, row, head, lane, present);
         if (!present) continue;
         FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) {
-            const f32 gate = widen_element(f.gates, gate_index(f, row, head) + b);
+            const f32 gate = gate_of(f.gates, row, head, b);
             Eight x;
             FSA_UNROLL for (int e = 0; e < 8; ++e) x[e] = gate * grad[e];
             store_global((char*)tensor_row(p.grad_branches[b], row, head) + lane * 16, narrow(x));
@@ -117,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 3) combine_statistics(
     const int local = threadIdx.x / ROW_THREADS, phase = threadIdx.x % ROW_THREADS / LANES, lane = threadIdx.x % LANES;
     const i64 row = (i64)blockIdx.x * CTA_ROWS + local;
     const bool wanted = p.grad_gates != nullptr;
-    GateGrads gates = {p.grad_gates, f.rows, f.heads, f.gate_head_stride != 0, 0.0f};
+    GateGrads gates = {p.grad_gates, f.rows, f.heads, f.gates.head_stride != 0, 0.0f};
     const f32* lse = lane == 0 ? p.lse[0] : lane == 1 ? p.lse[1] : p.lse[2];
     RowStats* row_stats = lane >= BRANCHES ? nullptr : lane == 0 ? p.row_stats[0] : lane == 1 ? p.row_stats[1] : p.row_stats[2];
     FSA_NO_UNROLL for (int first = phase; first < f.heads + phase; first += AHEAD * PHASES) {
@@ -129,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 3) combine_statistics(
             grads[a] = load_piece(p.grad_out, row, head, lane, present);
             FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) v[a][b] = load_piece(f.branches[b], row, head, lane, present);
             if (!present || row_stats == nullptr) continue;
-            gate[a] = widen_element(f.gates, gate_index(f, row, head) + lane);
+            gate[a] = gate_of(f.gates, row, head, lane);
             row_lse[a] = lse[head * (i64)f.rows + row];
         }
         FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {

@@ -6,7 +6,7 @@
 // SMEM   query tile, key tile, value tile of at most 64 keys; log2-sum-exps of the tile's partials [64, slots], which become weights.
 // SYNC   cp.async groups alternate keys, values: the next keys load under softmax and second product, the next
 //        values under the next first product. Barriers around each product; the merge needs none.
-#include "block/narrow_partials.cuh"
+#include "block/branch_rows.cuh"
 #include "block/sequence.cuh"
 #include "block/softmax.cuh"
 #include "ptx/wgmma.cuh"
@@ -14,16 +14,7 @@
 
 constexpr int STEP_KEYS = BLOCK_SIZE < 64 ? BLOCK_SIZE : 64;
 constexpr int KEY_STEPS = BLOCK_SIZE / STEP_KEYS;
-// 1: half of the tiles merge first; 0: all multiply first.
-#ifndef FSA_MERGE_FIRST
-#define FSA_MERGE_FIRST 1
-#endif
-// 1: lines of partials are dropped from L2 once they were read, so that they need not go to memory; 0: they go when there is need of room.
-#ifndef FSA_DISCARD
-#define FSA_DISCARD 0
-#endif
 constexpr int MAX_DENSE = 7;        // bits of RowInfo
-constexpr int SLOT_WORDS = NARROW_PARTIALS ? 2 : 1;     // of a slot in shared memory: its log2-sum-exp, then weight, and the exponents
 constexpr int REDUCE_CTAS = HEAD_DIM <= 128 ? 3 : 2;
 typedef SwizzledTile<TILE_ROWS> QueryTile;
 typedef SwizzledTile<STEP_KEYS> KeyTile;
@@ -131,23 +122,16 @@ FSA_DEVICE f32 reference(const RowState& state) { return state.max == neg_inf() 
 FSA_DEVICE f32 merge_weights(RowState& state, f32* lse, int count) {
     const int t = threadIdx.x & 3;
     const f32 before = state.max;
-    FSA_NO_UNROLL for (int slot = t; slot < count; slot += 4) state.max = fmaxf(state.max, lse[slot * SLOT_WORDS]);
+    FSA_NO_UNROLL for (int slot = t; slot < count; slot += 4) state.max = fmaxf(state.max, lse[slot]);
     state.max = quad_max(state.max);
     const f32 zero = reference(state), carry = exp2_fast(before - zero);
     state.sum *= carry;
     FSA_NO_UNROLL for (int slot = t; slot < count; slot += 4) {
-        f32& x = lse[slot * SLOT_WORDS];
-        x = exp2_fast(x - zero);
-        state.sum += x;
+        lse[slot] = exp2_fast(lse[slot] - zero);
+        state.sum += lse[slot];
     }
     return carry;
 }
-
-#if FSA_DISCARD
-FSA_DEVICE void discard_line(const void* line) { asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory"); }
-#else
-FSA_DEVICE void discard_line(const void*) {}
-#endif
 
 template <bool HIGH>
 FSA_DEVICE void merge_partial(Piece (&out)[PIECES], const Vec4 (&v)[HEAD_DIM / 32], f32 weight) {
@@ -161,12 +145,6 @@ FSA_DEVICE void merge_partial(Piece (&out)[PIECES], const Vec4 (&v)[HEAD_DIM / 3
         }
     }
 }
-FSA_DEVICE void load_partial(Vec4 (&v)[HEAD_DIM / 32], const char* row, bool present) {
-    FSA_UNROLL for (int group = 0; group < HEAD_DIM / 32; ++group) {
-        v[group] = Vec4{0, 0, 0, 0};
-        if (present) v[group] = load_global_once(row + group * 64 + (threadIdx.x & 3) * 16);
-    }
-}
 
 // Slots whose partials are in flight at a time: as many as there are registers for.
 constexpr int SLOTS_AHEAD = HEAD_DIM <= 128 ? 2 : 1;
@@ -178,63 +156,25 @@ FSA_DEVICE void merge_partials(Piece (&out)[PIECES], const char* low, const char
     FSA_NO_UNROLL for (int slot = 0; slot < count; slot += SLOTS_AHEAD) {
         Vec4 v[2 * SLOTS_AHEAD][HEAD_DIM / 32];
         FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
-            load_partial(v[2 * a], low + (slot + a) * ROW_BYTES, slot + a < count_low);
-            load_partial(v[2 * a + 1], high + (slot + a) * ROW_BYTES, slot + a < count_high);
+            load_row(v[2 * a], low + (slot + a) * ROW_BYTES, slot + a < count_low);
+            load_row(v[2 * a + 1], high + (slot + a) * ROW_BYTES, slot + a < count_high);
         }
         FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
             merge_partial<false>(out, v[2 * a], slot + a < count_low ? weights_low[slot + a] : 0.0f);
             merge_partial<true>(out, v[2 * a + 1], slot + a < count_high ? weights_high[slot + a] : 0.0f);
         }
-        if (FSA_DISCARD) {
-            __syncwarp();       // the quad has read the row
-            const bool is_high = threadIdx.x & 2;
-            const int end = is_high ? count_high : count_low;
-            FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a)
-                FSA_UNROLL for (int line = threadIdx.x & 1; line < ROW_BYTES / 128; line += 2)
-                    if (slot + a < end) discard_line((is_high ? high : low) + (slot + a) * ROW_BYTES + line * 128);
-        }
     }
 }
 
-// The same with partials of 12 bits.
-FSA_DEVICE void merge_narrow(Piece (&out)[PIECES], const char* low, const char* high, int count_low, int count_high, const NarrowSlot* slots_low,
-                             const NarrowSlot* slots_high) {
-    const int count = __reduce_max_sync(0xffffffffu, max_i(count_low, count_high));
-    f32 excess_low = 0.0f, excess_high = 0.0f;
-    FSA_NO_UNROLL for (int slot = 0; slot < count; slot += SLOTS_AHEAD) {
-        u32 words[2 * SLOTS_AHEAD][NARROW_WORDS];
-        FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
-            load_narrow(words[2 * a], low + (slot + a) * PARTIAL_ROW_BYTES, slot + a < count_low);
-            load_narrow(words[2 * a + 1], high + (slot + a) * PARTIAL_ROW_BYTES, slot + a < count_high);
-        }
-        FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
-            const NarrowSlot *of_low = slots_low + slot + a, *of_high = slots_high + slot + a;
-            if (slot + a < count_low) add_narrow<false>(out, excess_low, words[2 * a], of_low->lse, of_low->exponents);
-            if (slot + a < count_high) add_narrow<true>(out, excess_high, words[2 * a + 1], of_high->lse, of_high->exponents);
-        }
-    }
-    FSA_UNROLL for (int n = 0; n < NARROW_VALUES; ++n) {
-        narrow_value<false>(out, n) += excess_low;
-        narrow_value<true>(out, n) += excess_high;
-    }
-}
-
-// Adds the partials of the tile's rows, which start at row `chunk_row` of the buffer. `lse` has room for SLOT_WORDS x [64, slots].
+// Adds the partials of the tile's rows, which start at row `chunk_row` of the buffer. `lse` has room for [64, slots].
 FSA_DEVICE void merge(TileState& state, const ReduceParams& p, const DenseContext& c, f32* lse, i64 chunk_row) {
     const int slots = p.index.slots, low = c.row_low, high = low + 8;
     const int count_low = c.info_low.partials(), count_high = c.info_high.partials();
-    f32 *lse_low = lse + low * slots * SLOT_WORDS, *lse_high = lse + high * slots * SLOT_WORDS;
+    f32 *lse_low = lse + low * slots, *lse_high = lse + high * slots;
     // A quad copies the log2-sum-exps of its own rows.
     auto copy_lse = [&](f32* to, int row, int count) {
         const i64 first = (chunk_row + row) * slots;
-        FSA_NO_UNROLL for (int slot = threadIdx.x & 3; slot < count; slot += 4) {
-            if constexpr (NARROW_PARTIALS) {
-                const i64 rows = (i64)gridDim.y * p.layout.chunk_tiles * TILE_ROWS * slots;
-                copy_async8(shared_address(to + slot * SLOT_WORDS), narrow_slots(p.partial, rows) + first + slot);
-            } else {
-                copy_async4(shared_address(to + slot), p.partial_lse + first + slot);
-            }
-        }
+        FSA_NO_UNROLL for (int slot = threadIdx.x & 3; slot < count; slot += 4) copy_async4(shared_address(to + slot), p.partial_lse + first + slot);
     };
     copy_lse(lse_low, low, count_low);
     copy_lse(lse_high, high, count_high);
@@ -244,12 +184,9 @@ FSA_DEVICE void merge(TileState& state, const ReduceParams& p, const DenseContex
     const f32 carry_low = merge_weights(state.low, lse_low, count_low), carry_high = merge_weights(state.high, lse_high, count_high);
     FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) scale_piece(state.out[piece], carry_low, carry_high);
     __syncwarp();
-    const char* partials_low = (const char*)p.partial + (chunk_row + low) * slots * PARTIAL_ROW_BYTES;
-    const char* partials_high = partials_low + 8 * slots * PARTIAL_ROW_BYTES;
-    if constexpr (NARROW_PARTIALS)
-        merge_narrow(state.out, partials_low, partials_high, count_low, count_high, (const NarrowSlot*)lse_low, (const NarrowSlot*)lse_high);
-    else
-        merge_partials(state.out, partials_low, partials_high, count_low, count_high, lse_low, lse_high);
+    const char* partials_low = (const char*)p.partial + (chunk_row + low) * slots * ROW_BYTES;
+    const char* partials_high = partials_low + 8 * slots * ROW_BYTES;
+    merge_partials(state.out, partials_low, partials_high, count_low, count_high, lse_low, lse_high);
 }
 
 // Rows whose id found no slot: their blocks one at a time, lowest first. Rare.
@@ -271,11 +208,26 @@ FSA_DEVICE void spilled_blocks(TileState& state, const ReduceParams& p, const De
     }
 }
 
+// Writes the thread's rows and their natural-log lse. The tile is read again, which takes no registers until here.
+FSA_DEVICE void store_rows(const TileState& state, const ReduceParams& p, int tile_number) {
+    const Tile tile = p.layout.tiles[tile_number];
+    const int head = p.first_head + blockIdx.y, low = threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4;
+    auto finish = [&](int row, const RowState& sums) -> BranchRow {
+        const f32 sum = quad_sum(sums.sum);
+        if (row >= tile.rows) return no_row();
+        const i64 token = tile.token + row;
+        if (p.lse != nullptr && (threadIdx.x & 3) == 0) p.lse[(i64)head * p.layout.total_q + token] = (reference(sums) + log2_fast(sum)) * LN_2;
+        return branch_row(p.out, p.branch, token, head, sum);
+    };
+    store_branch(p.branch, finish(low, state.low), finish(low + 8, state.high), state.out);
+}
+
 extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(const __grid_constant__ ReduceParams p) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ i32 dense_ids[MAX_DENSE + 1], dense_bits[MAX_DENSE];
     __shared__ i32 next_spilled;
     __shared__ u32 warp_info[4];
+    let_next_start();
     const Index& index = p.index;
     const int tile_number = p.chunk * p.layout.chunk_tiles + blockIdx.x;
     DenseContext c;
@@ -292,8 +244,6 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
     c.query_tile = shared_address(shared);
     c.key_tile = c.query_tile + QueryTile::BYTES;
     c.value_tile = c.key_tile + KeyTile::BYTES;
-    f32* lse = (f32*)(shared + QueryTile::BYTES + 2 * KeyTile::BYTES);
-    const i64 chunk_row = (i64)blockIdx.y * p.layout.chunk_tiles * TILE_ROWS + c.tile.token - p.layout.chunk_token[p.chunk];
 
     copy_rows<TILE_ROWS>(c.query_tile, p.query, head, c.tile.token, c.tile.rows);
     const u32* row_info = index.row_info + (i64)c.kv_head * p.layout.total_q + c.tile.token;
@@ -315,31 +265,11 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
     FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
         FSA_UNROLL for (int i = 0; i < PIECE_COLUMNS / 2; ++i) state.out[piece][i] = 0.0f;
     state.low = state.high = {neg_inf(), 0.0f};
-    // Half of the tiles multiply first, under the end of attend; the others read memory first, so that both go on at any time.
-    const bool merge_first = FSA_MERGE_FIRST && 2 * blockIdx.x >= gridDim.x;
-    FSA_NO_UNROLL for (int part = 0; part < 2; ++part) {
-        if ((part == 0) != merge_first) {
-            const int steps = count_steps(dense_ids, __popc(all & 0x7f), c.tile.position + c.tile.rows - 1);
-            dense_blocks(state, p, c, dense_ids, steps, [&](int n, RowInfo info) { return info.lists_dense(dense_bits[n]); });
-            if (all >> RowInfo::SPILLED_SHIFT != 0) spilled_blocks(state, p, c, dense_ids, &next_spilled);
-        } else {
-            wait_for_previous();
-            let_next_start();       // not before: an attend that may start has its buffer, whose readers ended before the attend of this launch did
-            merge(state, p, c, lse, chunk_row);
-        }
-    }
-
-    char* out = (char*)tensor_row(p.out, c.tile.token, head);
-    const i64 out_row_bytes = p.out.row_stride * ELEMENT_BYTES;
-    const f32 sum_low = quad_sum(state.low.sum), sum_high = quad_sum(state.high.sum);
-    const f32 scale_low = sum_low == 0.0f ? 0.0f : reciprocal_fast(sum_low), scale_high = sum_high == 0.0f ? 0.0f : reciprocal_fast(sum_high);
-    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) {
-        store_natural<false>(out + low * out_row_bytes, piece, state.out[piece], scale_low, low < c.tile.rows);
-        store_natural<true>(out + high * out_row_bytes, piece, state.out[piece], scale_high, high < c.tile.rows);
-    }
-    if ((lane & 3) == 0) {
-        f32* out_lse = p.lse + (i64)head * p.layout.total_q + c.tile.token;
-        if (low < c.tile.rows) out_lse[low] = (reference(state.low) + log2_fast(sum_low)) * LN_2;
-        if (high < c.tile.rows) out_lse[high] = (reference(state.high) + log2_fast(sum_high)) * LN_2;
-    }
+    const int steps = count_steps(dense_ids, __popc(all & 0x7f), c.tile.position + c.tile.rows - 1);
+    dense_blocks(state, p, c, dense_ids, steps, [&](int n, RowInfo info) { return info.lists_dense(dense_bits[n]); });
+    if (all >> RowInfo::SPILLED_SHIFT != 0) spilled_blocks(state, p, c, dense_ids, &next_spilled);
+    wait_for_previous();
+    const i64 chunk_row = (i64)blockIdx.y * p.layout.chunk_tiles * TILE_ROWS + c.tile.token - p.layout.chunk_token[p.chunk];
+    merge(state, p, c, (f32*)(shared + QueryTile::BYTES + 2 * KeyTile::BYTES), chunk_row);
+    store_rows(state, p, tile_number);
 }

@@ -35,10 +35,29 @@ macro_rules! device_structs {
 
 device_structs! {
     /// A `[tokens, heads, head_dim]` tensor; strides in elements.
+    #[derive(Default)]
     struct Tensor {
         data: Address,
         row_stride: i64,
         head_stride: i64,
+    }
+
+    /// Weights of the branches, three per row or per row and head.
+    #[derive(Default)]
+    struct Gates {
+        data: Address,
+        row_stride: i64,
+        head_stride: i64,
+    }
+
+    /// What becomes of an attention's rows where it is a branch of the whole; by default it is none.
+    #[derive(Default)]
+    struct Branch {
+        sum: Tensor,
+        gates: Gates,
+        number: i32,
+        accumulate: i32,
+        discards: i32,
     }
 
     /// One piece of work of a KV-major kernel. Written by the index, read by attend and backward.
@@ -120,7 +139,6 @@ device_structs! {
         group_size: i32,
         chunk: i32,
         first_head: i32,
-        has_buffer: i32,
     }
 
     /// Parameters of `reduce`.
@@ -138,6 +156,7 @@ device_structs! {
         group_size: i32,
         chunk: i32,
         first_head: i32,
+        branch: Branch,
     }
 
     /// Parameters of the kernels of `backward`.
@@ -222,6 +241,7 @@ device_structs! {
         value: Tensor,
         out: Tensor,
         lse: Address,
+        branch: Branch,
         scale_log2: f32,
         num_tiles: i32,
         num_kv_heads: i32,
@@ -327,9 +347,7 @@ device_structs! {
     struct CombineParams {
         branches: [Tensor; 3],
         out: Tensor,
-        gates: Address,
-        gate_row_stride: i64,
-        gate_head_stride: i64,
+        gates: Gates,
         rows: i32,
         heads: i32,
     }
@@ -349,6 +367,21 @@ device_structs! {
         lse: [Address; 3],
         row_stats: [Address; 3],
         grad_gates: Address,
+    }
+}
+
+impl Branch {
+    /// Where the log-sum-exps go: of branches that are discarded only those of the first are read, by the selection.
+    pub(crate) fn lse(&self, lse: Address) -> Address {
+        if self.discards != 0 && self.number > 0 { Address::default() } else { lse }
+    }
+
+    /// What a launch takes of it.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = u64> + use<> {
+        let Self { sum, gates, number, accumulate, discards } = *self;
+        let strides = [sum.row_stride, sum.head_stride, gates.row_stride, gates.head_stride];
+        let words = strides.into_iter().chain([number, accumulate, discards].map(i64::from));
+        [sum.data.0, gates.data.0].into_iter().chain(words.map(|word| word as u64))
     }
 }
 
@@ -380,7 +413,7 @@ mod tests {
         let text = assertions();
         assert!(text.contains("static_assert(sizeof(Unit) == 32, \"Unit: size\");"));
         assert!(text.contains("__INTADDR__(&((AttendParams*)0)->scale_log2) == "));
-        assert_eq!(DECLARED.len(), 21);
+        assert_eq!(DECLARED.len(), 23);
         // 5 integers after 6 addresses, padded to the alignment of the addresses.
         assert_eq!(size_of::<Layout>(), 6 * 8 + 5 * 4 + 4);
     }

@@ -16,15 +16,6 @@ pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("reduce", "ReduceParams")];
 /// One warpgroup, or four warps.
 const THREADS: u32 = 128;
 
-/// Bits of an element of a partial on Hopper with heads of 128; 12 instead of those of the storage type.
-const PARTIAL_BITS: usize = 16;
-
-/// Words of shared memory per slot: its log-sum-exp, and the exponents of a narrow partial.
-fn slot_words(specialisation: &Specialisation) -> usize {
-    let is_narrow = specialisation.set == KernelSet::Sm90 && specialisation.head_dim == 128 && PARTIAL_BITS == 12;
-    if is_narrow { 2 } else { 1 }
-}
-
 /// Keys of a step, at most. Portable CTAs have less shared memory for the keys of large heads.
 fn step_keys(specialisation: &Specialisation) -> usize {
     if specialisation.set == KernelSet::Sm80 && specialisation.head_dim > 128 { 32 } else { 64 }
@@ -36,19 +27,14 @@ fn tiles_bytes(specialisation: &Specialisation) -> usize {
     tile_bytes(TILE_ROWS, head_dim) + 2 * tile_bytes(block_size.min(step_keys(specialisation)), head_dim)
 }
 
-/// Shared memory of a CTA: the tiles, and what is known of every slot of a row.
+/// Shared memory of a CTA: the tiles, and a log-sum-exp per row and slot.
 pub(crate) fn smem_bytes(specialisation: &Specialisation, slots: usize) -> usize {
-    tiles_bytes(specialisation) + TILE_ROWS * slots * slot_words(specialisation) * size_of::<f32>()
+    tiles_bytes(specialisation) + TILE_ROWS * slots * size_of::<f32>()
 }
 
 /// What the kernel file must agree with.
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
-    let mut constants =
-        vec![("QueryTile::BYTES + 2 * KeyTile::BYTES", tiles_bytes(specialisation)), ("WARPGROUP", THREADS as usize)];
-    if specialisation.set == KernelSet::Sm90 {
-        constants.push(("SLOT_WORDS", slot_words(specialisation)));
-    }
-    constants
+    vec![("QueryTile::BYTES + 2 * KeyTile::BYTES", tiles_bytes(specialisation)), ("WARPGROUP", THREADS as usize)]
 }
 
 /// The loaded kernel.

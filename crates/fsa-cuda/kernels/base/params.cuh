@@ -12,6 +12,22 @@ struct Tensor {
     i64 head_stride;
 };
 
+// Weights of the branches compressed, selected, window: three elements side by side for a row, or for a row and head.
+struct Gates {
+    const void* data;
+    i64 row_stride;     // elements
+    i64 head_stride;    // 0: one for all heads
+};
+
+// What becomes of an attention's rows where it is a branch of the whole.
+struct Branch {
+    Tensor sum;         // of the branches' rows times their gates, shape of out; null: it is none
+    Gates gates;
+    i32 number;         // which of the three
+    i32 accumulate;     // 1: sum holds what is added to
+    i32 discards;       // 1: the rows themselves are not written
+};
+
 // One piece of work of a KV-major kernel: `count` entries of one block of keys.
 struct __align__(16) Unit {
     i32 kv_row;         // row of the block's first key in key and value
@@ -87,7 +103,6 @@ struct AttendParams {
     i32 group_size;             // query heads per kv head
     i32 chunk;
     i32 first_head;             // query head of blockIdx.y = 0
-    i32 has_buffer;             // 1: nobody reads the buffer of partials any more when the launch starts; 0: when the one before it has ended
 };
 
 struct ReduceParams {
@@ -97,11 +112,12 @@ struct ReduceParams {
     Tensor out;
     const void* partial;
     const f32* partial_lse;
-    f32* lse;                   // [num_q_heads, total_q], natural log
+    f32* lse;                   // [num_q_heads, total_q], natural log; null: not wanted
     f32 scale_log2;
     i32 group_size;
     i32 chunk;
     i32 first_head;
+    Branch branch;
 };
 
 struct BackwardParams {
@@ -182,7 +198,8 @@ struct PrepareParams {
 struct BandParams {
     Band band;
     Tensor query, key, value, out;
-    f32* lse;                   // [num_q_heads, total_q], natural log
+    f32* lse;                   // [num_q_heads, total_q], natural log; null: not wanted
+    Branch branch;
     f32 scale_log2;             // softmax_scale * log2(e), >= 0
     i32 num_tiles;              // bound on the tiles of rows, from shapes
     i32 num_kv_heads;
@@ -276,9 +293,7 @@ struct RopeParams {
 struct CombineParams {
     Tensor branches[3];         // compressed, selected, window
     Tensor out;
-    const void* gates;          // 3 per row, or per row and head
-    i64 gate_row_stride;        // elements
-    i64 gate_head_stride;       // 0: one for all heads
+    Gates gates;
     i32 rows;
     i32 heads;
 };

@@ -1,5 +1,6 @@
 // Partials of a tile's rows, weighted by their log2-sum-exps and added to what the dense blocks gave, and the rows written out.
 #pragma once
+#include "block/branch_rows.cuh"
 #include "block/dense_blocks.cuh"
 
 // Slots whose partials are under way at once: 16 loads per thread, and fewer where the sums take most registers.
@@ -38,12 +39,6 @@ FSA_DEVICE void merge_partial(Piece (&out)[PIECES], const Vec4 (&v)[HEAD_DIM / 3
         }
     }
 }
-FSA_DEVICE void load_partial(Vec4 (&v)[HEAD_DIM / 32], const char* row, bool present) {
-    FSA_UNROLL for (int group = 0; group < HEAD_DIM / 32; ++group) {
-        v[group] = Vec4{0, 0, 0, 0};
-        if (present) v[group] = load_global_once(row + group * 64 + (threadIdx.x & 3) * 16);
-    }
-}
 
 // One of the thread's two rows: its partials and their weights.
 struct PartialRow {
@@ -58,8 +53,8 @@ FSA_DEVICE void merge_partials(Piece (&out)[PIECES], const PartialRow& low, cons
     FSA_NO_UNROLL for (int first = 0; first < count; first += MERGE_SLOTS) {
         Vec4 v[MERGE_SLOTS][2][HEAD_DIM / 32];
         FSA_UNROLL for (int i = 0; i < MERGE_SLOTS; ++i) {
-            load_partial(v[i][0], low.partials + (first + i) * ROW_BYTES, first + i < low.count);
-            load_partial(v[i][1], high.partials + (first + i) * ROW_BYTES, first + i < high.count);
+            load_row(v[i][0], low.partials + (first + i) * ROW_BYTES, first + i < low.count);
+            load_row(v[i][1], high.partials + (first + i) * ROW_BYTES, first + i < high.count);
         }
         FSA_UNROLL for (int i = 0; i < MERGE_SLOTS; ++i) {
             merge_partial<false>(out, v[i][0], first + i < low.count ? low.weights[first + i] : 0.0f);
@@ -92,14 +87,9 @@ FSA_DEVICE void merge_tile(TileState& state, const ReduceParams& p, const DenseC
     __syncwarp();
     merge_partials(state.out, partials_low, partials_high);
 
-    char* out = (char*)tensor_row(p.out, c.tile.token, c.head);
-    const i64 out_row_bytes = p.out.row_stride * ELEMENT_BYTES;
-    const f32 scale_low = row_low.sum == 0.0f ? 0.0f : reciprocal_fast(row_low.sum), scale_high = row_high.sum == 0.0f ? 0.0f : reciprocal_fast(row_high.sum);
-    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) {
-        store_natural<false>(out + low * out_row_bytes, piece, state.out[piece], scale_low, low < rows);
-        store_natural<true>(out + high * out_row_bytes, piece, state.out[piece], scale_high, high < rows);
-    }
-    if ((threadIdx.x & 3) == 0) {
+    auto finish = [&](int row, f32 sum) { return row < rows ? branch_row(p.out, p.branch, c.tile.token + row, c.head, sum) : no_row(); };
+    store_branch(p.branch, finish(low, row_low.sum), finish(high, row_high.sum), state.out);
+    if (p.lse != nullptr && (threadIdx.x & 3) == 0) {
         f32* out_lse = p.lse + (i64)c.head * p.layout.total_q + c.tile.token;
         if (low < rows) out_lse[low] = (row_low.reference + log2_fast(row_low.sum)) * LN_2;
         if (high < rows) out_lse[high] = (row_high.reference + log2_fast(row_high.sum)) * LN_2;

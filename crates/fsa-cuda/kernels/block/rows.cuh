@@ -76,6 +76,14 @@ FSA_DEVICE void store_natural(char* row, int piece, const Piece& acc, f32 scale,
     }
 }
 
+// The thread's piece of a group of a row that is read once, and of all groups; zeros where the row is not present.
+FSA_DEVICE Vec4 load_group(const char* row, int group, bool present) {
+    return present ? load_global_once(row + group * 64 + (threadIdx.x & 3) * 16) : Vec4{0, 0, 0, 0};
+}
+FSA_DEVICE void load_row(Vec4 (&v)[HEAD_DIM / 32], const char* row, bool present) {
+    FSA_UNROLL for (int group = 0; group < HEAD_DIM / 32; ++group) v[group] = load_group(row, group, present);
+}
+
 FSA_DEVICE f32 quad_max(f32 x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));

@@ -7,6 +7,7 @@ use super::select::{ScorePlan, SelectProblem};
 use super::tables::{TablePlan, TableSpec};
 use super::{
     BackwardPlan, BandProblem, ForwardPlan, Keys, PlanOptions, Problem, RowTiles, Sizes, Slot, Windows, Workspace,
+    choose,
 };
 use crate::arch::KernelSet;
 use crate::band;
@@ -119,11 +120,11 @@ impl NsaProblem {
         self.sizes.specialisation(kernel, set, self.block_size)
     }
 
-    /// Kernels that a call takes besides those of stage `selected`.
-    pub(crate) fn kernels(&self, set: KernelSet, attention: &[Kernel]) -> Vec<Specialisation> {
+    /// The kernels of the stages before and behind attention, and those of `others`.
+    pub(crate) fn kernels(&self, set: KernelSet, others: &[Kernel]) -> Vec<Specialisation> {
         let linear = |kind: &CompressionKind| kind.is_linear();
-        let mut kernels = vec![Kernel::Prepare, Kernel::Combine];
-        kernels.extend_from_slice(attention);
+        let mut kernels = vec![Kernel::Prepare];
+        kernels.extend_from_slice(others);
         kernels.extend(self.rope.then_some(Kernel::Rope));
         kernels.extend(self.compressions.iter().any(linear).then_some(Kernel::CompressLinear));
         kernels.extend((!self.compressions.iter().all(linear)).then_some(Kernel::Compress));
@@ -151,14 +152,17 @@ impl fmt::Display for NsaProblem {
     }
 }
 
+/// What the kernels of a pass besides those of stage `selected` count: there are few, but most of them end with idle multiprocessors.
+const OTHER_LAUNCHES: usize = 16;
+
 /// What a pass of a forward keeps where the caller wants no state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct ForwardTemporaries {
     pub rotated: Option<[Slot; 2]>,
+    /// In the scratch, before stage `selected` has it.
     pub compressed: [Slot; 2],
-    /// Of the selected and the window branch: that of the compressed one is written to the output first.
-    pub branches: [Slot; 2],
-    pub lse: [Slot; 3],
+    /// Of the compressed branch, likewise.
+    pub lse: Slot,
 }
 
 /// Passes and workspace of a forward.
@@ -177,9 +181,12 @@ pub struct NsaForwardPlan {
     pub scores: ScorePlan,
     pub(crate) compress: [CompressScratch; 2],
     pub(crate) temporaries: Option<ForwardTemporaries>,
-    pub(crate) selected: Slot,
+    /// Scratch of stage `selected`.
+    pub(crate) scratch: Slot,
     /// What stage `selected` may take.
     pub(crate) stage_budget_bytes: usize,
+    /// Kernels of all passes, as heavy as those of stage `selected`.
+    pub(crate) launches: usize,
     /// Scratch memory.
     pub workspace: Workspace,
 }
@@ -197,15 +204,13 @@ impl NsaForwardPlan {
         saves: bool,
     ) -> Result<Self> {
         let most = options.budget_bytes + problem.topk_indices_bytes();
-        let mut last = Self::with(problem, set, facts, options, (saves, problem.sizes.num_kv_heads))?;
-        for kv_heads in problem.passes().skip(1) {
-            // What is saved has room for all heads.
-            if saves || last.workspace.size_bytes() <= most {
-                break;
-            }
-            last = Self::with(problem, set, facts, options, (saves, kv_heads))?;
-        }
-        Ok(last)
+        let with = |kv_heads| Self::with(problem, set, facts, options, (saves, kv_heads));
+        // What is saved has room for all heads.
+        let passes = problem.passes().take(if saves { 1 } else { usize::MAX });
+        let plans = passes.map(with).collect::<Result<Vec<_>>>()?.into_iter();
+        // Few passes, but not at any price: where stage `selected` has less memory, it takes more and smaller chunks.
+        let best = choose(most, plans, |plan| plan.workspace.size_bytes(), |plan| plan.launches);
+        best.map_or_else(|| with(problem.sizes.num_kv_heads), Ok)
     }
 
     fn with(
@@ -225,10 +230,11 @@ impl NsaForwardPlan {
         let kernel = pass.select().kernel(set);
         let scores = ScorePlan::new(&pass.select(), &kernel, facts, &attention, &mut workspace)?;
         let compress = pass.compress().map(|compress| CompressScratch::forward(&compress, &mut workspace));
-        let temporaries = (!saves).then(|| ForwardTemporaries::new(&pass, &mut workspace));
+        let mut before = Workspace::default();
+        let temporaries = (!saves).then(|| ForwardTemporaries::new(&pass, &mut workspace, &mut before));
         let options = left(options, &workspace);
-        let selected = ForwardPlan::new(&pass.selected(), facts, &options).workspace.size_bytes();
-        let selected = workspace.add("selected", selected);
+        let plan = ForwardPlan::new(&pass.selected(), facts, &options);
+        let scratch = workspace.add("scratch", plan.workspace.size_bytes().max(before.size_bytes()));
         Ok(Self {
             problem: *problem,
             saves,
@@ -238,8 +244,9 @@ impl NsaForwardPlan {
             scores,
             compress,
             temporaries,
-            selected,
+            scratch,
             stage_budget_bytes: options.budget_bytes,
+            launches: (problem.sizes.num_kv_heads / kv_heads.max(1)) * (plan.launches() + OTHER_LAUNCHES),
             workspace,
         })
     }
@@ -257,14 +264,13 @@ fn left(options: &PlanOptions, taken: &Workspace) -> PlanOptions {
 }
 
 impl ForwardTemporaries {
-    fn new(pass: &NsaProblem, workspace: &mut Workspace) -> Self {
+    /// `before` is the scratch until the blocks are selected.
+    fn new(pass: &NsaProblem, workspace: &mut Workspace, before: &mut Workspace) -> Self {
         let [query, tokens, compressed] = pass.row_bytes();
-        let lse = pass.sizes.lse_bytes();
         Self {
             rotated: pass.rope.then(|| [workspace.add("rotated query", query), workspace.add("rotated key", tokens)]),
-            compressed: [(); 2].map(|()| workspace.add("compressed", compressed)),
-            branches: [(); 2].map(|()| workspace.add("branch", query)),
-            lse: [(); 3].map(|()| workspace.add("lse", lse)),
+            compressed: [(); 2].map(|()| before.add("compressed", compressed)),
+            lse: before.add("lse", pass.sizes.lse_bytes()),
         }
     }
 }

@@ -84,14 +84,24 @@ fn a_forward_that_saves_is_one_pass_with_little_scratch() {
 }
 
 #[test]
-fn what_is_not_saved_is_kept_for_some_heads_at_a_time() {
-    let problem = nsa(65_536, (32, 8), false);
-    let plan = forward(&problem, false);
-    assert!(plan.kv_heads < 8 && 8 % plan.kv_heads == 0, "{plan}");
-    // Two branches of 4 query heads, and what stage `selected` takes.
-    let least = 2 * problem.with_kv_heads(1).sizes.tensor_bytes(65_536, 4);
-    assert!(plan.workspace.size_bytes() <= least + DEFAULT_BUDGET_BYTES + problem.topk_indices_bytes(), "{plan}");
-    assert_eq!(forward(&nsa(4096, (32, 8), true), false).kv_heads, 8, "all of a short call");
+fn a_forward_that_saves_nothing_is_one_pass_unless_rotated_queries_are_long() {
+    let of = |tokens, heads, rope| {
+        let plan = forward(&nsa(tokens, heads, rope), false);
+        let most = DEFAULT_BUDGET_BYTES + plan.problem.topk_indices_bytes();
+        assert!(plan.workspace.size_bytes() <= most, "{plan}");
+        plan
+    };
+    for heads in [(32, 32), (32, 8), (32, 2)] {
+        let plan = of(65_536, heads, false);
+        assert_eq!(plan.kv_heads, heads.1, "{plan}");
+        let selected = |options| ForwardPlan::new(&plan.problem.selected(), &DeviceFacts::h200(), &options);
+        let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..PlanOptions::default() };
+        let [inside, alone] = [options, PlanOptions::default()].map(|options| selected(options).index.num_chunks);
+        assert_eq!(inside, alone, "chunks of stage `selected`: {plan}");
+        assert_eq!(of(4096, heads, true).kv_heads, heads.1, "all of a short call");
+    }
+    let rotated = of(65_536, (32, 8), true);
+    assert_eq!(rotated.kv_heads, 1, "two would leave stage `selected` a third of the budget: {rotated}");
 }
 
 #[test]

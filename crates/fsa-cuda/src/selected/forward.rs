@@ -7,16 +7,12 @@ use crate::driver::{DeviceBatch, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
 use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
-use crate::params::{AttendParams, Index, IndexParams, Layout, ReduceParams};
+use crate::params::{AttendParams, Branch, Index, IndexParams, Layout, ReduceParams};
 use crate::plan::{ForwardPlan, PlanOptions, Problem};
 use crate::reduce::ReduceKernel;
 use crate::source::Kernel;
 use fsa_core::{Error, Result};
 use std::sync::Arc;
-
-/// Chunks follow each other on one stream where the kernels order themselves, so that a chunk's partials are merged right after they
-/// were written; else they take turns on a stream per buffer.
-const IN_TURN: bool = false;
 
 /// A planned forward with its kernels.
 #[derive(Debug)]
@@ -34,19 +30,10 @@ pub struct SelectedForward {
 struct Pass<'a> {
     tensors: &'a ForwardTensors<'a>,
     context: &'a LaunchContext<'a>,
+    branch: Branch,
     layout: Layout,
     index: Index,
     scale_log2: f32,
-}
-
-/// Where a chunk's partials go.
-#[derive(Debug, Clone, Copy)]
-struct Place {
-    buffer: usize,
-    /// The kernel before it on the stream lets it start early.
-    follows: bool,
-    /// And no kernel that still runs then reads the buffer.
-    has_buffer: bool,
 }
 
 impl SelectedForward {
@@ -96,6 +83,17 @@ impl SelectedForward {
         tensors: &ForwardTensors<'_>,
         softmax_scale: f32,
     ) -> Result<()> {
+        self.launch_branch(context, batch, (tensors, Branch::default()), softmax_scale)
+    }
+
+    /// The same as a branch of the whole.
+    pub(crate) fn launch_branch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        (tensors, branch): (&ForwardTensors<'_>, Branch),
+        softmax_scale: f32,
+    ) -> Result<()> {
         let problem = &self.plan.problem;
         check_scale(softmax_scale)?;
         check_batch(batch, &problem.sizes())?;
@@ -104,18 +102,18 @@ impl SelectedForward {
         if problem.total_q == 0 {
             return Ok(());
         }
-        let work = |stream: &Stream| self.launch_all(&context.on(stream), batch, tensors, softmax_scale);
+        let work = |stream: &Stream| self.launch_all(&context.on(stream), batch, (tensors, branch), softmax_scale);
         if self.plan.launches() < MANY_LAUNCHES {
             return work(context.stream);
         }
-        self.replays.run(context.stream, context.call(tensors.call(), batch, softmax_scale), work)
+        self.replays.run(context.stream, context.call(tensors.call(&branch), batch, softmax_scale), work)
     }
 
     fn launch_all(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        tensors: &ForwardTensors<'_>,
+        (tensors, branch): (&ForwardTensors<'_>, Branch),
         softmax_scale: f32,
     ) -> Result<()> {
         let problem = &self.plan.problem;
@@ -127,7 +125,7 @@ impl SelectedForward {
             let index = self.plan.index.index(problem, indices, first, &context.workspace);
             let params = IndexParams { layout, index, first_kv_head: first as i32 };
             self.index.launch(context.stream, &self.plan.index, kv_heads, &params)?;
-            let pass = Pass { tensors, context, layout, index, scale_log2: scale_log2(softmax_scale) };
+            let pass = Pass { tensors, context, branch, layout, index, scale_log2: scale_log2(softmax_scale) };
             self.launch_pass(&pass, heads)?;
         }
         Ok(())
@@ -140,23 +138,23 @@ impl SelectedForward {
         let steps = starts.flat_map(|head| (0..chunks).map(move |chunk| (head, chunk)));
         let stream = pass.context.stream;
         let buffers = self.plan.buffers;
-        if IN_TURN && self.overlaps() || self.plan.steps(heads.len()) == 1 {
-            // Kernels that order themselves need one stream: each fills the end of the one before.
-            return steps.enumerate().try_for_each(|(number, step)| {
+        if self.plan.steps(heads.len()) == 1 {
+            // Nothing overlaps: the side streams would only cost their events.
+            return steps.into_iter().try_for_each(|step| {
                 let count = (heads.end - step.0).min(self.plan.heads);
-                // The first waits for the index, which did not say when the next may start.
-                let place = Place { buffer: number % buffers, follows: number > 0, has_buffer: buffers > 1 };
-                self.attend(pass, stream, step, count, place)?;
-                self.reduce(pass, stream, step, count, place.buffer)
+                self.attend(pass, stream, step, count, (0, false))?;
+                self.reduce(pass, stream, step, count, 0)
             });
         }
         let set = self.kernels.lanes().take(stream)?;
         set.fork(stream, buffers)?;
         for (number, step) in steps.enumerate() {
             let count = (heads.end - step.0).min(self.plan.heads);
-            let place = Place { buffer: number % buffers, follows: number >= buffers, has_buffer: false };
-            self.attend(pass, &set.lanes[place.buffer], step, count, place)?;
-            self.reduce(pass, &set.lanes[place.buffer], step, count, place.buffer)?;
+            let buffer = number % buffers;
+            // The first waits for the index, which did not say when the next may start.
+            let follows = number >= buffers;
+            self.attend(pass, &set.lanes[buffer], step, count, (buffer, follows))?;
+            self.reduce(pass, &set.lanes[buffer], step, count, buffer)?;
         }
         Ok(set.join(stream, buffers)?)
     }
@@ -167,9 +165,9 @@ impl SelectedForward {
         stream: &Stream,
         (head, chunk): (usize, usize),
         heads: usize,
-        place: Place,
+        (buffer, follows): (usize, bool),
     ) -> Result<()> {
-        let (partial, partial_lse) = self.plan.buffer(place.buffer);
+        let (partial, partial_lse) = self.plan.buffer(buffer);
         let params = AttendParams {
             layout: pass.layout,
             index: pass.index,
@@ -182,9 +180,8 @@ impl SelectedForward {
             group_size: self.plan.problem.gqa_group_size() as i32,
             chunk: chunk as i32,
             first_head: head as i32,
-            has_buffer: place.has_buffer.into(),
         };
-        Ok(self.attend.launch(stream, &self.plan.index, heads, place.follows && self.overlaps(), &params)?)
+        Ok(self.attend.launch(stream, &self.plan.index, heads, follows && self.overlaps(), &params)?)
     }
 
     fn reduce(
@@ -205,11 +202,12 @@ impl SelectedForward {
             out: pass.tensors.out.device(),
             partial: partial.address(&pass.context.workspace),
             partial_lse: partial_lse.address(&pass.context.workspace),
-            lse: pass.tensors.lse.address(),
+            lse: pass.branch.lse(pass.tensors.lse.address()),
             scale_log2: pass.scale_log2,
             group_size: self.plan.problem.gqa_group_size() as i32,
             chunk: chunk as i32,
             first_head: head as i32,
+            branch: pass.branch,
         };
         Ok(self.reduce.launch(stream, &self.plan.index, heads, self.overlaps(), &params)?)
     }

@@ -2,6 +2,7 @@
 
 use crate::driver::{Call, DeviceSpan};
 use crate::launch::{TensorSpan, check_aligned, check_words};
+use crate::params::Branch;
 use crate::plan::Problem;
 use fsa_core::Result;
 
@@ -38,10 +39,11 @@ impl ForwardTensors<'_> {
     }
 
     /// What a launch takes of the tensors.
-    pub(super) fn call(&self) -> Call {
+    pub(super) fn call(&self, branch: &Branch) -> Call {
         let tensors = [&self.query, &self.key, &self.value, &self.out];
         let spans = [&self.topk_indices, &self.lse];
-        tensors.into_iter().flat_map(TensorSpan::numbers).chain(spans.map(|span| span.address().0)).collect()
+        let spans = spans.map(|span| span.address().0);
+        tensors.into_iter().flat_map(TensorSpan::numbers).chain(spans).chain(branch.numbers()).collect()
     }
 }
 
@@ -85,7 +87,7 @@ impl BackwardTensors<'_> {
 
     /// What a launch takes of the tensors.
     pub(super) fn call(&self) -> Call {
-        let mut call = self.forward.call();
+        let mut call = self.forward.call(&Branch::default());
         let tensors = [&self.grad_out, &self.grad_query, &self.grad_key, &self.grad_value];
         call.extend(tensors.into_iter().flat_map(TensorSpan::numbers));
         call.extend([self.grad_lse, self.row_stats].map(|span| span.map_or(0, |span| span.address().0)));

@@ -7,7 +7,7 @@ use crate::band_backward::BandBackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale, part, scale_log2};
-use crate::params::{Band, BandBackwardParams, BandParams};
+use crate::params::{Band, BandBackwardParams, BandParams, Branch};
 use crate::plan::{BandBackwardPlan, BandPlan, BandProblem, BandScratch, PlanOptions, RowTiles, Sizes, Tables};
 use crate::prepare::PrepareKernel;
 use crate::source::{Kernel, Specialisation};
@@ -66,7 +66,7 @@ impl BandStep {
         stream: &Stream,
         batch: &DeviceBatch<'_>,
         tables: &Tables,
-        tensors: &AttentionTensors<'_>,
+        (tensors, branch): (&AttentionTensors<'_>, Branch),
         softmax_scale: f32,
     ) -> Result<()> {
         let (sizes, set) = (&self.problem.sizes, self.specialisation.set);
@@ -81,7 +81,8 @@ impl BandStep {
             key: tensors.key.device(),
             value: tensors.value.device(),
             out: tensors.out.device(),
-            lse: tensors.lse.address(),
+            lse: branch.lse(tensors.lse.address()),
+            branch,
             scale_log2: scale_log2(softmax_scale),
             num_tiles: self.tiles.num_tiles as i32,
             num_kv_heads: sizes.num_kv_heads as i32,
@@ -145,7 +146,7 @@ impl BandForward {
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let tables = self.plan.tables.tables(&context.workspace);
         self.prepare.launch(context.stream, &self.plan.tables.params(batch, &context.workspace))?;
-        self.step.launch(context.stream, batch, &tables, tensors, softmax_scale)
+        self.step.launch(context.stream, batch, &tables, (tensors, Branch::default()), softmax_scale)
     }
 }
 

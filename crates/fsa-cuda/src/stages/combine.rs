@@ -58,17 +58,15 @@ impl CombineStep {
         CombineParams {
             branches: branches.each_ref().map(TensorSpan::device),
             out: absent(),
-            gates: gates.span.address(),
-            gate_row_stride: gates.row_stride as i64,
-            gate_head_stride: gates.head_stride as i64,
+            gates: gates.device(),
             rows: self.sizes.total_q as i32,
             heads: heads as i32,
         }
     }
 
-    /// The gated sum of `heads` heads.
-    pub(super) fn forward(&self, stream: &Stream, tensors: &CombineTensors<'_>, heads: usize) -> Result<()> {
-        let params = self.params(&tensors.branches, &tensors.gates, heads);
+    /// The gated sum.
+    fn forward(&self, stream: &Stream, tensors: &CombineTensors<'_>) -> Result<()> {
+        let params = self.params(&tensors.branches, &tensors.gates, self.sizes.num_q_heads);
         Ok(self.kernels.combine(stream, &CombineParams { out: tensors.out.device(), ..params })?)
     }
 
@@ -139,7 +137,7 @@ impl CombineForward {
         tensors.gates.check("gates", shape, sizes.dtype)?;
         tensors.out.require("out", shape, sizes)?;
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        self.step.forward(stream, tensors, sizes.num_q_heads)
+        self.step.forward(stream, tensors)
     }
 }
 

@@ -6,7 +6,7 @@ use super::band::{BandStep, band, box_keys};
 use crate::driver::{DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale, check_words, scale_log2};
-use crate::params::SelectParams;
+use crate::params::{Branch, SelectParams};
 use crate::plan::{ScorePlan, SelectPlan, SelectProblem, Tables};
 use crate::prepare::PrepareKernel;
 use crate::select::{GROUP_KEYS, SelectKernel};
@@ -146,7 +146,7 @@ impl Select {
         if let Some(own) = &self.plan.scores.tables {
             self.prepare.launch(context.stream, &own.params(batch, workspace))?;
         }
-        self.attention.launch(context.stream, batch, &tables, tensors, softmax_scale)?;
+        self.attention.launch(context.stream, batch, &tables, (tensors, Branch::default()), softmax_scale)?;
         let tables = score_tables(&self.plan.scores, &tables, workspace);
         self.lists.launch(context.stream, batch, &tables, (tensors, topk_indices), softmax_scale)
     }

@@ -1,6 +1,6 @@
 //! Device tensors of attention, and gates.
 
-use crate::driver::{Address, DeviceSpan};
+use crate::driver::DeviceSpan;
 use crate::launch::{TensorSpan, check_aligned, check_words, part};
 use crate::params;
 use crate::plan::Sizes;
@@ -10,7 +10,7 @@ use std::ops::Range;
 
 /// No tensor.
 pub(super) fn absent() -> params::Tensor {
-    params::Tensor { data: Address::default(), row_stride: 0, head_stride: 0 }
+    params::Tensor::default()
 }
 
 /// Tensors of the forward of an attention stage.
@@ -147,6 +147,15 @@ impl<'a> Gates<'a> {
         let elements = last.and_then(|(row, head)| row.checked_add(head)?.checked_add(3));
         let bytes = elements.and_then(|elements| elements.checked_mul(element)).unwrap_or(usize::MAX);
         check_aligned(name, &self.span, bytes, element)
+    }
+
+    /// As the kernels take them.
+    pub(super) fn device(&self) -> params::Gates {
+        params::Gates {
+            data: self.span.address(),
+            row_stride: self.row_stride as i64,
+            head_stride: self.head_stride as i64,
+        }
     }
 
     /// The gates of the heads from `first` on.

@@ -66,7 +66,7 @@ impl NsaBackward {
         problem.check(facts)?;
         let plan = NsaBackwardPlan::new(problem, set, facts, options);
         let pass = plan.pass();
-        kernels.get(&pass.kernels(set, &[Kernel::BandBackward]))?;
+        kernels.get(&pass.kernels(set, &[Kernel::Combine, Kernel::BandBackward]))?;
         let [compressed, window] = plan.attention.clone();
         let [key, value] = pass.compress();
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..*options };

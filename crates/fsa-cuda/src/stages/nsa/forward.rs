@@ -1,19 +1,19 @@
-//! Forward of the whole: compression, rotation, the three branches, their sum.
+//! Forward of the whole: compression, rotation, and the three branches, each of which adds its rows, times their gates, to the output.
 
 use super::tensors::{NsaForwardTensors, NsaSavedTensors};
 use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
-use crate::plan::{ForwardTemporaries, NsaForwardPlan, NsaProblem, PlanOptions, Sizes, Tables};
+use crate::params::Branch;
+use crate::plan::{ForwardTemporaries, NsaForwardPlan, NsaProblem, PlanOptions, Sizes, Slot, Tables};
 use crate::prepare::PrepareKernel;
 use crate::selected::SelectedForward;
 use crate::source::Kernel;
 use crate::stages::band::BandStep;
-use crate::stages::combine::CombineStep;
 use crate::stages::compress::CompressStep;
 use crate::stages::select::{SelectStep, score_tables};
 use crate::stages::tensors::passes;
-use crate::stages::{AttentionTensors, CombineTensors, CompressTensors, RopeRows, RopeTurn};
+use crate::stages::{AttentionTensors, CompressTensors, RopeRows, RopeTurn};
 use fsa_core::{Error, Result, Rope};
 use std::sync::Arc;
 
@@ -29,7 +29,6 @@ pub struct NsaForward {
     select: SelectStep,
     selected: SelectedForward,
     window: BandStep,
-    combine: CombineStep,
     replays: Replays,
 }
 
@@ -76,7 +75,6 @@ impl NsaForward {
             select: SelectStep::new(kernels, &pass.select(), plan.scores)?,
             selected: SelectedForward::plan(kernels, &pass.selected(), &options)?,
             window: BandStep::new(kernels, &pass.window(), plan.attention)?,
-            combine: CombineStep::new(kernels, &pass.sizes)?,
             replays: Replays::default(),
             plan,
         })
@@ -133,7 +131,10 @@ impl NsaForward {
             let own = tensors.heads_from(heads.start, &plan.problem);
             let state = match (&own.saved, &plan.temporaries) {
                 (Some(saved), _) => *saved,
-                (None, Some(temporaries)) => state(temporaries, &plan.pass().sizes, &own.out, &workspace),
+                (None, Some(temporaries)) => {
+                    let memory = [workspace, plan.scratch.span(&workspace)];
+                    state(temporaries, &plan.pass().sizes, &own.out, &memory)
+                }
                 (None, None) => unreachable!("checked to be as planned"),
             };
             self.launch_pass(&pass, &own, &state)
@@ -149,18 +150,24 @@ impl NsaForward {
         }
         self.rotate(pass, tensors, state)?;
         let [query, key] = state.rotated.unwrap_or([tensors.query, tensors.key]);
-        let branch =
+        let attention =
             |b: usize, key, value| AttentionTensors { query, key, value, out: state.branches[b], lse: state.lse[b] };
-        let compressed = branch(0, state.compressed[0], state.compressed[1]);
-        self.compressed.launch(stream, batch, tables, &compressed, softmax_scale)?;
+        let branch = |b: usize| Branch {
+            sum: tensors.out.device(),
+            gates: tensors.gates.device(),
+            number: b as i32,
+            accumulate: (b > 0).into(),
+            discards: (!self.plan.saves).into(),
+        };
+        let compressed = attention(0, state.compressed[0], state.compressed[1]);
+        self.compressed.launch(stream, batch, tables, (&compressed, branch(0)), softmax_scale)?;
         let scores = score_tables(&self.plan.scores, tables, &workspace);
         self.select.launch(stream, batch, &scores, (&compressed, &tensors.topk_indices), softmax_scale)?;
-        let selected = branch(1, key, tensors.value).selected(tensors.topk_indices);
-        let context = LaunchContext { stream, workspace: self.plan.selected.span(&workspace) };
-        self.selected.launch(&context, batch, &selected, softmax_scale)?;
-        self.window.launch(stream, batch, tables, &branch(2, key, tensors.value), softmax_scale)?;
-        let combine = CombineTensors { branches: state.branches, gates: tensors.gates, out: tensors.out };
-        self.combine.forward(stream, &combine, self.plan.pass().sizes.num_q_heads)
+        let selected = attention(1, key, tensors.value).selected(tensors.topk_indices);
+        let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
+        self.selected.launch_branch(&context, batch, (&selected, branch(1)), softmax_scale)?;
+        let window = attention(2, key, tensors.value);
+        self.window.launch(stream, batch, tables, (&window, branch(2)), softmax_scale)
     }
 
     /// Compressed keys in place, query and key beside those of the call.
@@ -179,22 +186,22 @@ impl NsaForward {
     }
 }
 
-/// The state of a pass in the workspace; the compressed branch in the output, where the sum replaces it.
+/// What a pass keeps of the state, in the workspace. The rows of the branches are not written: any tensor of their shape stands for them.
 fn state<'a>(
     temporaries: &ForwardTemporaries,
     sizes: &Sizes,
     out: &TensorSpan<'a>,
-    workspace: &DeviceSpan<'a>,
+    [workspace, scratch]: &[DeviceSpan<'a>; 2],
 ) -> NsaSavedTensors<'a> {
     let Sizes { num_q_heads, num_kv_heads, head_dim, .. } = *sizes;
-    let tensor = |slot: &crate::plan::Slot, heads| TensorSpan::contiguous(slot.span(workspace), heads, head_dim);
-    let [selected, window] = temporaries.branches.each_ref().map(|slot| tensor(slot, num_q_heads));
+    let tensor = |slot: &Slot, memory, heads| TensorSpan::contiguous(slot.span(memory), heads, head_dim);
     let rotated = temporaries.rotated.as_ref();
     NsaSavedTensors {
-        rotated: rotated.map(|[query, key]| [tensor(query, num_q_heads), tensor(key, num_kv_heads)]),
-        compressed: temporaries.compressed.each_ref().map(|slot| tensor(slot, num_kv_heads)),
-        branches: [*out, selected, window],
-        lse: temporaries.lse.each_ref().map(|slot| slot.span(workspace)),
+        rotated: rotated
+            .map(|[query, key]| [tensor(query, workspace, num_q_heads), tensor(key, workspace, num_kv_heads)]),
+        compressed: temporaries.compressed.each_ref().map(|slot| tensor(slot, scratch, num_kv_heads)),
+        branches: [*out; 3],
+        lse: [temporaries.lse.span(scratch); 3],
     }
 }
 
