@@ -230,15 +230,25 @@ FSA_DEVICE Tiles tiles_at(u32 shared) {
     return {shared, shared + KeyTile::BYTES, grad, queries, scores, scores + SCORE_BYTES};
 }
 
-// P^T and dS^T of the warp's keys and rows, with the signs of the rows' gates if MASKED.
+// P^T and dS^T of the warp's keys and rows, without the signs of the rows' gates.
 template <bool MASKED>
 FSA_DEVICE void key_scores(ScoreTile& s, ScoreTile& dp, const Tiles& tiles, u32 query_tile, const KeyContext& c, const WarpPlace& w, f32 scale_log2) {
     const int row = w.half * SCORE_ROWS;
     multiply_tiles<SCORE_ROWS, CTA_KEYS, STEP_ROWS>(s, tall_address(tiles.key, w.key), wide_address(query_tile, row));
     key_probabilities<SCORE_ROWS, MASKED>(s, c.stats + row, c.spans + row, w.key_low(), scale_log2);
-    if (MASKED) apply_signs<SCORE_ROWS>(s, c.stats + row);
     multiply_tiles<SCORE_ROWS, CTA_KEYS, STEP_ROWS>(dp, tall_address(tiles.value, w.key), wide_address(tiles.grad, row));
     key_gradients<SCORE_ROWS, MASKED>(dp, s, c.stats + row, c.spans + row, w.key_low());
+}
+// The signs of the gates of sixteen rows, the columns of fragments: where the scores are gone, and registers are free.
+FSA_DEVICE void sign_fragments(u32 (&probability)[4], u32 (&gradient)[4], const RowStats* stats) {
+    FSA_UNROLL for (int half = 0; half < 2; ++half) {
+        const StatsPair pair = *(const StatsPair*)(stats + 8 * half + 2 * (threadIdx.x & 3));
+        const u32 signs = (u32)is_negative(pair.first) << 15 | (u32)is_negative(pair.second) << 31;
+        FSA_UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            probability[i] ^= signs;
+            gradient[i] ^= signs;
+        }
+    }
 }
 // Scores to the storage type in shared memory, for the warp with the other half of the rows: key i is row i of a tile with 128-byte swizzle.
 FSA_DEVICE void store_scores(u32 tile, const ScoreTile& s, const WarpPlace& w) {
@@ -341,8 +351,13 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, 2) band_backward_keys(co
             FSA_UNROLL for (int k = 0; k < SCORE_ROWS / 16; ++k) {
                 to_fragment<SCORE_ROWS>(probability[k], s, k);
                 to_fragment<SCORE_ROWS>(gradient[k], dp, k);
+                if (any_masked) sign_fragments(probability[k], gradient[k], c.stats + 16 * k);
             }
         } else {
+            if (any_masked) {
+                apply_signs<SCORE_ROWS>(s, c.stats + w.half * SCORE_ROWS);
+                apply_signs<SCORE_ROWS>(dp, c.stats + w.half * SCORE_ROWS);
+            }
             store_scores(tiles.probability, s, w);
             store_scores(tiles.gradient, dp, w);
         }

@@ -82,16 +82,22 @@ def _spread(inputs: tuple[Any, ...], grads: list[Tensor]) -> tuple[Any, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.options, ctx.save = inputs[10:14], inputs[14]
+    # The state has no gradients: zeros in their place would be as large as itself.
+    ctx.set_materialize_grads(False)
     if ctx.save:
         ctx.save_for_backward(*inputs[:INPUTS], *output[1:])
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if not ctx.save:
         raise RuntimeError("fsa_rs::nsa kept no state for the backward: call it with save=True")
     saved = ctx.saved_tensors  # once: under activation checkpointing a second access is an error
     inputs, (topk_indices, *state) = saved[:INPUTS], saved[INPUTS:]
-    found = _NSA_BACKWARD(*inputs, *ctx.options, topk_indices, state, grads[0])
+    grad_out = grads[0]
+    if grad_out is None:
+        q, v = inputs[0], inputs[2]
+        grad_out = q.new_zeros((*q.shape[:-1], *v.shape[-1:]))
+    found = _NSA_BACKWARD(*inputs, *ctx.options, topk_indices, state, grad_out)
     return (*_spread(inputs, found), *(None for _ in range(5)))
 
 
