@@ -1,12 +1,12 @@
 //! On a GPU: `cargo test --release -p fsa-cuda -- --ignored`. `fsa check --device cuda` runs more and shows numbers.
 
-use fsa_core::{DType, Error, Stage};
+use fsa_core::{DType, Error, NsaConfig, Stage};
 use fsa_cuda::driver::{DeviceBuffer, Event, Graph, Stream, UploadedBatch};
 use fsa_cuda::plan::{PlanOptions, Problem};
 use fsa_cuda::selected::{ForwardTensors, LaunchContext, SelectedForward, TensorSpan};
 use fsa_cuda::{CudaBackend, CudaError, Environment, KernelSet};
-use fsa_oracle::Pass;
 use fsa_oracle::suite::{self, CheckOptions};
+use fsa_oracle::{Case, Pass};
 
 fn conform(backend: &CudaBackend, stages: &[Stage], pass: Pass, cases: usize) {
     let options = CheckOptions {
@@ -50,6 +50,30 @@ fn attention_to_intervals_of_keys_conforms() {
 #[ignore = "needs a CUDA device"]
 fn the_selection_conforms() {
     conform(&CudaBackend::new().expect("a device"), &[Stage::Select], Pass::Forward, 150);
+}
+
+/// 325 blocks, whose ranks do not fit the shared memory of a CTA at once with one head; also where all blocks score alike, and where
+/// few score at all.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_selection_of_long_rows_conforms() {
+    let backend = CudaBackend::new().expect("a device");
+    let config = NsaConfig { kernel_size: 8, kernel_stride: 4, block_size: 16, ..NsaConfig::default() };
+    for (num_q_heads, softmax_scale) in
+        [(1, None), (4, None), (5, None), (1, Some(0.0)), (1, Some(40.0)), (4, Some(0.0))]
+    {
+        let case = Case {
+            query_lens: vec![300],
+            kv_lens: vec![5200],
+            num_q_heads,
+            num_kv_heads: 1,
+            config: config.clone(),
+            softmax_scale,
+            ..Case::new(Stage::Select, Pass::Forward, DType::Bf16)
+        };
+        let outcome = suite::run_case(&backend, &case);
+        assert!(outcome.passed(), "{outcome:#?}");
+    }
 }
 
 #[test]
