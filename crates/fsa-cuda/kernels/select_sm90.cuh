@@ -4,8 +4,8 @@
 // GRID   As many ctas as there are multiprocessors, at most one per tile; each takes every gridDim.x-th tile of tokens of all kv heads, those with the most
 //        keys first. A tile holds all heads that vote.
 // ROLES  Two warpgroups of 64 rows consume, a thread of a third produces. It brings every fourth key of a step at a time, so that the four keys of a group meet
-//        in one thread. The scores of the next step are computed while a warp pools those of the current one in its registers to groups, adds up
-//        the heads, and leaves ranks of blocks in shared memory. Whenever a segment of blocks is full, a warp takes it into the candidates of its tokens.
+//        in one thread. A warp pools the scores of a step in its registers to groups; while the next step's are computed it adds up the heads and leaves
+//        ranks of blocks in shared memory. Whenever a segment of blocks is full, a warp takes it into the candidates of its tokens.
 // SMEM   Query tile of 128 rows, two stages of keys, candidates [tokens, 32], ranks of a segment [tokens, blocks]; where heads are not
 //        added up in registers two buffers of group sums [128 rows, groups].
 // SYNC   An mbarrier pair per stage and for the queries. Where the heads of a token are rows of one warp, warps go their own ways; else a named barrier of the
