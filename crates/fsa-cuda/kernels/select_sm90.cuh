@@ -31,8 +31,6 @@ struct SelectWork {
     i32 kv_head;
     i32 first_step, steps;
     i32 end_common;             // keys that all tokens see
-    i32 end_scored;             // blocks of the last token that compete end here
-    bool lists_all;             // every token lists all of its blocks
 
     FSA_DEVICE static SelectWork find(const SelectParams& p, int number) {
         const Band& band = p.band;
@@ -42,11 +40,10 @@ struct SelectWork {
         w.tile = find_band_tile(band, number / p.num_kv_heads * band.head_tiles, w.kv_head);
         w.tile.heads = w.tile.tile_heads;
         const RowBlocks last = row_blocks(w.tile.last_position(), p.topk, p.init_blocks, p.local_blocks);
-        w.lists_all = w.tile.tokens == 0 || last.lists_all();
-        w.end_scored = last.end_scored;
+        const bool lists_all = w.tile.tokens == 0 || last.lists_all();      // every token all of its blocks
         const int begin = max_i(0, p.init_blocks * per_block - reach), end = min_i(end_key(band, w.tile.last_position(), w.tile.keys), last.end_scored * per_block);
         w.first_step = begin / STEP_KEYS;
-        w.steps = w.lists_all ? 0 : max_i(0, ceil_div(end, STEP_KEYS) - w.first_step);
+        w.steps = lists_all ? 0 : max_i(0, ceil_div(end, STEP_KEYS) - w.first_step);
         w.end_common = end_key(band, w.tile.position, w.tile.keys);
         return w;
     }
@@ -180,7 +177,7 @@ struct SelectConsumer {
     // Through shared memory where heads or groups are many: ranks of the step's blocks, a lane each, of the warp's tokens.
     FSA_DEVICE void rank_blocks(const GroupSums& low, const GroupSums& high, int n) const {
         const int lane = threadIdx.x & 31, per_block = GROUPS / blocks, heads = p.band.tile_heads;
-        f32 *sums = m.sums + (n & 1) * SUM_WORDS, *own = sums + row * GROUP_WORDS + 2 * (lane & 3);
+        f32 *sums = m.sums + n % SUM_BUFFERS * SUM_WORDS, *own = sums + row * GROUP_WORDS + 2 * (lane & 3);
         FSA_UNROLL for (int j = 0; j < OCTETS; ++j) {
             *(SumPair*)(own + 8 * j) = {low[2 * j], low[2 * j + 1]};
             *(SumPair*)(own + 8 * GROUP_WORDS + 8 * j) = {high[2 * j], high[2 * j + 1]};

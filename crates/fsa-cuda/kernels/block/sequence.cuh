@@ -38,7 +38,6 @@ struct DenseRule {
     bool enabled;
 };
 FSA_DEVICE DenseRule dense_rule(const Tile& t, int has_dense) { return {max_i(1, t.position / BLOCK_SIZE - 1), has_dense != 0}; }
-FSA_DEVICE bool is_dense(const DenseRule& rule, int id) { return rule.enabled && (id == 0 || id >= rule.first_local); }
 
 // What the merging kernels need to know of a row, packed by the index: bits 0..6 the listed dense blocks (bit 0: block 0, bit i:
 // first_local + i - 1), bits 7..13 the number of partials, bits 14.. one more than the id of a block that found no slot.

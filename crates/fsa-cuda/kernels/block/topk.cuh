@@ -2,8 +2,6 @@
 #pragma once
 #include "base/math.cuh"
 
-constexpr int MAX_TOPK = 64;        // two places per lane
-
 // Own block of a row and its forced blocks: the first ones and the last ones up to the own. What is between them competes for the other places.
 struct RowBlocks {
     i32 candidates;     // blocks [0, candidates)
@@ -26,7 +24,7 @@ FSA_DEVICE void list_all_blocks(i32* row, const RowBlocks& blocks, int topk) {
     for (int slot = threadIdx.x & 31; slot < topk; slot += 32) row[slot] = slot < blocks.candidates ? slot : -1;
 }
 
-// The best blocks so far, in no order, two per lane. Rank orders scores as integers, the lower the better, so that one reduction finds the
+// The best blocks so far, in no order, two per lane: 64 at most. Rank orders scores as integers, the lower the better, so that one reduction finds the
 // worst: 2^31 - 1 less the bits of a score, which is not negative. NaN ranks as 0, as if its heads had not voted. Among equal ranks the lower id
 // is better. Empty places are worse than every block, places beyond `count` better, so that they are never taken.
 struct TopBlocks {
