@@ -206,9 +206,11 @@ fn passes_of_heads_recorded_and_repeated_calls_give_the_same_bits() {
     outputs[0].upload(&vec![0u16; expected[0].len()], &call.stream).expect("uploads");
     graph.launch(&call.stream).expect("launches");
     assert_eq!(call.bits(&outputs), expected);
-    for budget_bytes in [256 << 20, 0] {
+    // All heads at once, one a pass, and one a pass after the compression of all.
+    let compressed = problem().total_compressed() * HEADS[1] * DIM * 2;
+    for (budget_bytes, heads) in [(256 << 20, [HEADS[1]; 2]), (0, [1, 1]), (16 * compressed, [1, HEADS[1]])] {
         let part = call.plan_forward(budget_bytes, false);
-        assert_eq!(part.plan_value().kv_heads, if budget_bytes == 0 { 1 } else { HEADS[1] });
+        assert_eq!([part.plan_value().kv_heads, part.plan_value().compress_heads], heads, "{}", part.plan_value());
         let (outputs, workspace) = (call.outputs(), call.memory(part.workspace_bytes()));
         let tensors = call.forward_tensors(&outputs, None);
         // Twice: the first branch does not add to what was there.

@@ -109,6 +109,13 @@ impl NsaProblem {
         [self.sizes.tensor_bytes(total_q, num_q_heads), of_kv(total_kv), of_kv(self.total_compressed())]
     }
 
+    /// Whether all heads are compressed before the first pass: one head alone keeps few multiprocessors busy with a matrix product. Not
+    /// where that would take more than an eighth of the budget.
+    fn compresses_first(&self, options: &PlanOptions) -> bool {
+        let [_, _, compressed] = self.row_bytes();
+        2 * compressed <= options.budget_bytes / 8
+    }
+
     /// Numbers of kv heads of a pass, most first. All passes have as many.
     fn passes(&self) -> impl Iterator<Item = usize> + use<> {
         let heads = self.sizes.num_kv_heads;
@@ -159,9 +166,9 @@ const OTHER_LAUNCHES: usize = 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct ForwardTemporaries {
     pub rotated: Option<[Slot; 2]>,
-    /// In the scratch, before stage `selected` has it.
+    /// Of all heads, or of a pass and in the scratch, before stage `selected` has it.
     pub compressed: [Slot; 2],
-    /// Of the compressed branch, likewise.
+    /// Of the compressed branch, in the scratch.
     pub lse: Slot,
 }
 
@@ -174,6 +181,8 @@ pub struct NsaForwardPlan {
     pub saves: bool,
     /// kv heads of a pass.
     pub kv_heads: usize,
+    /// kv heads that are compressed at a time: those of a pass, or all before the first one.
+    pub compress_heads: usize,
     /// Tiles of compressed and of window attention.
     pub attention: RowTiles,
     pub(crate) tables: TablePlan,
@@ -229,9 +238,11 @@ impl NsaForwardPlan {
         let tables = TablePlan::new(spec, pass.sizes.sequences, &mut workspace);
         let kernel = pass.select().kernel(set);
         let scores = ScorePlan::new(&pass.select(), &kernel, facts, &attention, &mut workspace)?;
-        let compress = pass.compress().map(|compress| CompressScratch::forward(&compress, &mut workspace));
+        let at_once = if problem.compresses_first(options) { problem } else { &pass };
+        let compress = at_once.compress().map(|compress| CompressScratch::forward(&compress, &mut workspace));
         let mut before = Workspace::default();
-        let temporaries = (!saves).then(|| ForwardTemporaries::new(&pass, &mut workspace, &mut before));
+        let temporaries = (!saves).then(|| ForwardTemporaries::new(&pass, at_once, &mut workspace, &mut before));
+        let compress_heads = at_once.sizes.num_kv_heads;
         let options = left(options, &workspace);
         let plan = ForwardPlan::new(&pass.selected(), facts, &options);
         let scratch = workspace.add("scratch", plan.workspace.size_bytes().max(before.size_bytes()));
@@ -239,6 +250,7 @@ impl NsaForwardPlan {
             problem: *problem,
             saves,
             kv_heads,
+            compress_heads,
             attention,
             tables,
             scores,
@@ -264,12 +276,15 @@ fn left(options: &PlanOptions, taken: &Workspace) -> PlanOptions {
 }
 
 impl ForwardTemporaries {
-    /// `before` is the scratch until the blocks are selected.
-    fn new(pass: &NsaProblem, workspace: &mut Workspace, before: &mut Workspace) -> Self {
-        let [query, tokens, compressed] = pass.row_bytes();
+    /// `before` is the scratch until the blocks are selected. Heads that are compressed at once, and are not those of the pass, stay.
+    fn new(pass: &NsaProblem, at_once: &NsaProblem, workspace: &mut Workspace, before: &mut Workspace) -> Self {
+        let ([query, tokens, _], [_, _, compressed]) = (pass.row_bytes(), at_once.row_bytes());
+        let rotated = pass.rope.then(|| [workspace.add("rotated query", query), workspace.add("rotated key", tokens)]);
+        let stays = at_once.sizes.num_kv_heads > pass.sizes.num_kv_heads;
+        let place = if stays { workspace } else { &mut *before };
         Self {
-            rotated: pass.rope.then(|| [workspace.add("rotated query", query), workspace.add("rotated key", tokens)]),
-            compressed: [(); 2].map(|()| before.add("compressed", compressed)),
+            rotated,
+            compressed: [(); 2].map(|()| place.add("compressed", compressed)),
             lse: before.add("lse", pass.sizes.lse_bytes()),
         }
     }

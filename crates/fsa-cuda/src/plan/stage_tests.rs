@@ -102,6 +102,7 @@ fn a_forward_that_saves_nothing_is_one_pass_unless_rotated_queries_are_long() {
     }
     let rotated = of(65_536, (32, 8), true);
     assert_eq!(rotated.kv_heads, 1, "two would leave stage `selected` a third of the budget: {rotated}");
+    assert_eq!(rotated.compress_heads, 8, "{rotated}");
 }
 
 #[test]

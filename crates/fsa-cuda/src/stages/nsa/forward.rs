@@ -61,7 +61,7 @@ impl NsaForward {
         let pass = plan.pass();
         let stages = [Kernel::Band, Kernel::Select, Kernel::Index, Kernel::Attend, Kernel::Reduce];
         kernels.get(&pass.kernels(set, &stages))?;
-        let [key, value] = pass.compress();
+        let [key, value] = problem.with_kv_heads(plan.compress_heads).compress();
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..*options };
         Ok(Self {
             kernels: Arc::clone(kernels),
@@ -127,27 +127,59 @@ impl NsaForward {
         }
         let tables = plan.tables.tables(&workspace);
         let pass = Pass { stream: context.stream, workspace, batch, tables, softmax_scale };
+        let first = self.compresses_first();
+        if let (true, Some(temporaries)) = (first, &plan.temporaries) {
+            let compressed = compressed(temporaries, &plan.problem.sizes, &workspace);
+            self.compress(&pass, tensors, &compressed, plan.problem.sizes.num_kv_heads)?;
+        }
         passes(plan.problem.sizes.num_kv_heads, plan.kv_heads).try_for_each(|heads| {
             let own = tensors.heads_from(heads.start, &plan.problem);
             let state = match (&own.saved, &plan.temporaries) {
                 (Some(saved), _) => *saved,
                 (None, Some(temporaries)) => {
-                    let memory = [workspace, plan.scratch.span(&workspace)];
-                    state(temporaries, &plan.pass().sizes, &own.out, &memory)
+                    let mut state = self.state(temporaries, &own.out, &workspace);
+                    if first {
+                        let dtype = plan.problem.sizes.dtype;
+                        state.compressed = state.compressed.map(|rows| rows.heads_from(heads.start, dtype));
+                    }
+                    state
                 }
                 (None, None) => unreachable!("checked to be as planned"),
             };
+            if !first {
+                self.compress(&pass, &own, &state.compressed, plan.kv_heads)?;
+            }
             self.launch_pass(&pass, &own, &state)
         })
     }
 
-    fn launch_pass(&self, pass: &Pass<'_>, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>) -> Result<()> {
-        let Pass { stream, workspace, batch, ref tables, softmax_scale } = *pass;
+    /// Whether all heads are compressed before the first of several passes.
+    fn compresses_first(&self) -> bool {
+        self.plan.compress_heads > self.plan.kv_heads
+    }
+
+    /// Compressed keys, rotated if the others are, and values.
+    fn compress(
+        &self,
+        pass: &Pass<'_>,
+        tensors: &NsaForwardTensors<'_>,
+        compressed: &[TensorSpan<'_>; 2],
+        heads: usize,
+    ) -> Result<()> {
+        let Pass { stream, workspace, batch, ref tables, .. } = *pass;
         for (c, input) in [tensors.key, tensors.value].into_iter().enumerate() {
-            let (out, parameters) = (state.compressed[c], tensors.parameters[c]);
+            let (out, parameters) = (compressed[c], tensors.parameters[c]);
             let compress = CompressTensors { input, out, weight: parameters.weight, position: parameters.position };
             self.compress[c].forward(stream, batch, (tables, &workspace), &compress)?;
         }
+        let Some(rope) = &self.rope else { return Ok(()) };
+        let cu_compressed = self.plan.tables.compressed(&workspace);
+        let rows = RopeRows::Compressed { windows: self.plan.problem.windows, cu_compressed };
+        rope.launch_on(stream, batch, &rows, (&compressed[0], &compressed[0], heads), false)
+    }
+
+    fn launch_pass(&self, pass: &Pass<'_>, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>) -> Result<()> {
+        let Pass { stream, workspace, batch, ref tables, softmax_scale } = *pass;
         self.rotate(pass, tensors, state)?;
         let [query, key] = state.rotated.unwrap_or([tensors.query, tensors.key]);
         let attention =
@@ -170,39 +202,47 @@ impl NsaForward {
         self.window.launch(stream, batch, tables, (&window, branch(2)), softmax_scale)
     }
 
-    /// Compressed keys in place, query and key beside those of the call.
+    /// Query and key beside those of the call.
     fn rotate(&self, pass: &Pass<'_>, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>) -> Result<()> {
         let (Some(rope), Some([query, key])) = (&self.rope, &state.rotated) else { return Ok(()) };
-        let NsaProblem { sizes: Sizes { num_q_heads, num_kv_heads, .. }, windows, .. } = self.plan.pass();
-        let compressed = RopeRows::Compressed { windows, cu_compressed: self.plan.tables.compressed(&pass.workspace) };
-        let turns = [
-            (compressed, &state.compressed[0], &state.compressed[0], num_kv_heads),
-            (RopeRows::Query, &tensors.query, query, num_q_heads),
-            (RopeRows::Key, &tensors.key, key, num_kv_heads),
-        ];
+        let Sizes { num_q_heads, num_kv_heads, .. } = self.plan.pass().sizes;
+        let turns =
+            [(RopeRows::Query, &tensors.query, query, num_q_heads), (RopeRows::Key, &tensors.key, key, num_kv_heads)];
         turns.into_iter().try_for_each(|(rows, input, out, heads)| {
             rope.launch_on(pass.stream, pass.batch, &rows, (input, out, heads), false)
         })
     }
+
+    /// What a pass keeps of the state, in the workspace. The rows of the branches are not written: any tensor of their shape stands for them.
+    fn state<'a>(
+        &self,
+        temporaries: &ForwardTemporaries,
+        out: &TensorSpan<'a>,
+        workspace: &DeviceSpan<'a>,
+    ) -> NsaSavedTensors<'a> {
+        let Sizes { num_q_heads, num_kv_heads, head_dim, .. } = self.plan.pass().sizes;
+        let scratch = self.plan.scratch.span(workspace);
+        let rotated = temporaries.rotated.as_ref();
+        NsaSavedTensors {
+            rotated: rotated.map(|[query, key]| {
+                [(query, num_q_heads), (key, num_kv_heads)]
+                    .map(|(slot, heads)| TensorSpan::contiguous(slot.span(workspace), heads, head_dim))
+            }),
+            compressed: if self.compresses_first() {
+                compressed(temporaries, &self.plan.problem.sizes, workspace)
+            } else {
+                compressed(temporaries, &self.plan.pass().sizes, &scratch)
+            },
+            branches: [*out; 3],
+            lse: [temporaries.lse.span(&scratch); 3],
+        }
+    }
 }
 
-/// What a pass keeps of the state, in the workspace. The rows of the branches are not written: any tensor of their shape stands for them.
-fn state<'a>(
-    temporaries: &ForwardTemporaries,
-    sizes: &Sizes,
-    out: &TensorSpan<'a>,
-    [workspace, scratch]: &[DeviceSpan<'a>; 2],
-) -> NsaSavedTensors<'a> {
-    let Sizes { num_q_heads, num_kv_heads, head_dim, .. } = *sizes;
-    let tensor = |slot: &Slot, memory, heads| TensorSpan::contiguous(slot.span(memory), heads, head_dim);
-    let rotated = temporaries.rotated.as_ref();
-    NsaSavedTensors {
-        rotated: rotated
-            .map(|[query, key]| [tensor(query, workspace, num_q_heads), tensor(key, workspace, num_kv_heads)]),
-        compressed: temporaries.compressed.each_ref().map(|slot| tensor(slot, scratch, num_kv_heads)),
-        branches: [*out; 3],
-        lse: [temporaries.lse.span(scratch); 3],
-    }
+/// Compressed keys and values of all heads of `sizes`, in the workspace or in its scratch.
+fn compressed<'a>(temporaries: &ForwardTemporaries, sizes: &Sizes, memory: &DeviceSpan<'a>) -> [TensorSpan<'a>; 2] {
+    let tensor = |slot: &Slot| TensorSpan::contiguous(slot.span(memory), sizes.num_kv_heads, sizes.head_dim);
+    temporaries.compressed.each_ref().map(tensor)
 }
 
 /// A rotary embedding is there if the problem says so.
