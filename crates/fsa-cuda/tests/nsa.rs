@@ -6,7 +6,7 @@ use fsa_cuda::driver::{DeviceBuffer, Graph, Stream, UploadedBatch};
 use fsa_cuda::plan::{CompressionKind, NsaProblem, PlanOptions, Sizes};
 use fsa_cuda::stages::{
     Gates, LaunchContext, NsaBackward, NsaBackwardTensors, NsaForward, NsaForwardTensors, NsaParameters,
-    NsaSavedTensors, TensorSpan,
+    NsaSavedTensors, Recompute, TensorSpan,
 };
 
 const HEADS: [usize; 2] = [8, 4];
@@ -217,6 +217,39 @@ fn passes_of_heads_recorded_and_repeated_calls_give_the_same_bits() {
         for _ in 0..2 {
             part.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE).expect("launches");
             assert_eq!(call.bits(&outputs), expected, "{}", part.plan_value());
+        }
+    }
+}
+
+/// Everything that a backward reads, as bits.
+fn state_bits(call: &Call, saved: &Saved) -> Vec<Vec<u16>> {
+    let buffers = saved.rotated.iter().chain(&saved.compressed).chain(&saved.branches).chain(&saved.lse);
+    buffers.map(|buffer| call.words(buffer)).collect()
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_state_that_is_computed_again_is_the_same() {
+    let call = Call::new();
+    let (outputs, saved) = (call.outputs(), Saved::new(&call));
+    let planned = call.plan_forward(256 << 20, true);
+    let workspace = call.memory(planned.workspace_bytes());
+    let tensors = call.forward_tensors(&outputs, Some(&saved));
+    planned.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE).expect("launches");
+    let (expected, lists) = (state_bits(&call, &saved), call.words(&outputs[1]));
+    for recompute in [Recompute::Rotated, Recompute::All] {
+        let (spare, again) = (call.outputs(), Saved::new(&call));
+        spare[1].upload(&lists, &call.stream).expect("uploads");
+        let tensors = call.forward_tensors(&spare, Some(&again));
+        // Then from a graph of the plan's own.
+        for _ in 0..3 {
+            planned
+                .launch_again(&call.context(&workspace), &call.batch.get(), &tensors, SCALE, recompute)
+                .expect("launches");
+            let got = state_bits(&call, &again);
+            let written = if recompute == Recompute::All { got.len() } else { saved.rotated.len() };
+            assert_eq!(got[..written], expected[..written], "{recompute:?}");
+            assert_eq!(call.words(&spare[1]), lists, "the lists are read");
         }
     }
 }

@@ -236,10 +236,10 @@ def test_opcheck(dim):
         (ops.attention, (q, k_cmp, v_cmp, *cu, None, None, list(GEOMETRY), False)),
         (ops.select, (q, k_cmp, v_cmp, *cu, None, sizes)),
         (ops.compress, compressing),
-        (ops.nsa, (*whole, True)),
+        (ops.nsa, (*whole, True, "none")),
     ]
     with torch.no_grad():
-        out, ids, *state = ops.nsa(*whole, True)
+        states = {recompute: ops.nsa(*whole, True, recompute) for recompute in ("none", "rotated", "all")}
         compressed = ops.compress(*compressing)
 
     def detached(values):
@@ -247,8 +247,9 @@ def test_opcheck(dim):
 
     calls += [
         (ops.compress_backward, (*detached(compressing), torch.ones_like(compressed))),
-        (ops.nsa_backward, (*detached(whole), ids, state, torch.ones_like(out))),
     ]
+    for recompute, (out, ids, state) in states.items():
+        calls.append((ops.nsa_backward, (*detached(whole), ids, state, torch.ones_like(out), recompute)))
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments)
 
@@ -273,7 +274,7 @@ def test_a_recorded_call_computes_on_new_data(name, dim):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = whole()
+        recorded = [x.detach() for x in whole()]  # lets go of nodes that belong to the stream of the recording
     for seed in range(2):
         generator = torch.Generator(device=gpu.DEVICE).manual_seed(seed)
         with torch.no_grad():
@@ -281,7 +282,7 @@ def test_a_recorded_call_computes_on_new_data(name, dim):
                 leaf.copy_(torch.randn(leaf.shape, generator=generator, device=gpu.DEVICE) * leaf.std())
         graph.replay()
         torch.cuda.synchronize()
-        equal([x.detach() for x in recorded], [x.detach() for x in whole()])
+        equal(recorded, [x.detach() for x in whole()])
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch calls its detection of waits a prototype
@@ -349,6 +350,25 @@ def test_memory_of_the_whole_operation_is_bounded():
     grad, leaves = torch.ones_like(out), (q, k, v, gates)
     _, bytes_used = peak(lambda: torch.autograd.grad(out, leaves, grad))
     assert bytes_used <= sum(x.numel() * 2 for x in leaves) + budget + lists + (4 << 20)
+
+
+@pytest.mark.parametrize("dim", [64, 40])
+@pytest.mark.parametrize("rope_theta", [None, THETA])
+def test_what_is_computed_again_is_not_kept_and_gives_the_same_gradients(dim, rope_theta):
+    setting = Setting(case_of(q_lens=(140, 9), k_lens=(140, 130), dims=(dim, dim)))
+    leaves = setting.inputs(("q", "k", "v", "gates", "linear", "position", "weighted"), gpu.DEVICE)
+    q, k, v, gates, linear, position, weighted = leaves
+    parameters = {"k_weight": linear, "k_position": position, "v_weight": weighted, "rope_theta": rope_theta}
+    expected, kept = None, {}
+    for recompute in ("none", "rotated", "all"):
+        options = {**SIZES, "window_size": WINDOW, "deterministic": True, "recompute": recompute, **parameters}
+        out = fsa_rs.nsa_attn_varlen_func(q, k, v, gates, *setting.cu, softmax_scale=-0.2, **options)
+        kept[recompute] = out.grad_fn.saved_tensors[-1].nbytes
+        found = (out, *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view_as(out).to(out)))
+        expected = expected or found
+        assert all(map(torch.equal, found, expected))
+    assert (kept["none"] > kept["rotated"]) == (rope_theta is not None)
+    assert kept["rotated"] > kept["all"] == 0
 
 
 def test_the_layer_computes_what_it_does_on_the_cpu():

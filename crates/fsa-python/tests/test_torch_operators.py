@@ -74,17 +74,19 @@ def arguments():
     yield "compressed", ops.attention, (q, k_cmp, v_cmp, CU_Q, CU_K, None, None, [16, 8], True)
     yield "select", ops.select, (q, k_cmp, v_cmp, CU_Q, CU_K, None, sizes)
     yield "compress", ops.compress, compress
-    yield "nsa", ops.nsa, (*whole, True)
+    yield "nsa", ops.nsa, (*whole, True, "none")
     with torch.no_grad():
         out, lse = ops.attention(*packed, None, IDS, [16, 0], False)
         grad_k = torch.ones_like(ops.compress(*compress))
-        result, ids, *state = ops.nsa(*whole, True)
+        states = {recompute: ops.nsa(*whole, True, recompute) for recompute in ("none", "rotated", "all")}
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in (*packed, None, IDS, [16, 0], False)]
     yield "attention_backward", ops.attention_backward, (*detached, out, lse, torch.ones_like(out), lse.exp())
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in compress]
     yield "compress_backward", ops.compress_backward, (*detached, grad_k)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in whole]
-    yield "nsa_backward", ops.nsa_backward, (*detached, ids, state, torch.ones_like(result))
+    for recompute, (result, ids, state) in states.items():
+        backward = (*detached, ids, state, torch.ones_like(result), recompute)
+        yield f"nsa_backward, recompute {recompute}", ops.nsa_backward, backward
 
 
 fsa_rs.dense_attn_varlen_func(*qkv(), CU_Q, CU_K)  # registers the operators
@@ -219,8 +221,25 @@ def test_only_what_needs_a_gradient_keeps_state():
         assert not nsa(q, k, v)[0].requires_grad
     with pytest.raises(RuntimeError, match="kept no state"):
         torch.ops.fsa_rs.nsa(
-            *qkv(), CU_Q, CU_K, GATES, *[None] * 4, [16, 8, 16, 4, 1, 2, 8, 0], None, None, False, False
+            *qkv(), CU_Q, CU_K, GATES, *[None] * 4, [16, 8, 16, 4, 1, 2, 8, 0], None, None, False, False, "none"
         )[0].sum().backward()
+
+
+@pytest.mark.parametrize("rope_theta", [None, 1e4])
+def test_what_is_computed_again_is_not_kept_and_gives_the_same_gradients(rope_theta):
+    results, kept = {}, {}
+    for recompute in ("none", "rotated", "all"):
+        leaves = qkv()
+        gates = GATES.clone().requires_grad_()
+        options = {"window_size": 8, "rope_theta": rope_theta, "recompute": recompute, **SIZES}
+        out = fsa_rs.nsa_attn_varlen_func(*leaves, gates, CU_Q, CU_K, **options)
+        kept[recompute] = out.grad_fn.saved_tensors[-1].nbytes
+        results[recompute] = torch.autograd.grad(out.square().sum(), (*leaves, gates))
+        assert all(map(torch.equal, results[recompute], results["none"]))
+    q, k, _ = leaves
+    assert kept["all"] == 0 and kept["none"] - kept["rotated"] == (q.nbytes + k.nbytes if rope_theta else 0)
+    with pytest.raises(ValueError, match="recompute: expected 'none', 'rotated' or 'all', got 'q'"):
+        fsa_rs.nsa_attn_varlen_func(*leaves, gates, CU_Q, CU_K, recompute="q")
 
 
 def test_a_second_derivative_is_refused():

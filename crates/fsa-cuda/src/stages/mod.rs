@@ -27,6 +27,7 @@ pub use combine::{CombineBackward, CombineBackwardTensors, CombineForward, Combi
 pub use compress::{CompressBackward, CompressBackwardTensors, CompressForward, CompressTensors};
 pub use nsa::{
     NsaBackward, NsaBackwardTensors, NsaForward, NsaForwardTensors, NsaParameterGrads, NsaParameters, NsaSavedTensors,
+    Recompute,
 };
 pub use rope::{RopeRows, RopeTurn};
 pub use select::Select;

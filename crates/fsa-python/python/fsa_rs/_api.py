@@ -14,6 +14,7 @@ from . import _numpy
 ArrayT = TypeVar("ArrayT")
 Layout = Literal["hts", "ths"]
 ScoreHeads = Literal["group_sum", "first_head"]
+Recompute = Literal["none", "rotated", "all"]
 
 
 def _library(**arrays: Any) -> Any:
@@ -90,6 +91,12 @@ def _sizes(
         _size("window_size", window_size),
         int(score_heads == "first_head"),
     ]
+
+
+def _recompute(recompute: Recompute) -> Recompute:
+    if recompute not in ("none", "rotated", "all"):
+        raise ValueError(f"recompute: expected 'none', 'rotated' or 'all', got {recompute!r}")
+    return recompute
 
 
 def _window(window_size: int | tuple[int, int]) -> int:
@@ -397,6 +404,7 @@ def nsa_attn_varlen_func(
     v_position: ArrayT | None = None,
     rope_theta: float | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
+    recompute: Recompute = "none",
 ) -> Any:
     """Native sparse attention: the gated sum of compressed, selected and sliding-window attention, in one call.
 
@@ -411,6 +419,8 @@ def nsa_attn_varlen_func(
         rope_theta: base of a rotary embedding of ``q``, ``k`` and the compressed keys (at the start of their
             windows), pairs ``(x[i], x[i + head_dim / 2])``; ``None`` is none.
         rope_scaling: ``None`` or a Hugging Face dictionary with ``rope_type`` ``"default"`` or ``"llama3"``.
+        recompute: what the backward computes again instead of keeping it: ``"none"``; ``"rotated"``, query and keys
+            as the embedding rotated them; ``"all"`` but the chosen blocks, which takes most of a forward more.
         Others: as :func:`selected_attn_varlen_func`.
 
     Returns:
@@ -429,5 +439,6 @@ def nsa_attn_varlen_func(
     window = _window(window_size)
     sizes = _sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window, score_heads)
     options = (sizes, _rope(rope_theta, rope_scaling), _scale(softmax_scale))
-    out, topk_indices = library.nsa(options, packed, gates, parameters, bool(deterministic))
+    given = (options, packed, gates, parameters, bool(deterministic), _recompute(recompute))
+    out, topk_indices = library.nsa(*given)
     return (out, _hts(layout, topk_indices)) if return_topk_indices else out

@@ -128,7 +128,10 @@ def cuda_nsa(
     inputs: Any,
     outputs: tuple[Described, Described],
     saved: Any,
-) -> None: ...
+    recompute: str | None,
+) -> None:
+    """With `recompute`, `"rotated"` or `"all"`, the second of `outputs` is read, and that of `saved` is written."""
+
 def cuda_nsa_backward(
     plan: CudaPlan,
     context: Context,

@@ -81,6 +81,7 @@ def nsa(
     gates: Array,
     parameters: tuple[Array | None, ...],
     deterministic: bool,
+    recompute: str,
 ) -> tuple[Array, Array]:
     """``out`` and ``topk_indices`` of the whole operation."""
     packed, parameters = _readables(packed), _readables(parameters)

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import _native
-
-Described = tuple[int, int, str, tuple[int, ...], tuple[int, ...]]
+from ._torch_state import Described
 
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int32: "int32"}
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native
-from ._torch_cuda import Call, Described, Parameters, described, described_if
+from ._torch_cuda import Call, Parameters, described, described_if
+from ._torch_state import Described, Layout
 
 # Arguments are in the order of `_torch_nsa.ARGUMENTS`: packed inputs, gates, parameters of the compressions, options.
-
-
-def padded_shapes(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors that stand for ``q``, ``k`` and ``v`` as the kernels take them. They have no memory of their own."""
-    widest = max(x.shape[-1] for x in tensors)
-    dim = next((dim for dim in _native.HEAD_DIMS if dim >= widest), widest)
-    return tuple(x[..., :1].expand(*x.shape[:-1], dim) for x in tensors)
 
 
 def _nsa_call(arguments: tuple[Any, ...], saves: bool, backward: bool) -> Call:
@@ -40,37 +33,57 @@ def _inputs(call: Call, arguments: tuple[Any, ...]) -> tuple[Any, list[Parameter
     return (call.packed(arguments[:5]), described(gates), key, value), parameters
 
 
-def _saved(state: list[Tensor]) -> Any:
-    """The state as the extension takes it."""
-    about: list[Described] = list(map(described, state))
-    return about[:2], about[2:5], about[5:8], about[8:] or None
+def allocate_state(arguments: tuple[Any, ...], save: bool, recompute: str) -> Tensor:
+    """Room for what a forward keeps, or a tensor of nothing."""
+    q: Tensor = arguments[0]
+    return Layout(arguments, recompute).allocate(q) if save else q.new_empty((0,), dtype=torch.uint8)
 
 
-def nsa(*arguments: Any, state: Callable[..., list[Tensor]]) -> list[Tensor]:
-    """``out``, ``topk_indices`` and, if the last argument asks for it, the state for the backward."""
-    (q, k, v), sizes, saves = arguments[:3], arguments[10], arguments[14]
+def nsa(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``out``, ``topk_indices`` and, if the last argument but one asks for it, the state for the backward."""
+    (q, k, v), sizes = arguments[:3], arguments[10]
+    save, recompute = arguments[14:]
+    # Where the backward computes all of it again, no branch is kept.
+    saves = save and recompute != "all"
     call = _nsa_call(arguments, saves, False)
     out = call.like(q)
     topk_indices = q.new_empty((k.shape[1], q.shape[0], sizes[3]), dtype=torch.int32)
-    kept = state(*arguments) if saves else []
+    state, saved = allocate_state(arguments, saves, recompute), None
+    if saves:
+        layout = Layout(arguments, recompute)
+        call.kept.append(layout.allocate(q, again=True))
+        saved = layout.described(state, call.kept[-1])
     inputs, _ = _inputs(call, arguments)
     outputs = (described(out), described(topk_indices))
-    saved = _saved(kept) if saves else None
-    _native.cuda_nsa(call.plan, call.context(), abs(call.scale), inputs, outputs, saved)
-    return [call.cut(out, v.shape[2]), topk_indices, *kept]
+    _native.cuda_nsa(call.plan, call.context(), abs(call.scale), inputs, outputs, saved, None)
+    return call.cut(out, v.shape[2]), topk_indices, state
+
+
+def _recompute(arguments: tuple[Any, ...], saved: Any, topk_indices: Described, spare: Described) -> None:
+    """Writes the parts of the state that the forward did not keep. ``spare`` is memory of the shape of ``out``."""
+    call = _nsa_call(arguments, True, False)
+    inputs, _ = _inputs(call, arguments)
+    outputs = (spare, topk_indices)
+    _native.cuda_nsa(call.plan, call.context(), abs(call.scale), inputs, outputs, saved, arguments[17])
 
 
 def nsa_backward(*arguments: Any) -> list[Tensor]:
     """Gradients of ``q``, ``k``, ``v``, the gates, and of the parameters that are there."""
     (q, k, v), gates = arguments[:3], arguments[5]
-    topk_indices, state, grad_out = arguments[14:]
+    topk_indices, state, grad_out, recompute = arguments[14:]
     call = _nsa_call(arguments, False, True)
     inputs, parameters = _inputs(call, arguments)
     grads = [call.like(x) for x in (q, k, v)]
     grad_gates = gates.new_empty(gates.shape)
     required = (*map(described, grads), described(grad_gates))
-    forward = (call.plain(topk_indices), _saved(state), call.vectors(grad_out))
-    given = (inputs, forward, (required, *(pair.outputs() for pair in parameters)))
+    layout, again = Layout(arguments, recompute), None
+    if recompute != "none":
+        again = layout.allocate(q, again=True)
+        call.kept.append(again)
+    saved, lists = layout.described(state, again), call.plain(topk_indices)
+    if again is not None and again.numel() > 0:
+        _recompute(arguments, saved, lists, required[0])
+    given = (inputs, (lists, saved, call.vectors(grad_out)), (required, *(pair.outputs() for pair in parameters)))
     _native.cuda_nsa_backward(call.plan, call.context(), abs(call.scale), *given)
     if call.negative:
         grads[0].neg_()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _native, _torch_cuda_nsa
+from ._torch_state import Layout
 
 # What both operators take: packed inputs, gates, the parameters of the compressions, the options.
 ARGUMENTS = (
@@ -27,33 +28,26 @@ def _native_arguments(arguments: tuple[Any, ...]) -> tuple[Any, Any]:
     return (sizes, rope or [], softmax_scale), inputs
 
 
-def _allocate(*arguments: Any) -> list[Tensor]:
-    """``out``, ``topk_indices`` and, if the last argument asks for it, the state for the backward."""
+def _allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``out``, ``topk_indices`` and, if the last argument but one asks for it, the state for the backward."""
     q, k, v = arguments[:3]
-    sizes, save = arguments[10], arguments[14]
+    sizes, save, recompute = arguments[10], *arguments[14:]
     shape = (*q.shape[:-1], *v.shape[-1:])
-    outputs = [q.new_empty(shape), q.new_empty((*k.shape[1:2], *q.shape[:1], sizes[3]), dtype=torch.int32)]
-    return outputs + _allocate_state(*arguments) if save else outputs
+    topk_indices = q.new_empty((*k.shape[1:2], *q.shape[:1], sizes[3]), dtype=torch.int32)
+    return q.new_empty(shape), topk_indices, _torch_cuda_nsa.allocate_state(arguments, save, recompute)
 
 
-def _allocate_state(*arguments: Any) -> list[Tensor]:
-    """Compressed keys and values, the branches, their ``lse``, and query and keys if they are rotated."""
-    q, k, v = arguments[:3]
-    sizes, rope = arguments[10:12]
-    if q.device.type == "cuda":
-        # The backward's kernels read it as the forward's wrote it.
-        q, k, v = _torch_cuda_nsa.padded_shapes(q, k, v)
-    rows = k.shape[0] // max(sizes[1], 1)
-    compressed = [x.new_zeros((rows, *x.shape[1:])) for x in (k, v)]
-    branches = [q.new_empty((*q.shape[:-1], *v.shape[-1:])) for _ in range(3)]
-    lse = [q.new_empty((*q.shape[1:2], *q.shape[:1]), dtype=torch.float32) for _ in range(3)]
-    return compressed + branches + lse + ([x.new_empty(x.shape) for x in (q, k)] if rope else [])
-
-
-def _nsa(*arguments: Any) -> list[Tensor]:
-    outputs = _allocate(*arguments)
+def _nsa(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, topk_indices, state = outputs = _allocate(*arguments)
+    save, recompute = arguments[14:]
     options, inputs = _native_arguments(arguments)
-    _native.nsa(options, inputs, (outputs[0], outputs[1]), outputs[2:])
+    layout = Layout(arguments, "none")
+    saves = save and recompute != "all"
+    # The extension writes all parts or none.
+    whole = layout.allocate(out) if saves and recompute == "rotated" else state
+    _native.nsa(options, inputs, (out, topk_indices), layout.views(whole) if saves else ())
+    if whole is not state:
+        state.copy_(whole[: len(state)])
     return outputs
 
 
@@ -65,11 +59,17 @@ def _allocate_grads(*arguments: Any) -> list[Tensor]:
 def _nsa_backward(*arguments: Any) -> list[Tensor]:
     grads = _allocate_grads(*arguments)
     options, inputs = _native_arguments(arguments)
-    topk_indices, state, grad_out = arguments[14:]
+    topk_indices, state, grad_out, recompute = arguments[14:]
+    layout = Layout(arguments, "none")
+    if recompute != "none":
+        state = layout.allocate(grad_out)
+        again = (torch.empty_like(grad_out), torch.empty_like(topk_indices))
+        _native.nsa(options, inputs, again, layout.views(state))
     by_input = _spread(arguments, grads)
     parameters = (by_input[6:8], by_input[8:10])
     required = (*by_input[:3], by_input[5])
-    _native.nsa_backward(options, inputs, (topk_indices, state), grad_out, (required, *parameters))
+    given = (topk_indices, layout.views(state))
+    _native.nsa_backward(options, inputs, given, grad_out, (required, *parameters))
     return grads
 
 
@@ -80,37 +80,39 @@ def _spread(inputs: tuple[Any, ...], grads: list[Tensor]) -> tuple[Any, ...]:
     return tuple(next(remaining) if at in given else None for at in range(INPUTS))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.options, ctx.save = inputs[10:14], inputs[14]
-    # The state has no gradients: zeros in their place would be as large as itself.
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *given, ctx.save, ctx.recompute = inputs
+    ctx.options = given[INPUTS:]
+    # The state has no gradient: zeros in its place would be as large as itself.
     ctx.set_materialize_grads(False)
     if ctx.save:
-        ctx.save_for_backward(*inputs[:INPUTS], *output[1:])
+        ctx.save_for_backward(*given[:INPUTS], *output[1:])
 
 
-def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if not ctx.save:
         raise RuntimeError("fsa_rs::nsa kept no state for the backward: call it with save=True")
     saved = ctx.saved_tensors  # once: under activation checkpointing a second access is an error
-    inputs, (topk_indices, *state) = saved[:INPUTS], saved[INPUTS:]
-    grad_out = grads[0]
+    inputs, (topk_indices, state) = saved[:INPUTS], saved[INPUTS:]
     if grad_out is None:
         q, v = inputs[0], inputs[2]
         grad_out = q.new_zeros((*q.shape[:-1], *v.shape[-1:]))
-    found = _NSA_BACKWARD(*inputs, *ctx.options, topk_indices, state, grad_out)
-    return (*_spread(inputs, found), *(None for _ in range(5)))
+    found = _NSA_BACKWARD(*inputs, *ctx.options, topk_indices, state, grad_out, ctx.recompute)
+    return (*_spread(inputs, found), *(None for _ in range(6)))
 
 
-_NSA = torch.library.custom_op("fsa_rs::nsa", _nsa, mutates_args=(), schema=f"({ARGUMENTS}, bool save) -> Tensor[]")
+_NSA = torch.library.custom_op(
+    "fsa_rs::nsa", _nsa, mutates_args=(), schema=f"({ARGUMENTS}, bool save, str recompute) -> (Tensor, Tensor, Tensor)"
+)
 _NSA.register_fake(_allocate)
-_NSA.register_kernel("cuda")(lambda *arguments: _torch_cuda_nsa.nsa(*arguments, state=_allocate_state))
+_NSA.register_kernel("cuda")(_torch_cuda_nsa.nsa)
 _NSA.register_autograd(_differentiate, setup_context=_save)
 
 _NSA_BACKWARD = torch.library.custom_op(
     "fsa_rs::nsa_backward",
     _nsa_backward,
     mutates_args=(),
-    schema=f"({ARGUMENTS}, Tensor topk_indices, Tensor[] state, Tensor grad_out) -> Tensor[]",
+    schema=f"({ARGUMENTS}, Tensor topk_indices, Tensor state, Tensor grad_out, str recompute) -> Tensor[]",
 )
 _NSA_BACKWARD.register_fake(_allocate_grads)
 _NSA_BACKWARD.register_kernel("cuda")(_torch_cuda_nsa.nsa_backward)
@@ -122,6 +124,7 @@ def nsa(
     gates: Tensor,
     parameters: tuple[Tensor | None, ...],
     deterministic: bool,
+    recompute: str,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``topk_indices`` of the whole operation."""
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -129,5 +132,6 @@ def nsa(
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     sizes, rope, softmax_scale = options
     # An empty list among the arguments would be one of tensors to autograd.
-    out, topk_indices, *_ = _NSA(*packed, gates, *parameters, sizes, rope or None, softmax_scale, deterministic, save)
+    options_of_op = (sizes, rope or None, softmax_scale, deterministic, save, recompute)
+    out, topk_indices, _ = _NSA(*packed, gates, *parameters, *options_of_op)
     return out, topk_indices

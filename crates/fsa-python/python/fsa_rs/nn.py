@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("fsa_rs.nn needs PyTorch: pip install torch", name=error.name) from None
 
 from . import _native
-from ._api import ScoreHeads, _rope, _sizes, nsa_attn_varlen_func
+from ._api import Recompute, ScoreHeads, _recompute, _rope, _sizes, nsa_attn_varlen_func
 
 __all__ = ["FlashSparseAttention", "RopeConfig"]
 
@@ -101,6 +101,7 @@ class FlashSparseAttention(nn.Module):
         score_heads: ``"group_sum"`` or, as the original, ``"first_head"``.
         deterministic: ask for gradients that repeat bit for bit, as
             ``torch.use_deterministic_algorithms`` does. On the CPU they always do.
+        recompute: what the backward computes again instead of keeping it, as :func:`fsa_rs.nsa_attn_varlen_func`.
         device, dtype: of the parameters.
 
     Raises:
@@ -125,6 +126,7 @@ class FlashSparseAttention(nn.Module):
         *,
         score_heads: ScoreHeads = "group_sum",
         deterministic: bool = False,
+        recompute: Recompute = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -150,6 +152,7 @@ class FlashSparseAttention(nn.Module):
         self.rope_config = rope_config
         self.score_heads: ScoreHeads = score_heads
         self.deterministic = deterministic
+        self.recompute = _recompute(recompute)
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
@@ -210,6 +213,7 @@ class FlashSparseAttention(nn.Module):
             v_weight=self.compress_value.to(q.dtype),
             rope_theta=None if rope is None else rope.rope_theta,
             rope_scaling=None if rope is None else rope.rope_scaling,
+            recompute=self.recompute,
         )
         return self.proj_o(out.flatten(1))  # type: ignore[no-any-return]
 

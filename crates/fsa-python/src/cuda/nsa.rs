@@ -10,7 +10,7 @@ use crate::memory::device::{DeviceTensor, batch};
 use crate::packed::config;
 use crate::run::detached;
 use fsa::cuda::plan::{NsaProblem, Sizes};
-use fsa::cuda::stages::{NsaBackwardTensors, NsaForwardTensors, NsaParameters, NsaSavedTensors};
+use fsa::cuda::stages::{NsaBackwardTensors, NsaForwardTensors, NsaParameters, NsaSavedTensors, Recompute};
 use fsa::{DType, Error, Result};
 use pyo3::prelude::*;
 
@@ -97,8 +97,10 @@ fn parameters<'a>(
     ])
 }
 
-/// Gives the forward to the stream; it writes `out`, `topk_indices` and, if it was planned to, the state.
+/// Gives the forward to the stream; it writes `out`, `topk_indices` and, if it was planned to, the state. With `recompute` it reads
+/// `topk_indices`, and writes what a forward did not keep: `"rotated"`, the last part of the state, or `"all"` of it, and `out`.
 #[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "of a function of the extension, which Python gives one by one")]
 pub fn cuda_nsa(
     py: Python<'_>,
     plan: &CudaPlan,
@@ -107,6 +109,7 @@ pub fn cuda_nsa(
     inputs: Inputs,
     outputs: (DeviceTensor, DeviceTensor),
     saved: Option<Saved>,
+    recompute: Option<&str>,
 ) -> Result<(), Failure> {
     let planned = &*plan.0;
     let (Work::Nsa { problem, .. }, Launch::Nsa(launch)) = (&planned.key.work, &planned.launch) else {
@@ -130,7 +133,16 @@ pub fn cuda_nsa(
         topk_indices: outputs.1.plain("topk_indices", place, DType::I32, &lists)?,
         saved: saved.as_ref().map(|saved| saved_spans(saved, planned, problem)).transpose()?,
     };
-    detached(py, || launch.launch(&context, &batch, &tensors, softmax_scale))
+    let again = match recompute {
+        None => None,
+        Some("rotated") => Some(Recompute::Rotated),
+        Some("all") => Some(Recompute::All),
+        Some(other) => return Err(Error::input("recompute", "'rotated' or 'all'", format!("'{other}'")).into()),
+    };
+    detached(py, || match again {
+        None => launch.launch(&context, &batch, &tensors, softmax_scale),
+        Some(recompute) => launch.launch_again(&context, &batch, &tensors, softmax_scale, recompute),
+    })
 }
 
 /// `(grad_q, grad_k, grad_v, grad_gates)` and the gradients of the parameters.

@@ -17,6 +17,15 @@ use crate::stages::{AttentionTensors, CompressTensors, RopeRows, RopeTurn};
 use fsa_core::{Error, Result, Rope};
 use std::sync::Arc;
 
+/// What a backward needs of the state and the forward did not keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recompute {
+    /// Query and keys after their rotary embedding.
+    Rotated,
+    /// Everything but the lists of blocks.
+    All,
+}
+
 /// A planned forward with its kernels.
 #[derive(Debug)]
 pub struct NsaForward {
@@ -39,6 +48,7 @@ struct Pass<'a> {
     batch: &'a DeviceBatch<'a>,
     tables: Tables,
     softmax_scale: f32,
+    recompute: Option<Recompute>,
 }
 
 impl NsaForward {
@@ -101,36 +111,62 @@ impl NsaForward {
         tensors: &NsaForwardTensors<'_>,
         softmax_scale: f32,
     ) -> Result<()> {
-        let problem = &self.plan.problem;
-        check_scale(softmax_scale)?;
-        check_batch(batch, &problem.sizes)?;
-        tensors.check(problem, self.plan.saves)?;
-        self.plan.workspace.check(&context.workspace)?;
-        let call = call(tensors.numbers(), context, batch, softmax_scale);
-        self.replays.run(context.stream, call, |stream| {
-            self.launch_all(&LaunchContext { stream, ..*context }, batch, tensors, softmax_scale)
-        })
+        self.launch_or_repeat(context, batch, tensors, softmax_scale, None)
     }
 
-    fn launch_all(
+    /// Writes what a forward did not keep of the state, from its lists of blocks, which are read; the plan is of a call that saves.
+    /// With [`Recompute::All`] the sum of the branches goes to `out` once more. The other tensors of the state are not looked at
+    /// with [`Recompute::Rotated`].
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub fn launch_again(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
         tensors: &NsaForwardTensors<'_>,
         softmax_scale: f32,
+        recompute: Recompute,
     ) -> Result<()> {
-        let (plan, workspace) = (&self.plan, context.workspace);
+        self.launch_or_repeat(context, batch, tensors, softmax_scale, Some(recompute))
+    }
+
+    fn launch_or_repeat(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &NsaForwardTensors<'_>,
+        softmax_scale: f32,
+        recompute: Option<Recompute>,
+    ) -> Result<()> {
+        let problem = &self.plan.problem;
+        check_scale(softmax_scale)?;
+        check_batch(batch, &problem.sizes)?;
+        tensors.check(problem, self.plan.saves)?;
+        self.plan.workspace.check(&context.workspace)?;
+        let mut call = call(tensors.numbers(), context, batch, softmax_scale);
+        call.push(recompute.map_or(0, |recompute| 1 + recompute as u64));
+        self.replays.run(context.stream, call, |stream| {
+            let workspace = context.workspace;
+            let tables = self.plan.tables.tables(&workspace);
+            self.launch_all(&Pass { stream, workspace, batch, tables, softmax_scale, recompute }, tensors)
+        })
+    }
+
+    fn launch_all(&self, pass: &Pass<'_>, tensors: &NsaForwardTensors<'_>) -> Result<()> {
+        let (plan, &Pass { stream, workspace, batch, .. }) = (&self.plan, pass);
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        self.prepare.launch(context.stream, &plan.tables.params(batch, &workspace))?;
-        if let Some(own) = &plan.scores.tables {
-            self.prepare.launch(context.stream, &own.params(batch, &workspace))?;
+        if let (Some(Recompute::Rotated), Some(state)) = (pass.recompute, &tensors.saved) {
+            return self.rotate(pass, tensors, state);
         }
-        let tables = plan.tables.tables(&workspace);
-        let pass = Pass { stream: context.stream, workspace, batch, tables, softmax_scale };
+        self.prepare.launch(stream, &plan.tables.params(batch, &workspace))?;
+        if let Some(own) = &plan.scores.tables {
+            self.prepare.launch(stream, &own.params(batch, &workspace))?;
+        }
         let first = self.compresses_first();
         if let (true, Some(temporaries)) = (first, &plan.temporaries) {
             let compressed = compressed(temporaries, &plan.problem.sizes, &workspace);
-            self.compress(&pass, tensors, &compressed, plan.problem.sizes.num_kv_heads)?;
+            self.compress(pass, tensors, &compressed, plan.problem.sizes.num_kv_heads)?;
         }
         passes(plan.problem.sizes.num_kv_heads, plan.kv_heads).try_for_each(|heads| {
             let own = tensors.heads_from(heads.start, &plan.problem);
@@ -147,9 +183,9 @@ impl NsaForward {
                 (None, None) => unreachable!("checked to be as planned"),
             };
             if !first {
-                self.compress(&pass, &own, &state.compressed, plan.kv_heads)?;
+                self.compress(pass, &own, &state.compressed, plan.kv_heads)?;
             }
-            self.launch_pass(&pass, &own, &state)
+            self.launch_pass(pass, &own, &state)
         })
     }
 
@@ -179,7 +215,7 @@ impl NsaForward {
     }
 
     fn launch_pass(&self, pass: &Pass<'_>, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>) -> Result<()> {
-        let Pass { stream, workspace, batch, ref tables, softmax_scale } = *pass;
+        let Pass { stream, workspace, batch, ref tables, softmax_scale, recompute } = *pass;
         self.rotate(pass, tensors, state)?;
         let [query, key] = state.rotated.unwrap_or([tensors.query, tensors.key]);
         let attention =
@@ -193,8 +229,10 @@ impl NsaForward {
         };
         let compressed = attention(0, state.compressed[0], state.compressed[1]);
         self.compressed.launch(stream, batch, tables, (&compressed, branch(0)), softmax_scale)?;
-        let scores = score_tables(&self.plan.scores, tables, &workspace);
-        self.select.launch(stream, batch, &scores, (&compressed, &tensors.topk_indices), softmax_scale)?;
+        if recompute.is_none() {
+            let scores = score_tables(&self.plan.scores, tables, &workspace);
+            self.select.launch(stream, batch, &scores, (&compressed, &tensors.topk_indices), softmax_scale)?;
+        }
         let selected = attention(1, key, tensors.value).selected(tensors.topk_indices);
         let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
         self.selected.launch_branch(&context, batch, (&selected, branch(1)), softmax_scale)?;

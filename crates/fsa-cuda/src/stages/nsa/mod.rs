@@ -5,5 +5,5 @@ mod forward;
 mod tensors;
 
 pub use backward::NsaBackward;
-pub use forward::NsaForward;
+pub use forward::{NsaForward, Recompute};
 pub use tensors::{NsaBackwardTensors, NsaForwardTensors, NsaParameterGrads, NsaParameters, NsaSavedTensors};
