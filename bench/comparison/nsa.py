@@ -23,6 +23,8 @@ K = 1024
 GRAPH_LONGEST = 16 * K
 #: Up to this length rows are held against f64 and against the peers.
 CHECK_LONGEST = 64 * K
+#: The length at which a step is measured whose backward computes again what its forward did not keep.
+RECOMPUTED = 64 * K
 #: Beyond this length a step of dense attention, which nobody needs for a break-even length, is left out.
 STEP_LONGEST = 64 * K
 PHASES = ("fwd", "bwd", "both")
@@ -48,6 +50,7 @@ SECTIONS = {
     "g1": Section(25, [Shape(n * K, 1) for n in (64, 8)], ("ours", "dense", "peers")),
     "peers": Section(30, [Shape(n * K, 4) for n in (1, 2, 4, 16, 32)], ("peers",)),
     "branches-g1": Section(25, [Shape(n * K, 1) for n in (64, 8)], ("branches",)),
+    "512k": Section(20, [Shape(512 * K, 4)], ("ours",)),
     "128k-peers": Section(20, [Shape(128 * K, 4)], ("peers",)),
 }
 
@@ -98,6 +101,10 @@ class Comparison(Session):
         self.whole(words, computed, grads)
         if inputs.shape.n <= GRAPH_LONGEST:
             self.replays(words, computed, grads)
+        if what == stages.LINEAR_ROPE and inputs.shape.n == RECOMPUTED:
+            for recompute in ("rotated", "all"):
+                computed = stages.whole(inputs, what, recompute=recompute)
+                self.whole({**words, "what": f"{what}, recompute {recompute}"}, computed, grads)
 
     def dense(self, inputs: Inputs) -> None:
         computed, words = work.dense(inputs.q, inputs.k, inputs.v), self.words(inputs, "dense", "dense")
@@ -177,6 +184,8 @@ class Comparison(Session):
                 if computed is not ours:
                     self.same_blocks(inputs, computed, ours)
                 self.time(words, computed, (), ("fwd",))
+                if computed is ours and inputs.shape.n <= GRAPH_LONGEST:
+                    self.replay(words, computed.impl, {"fwd": computed.outputs})
             return
         with torch.no_grad():
             lengths = [len(x) for x in computed.outputs()]
@@ -184,6 +193,8 @@ class Comparison(Session):
         if computed is not ours and computed.leaves.keys() == ours.leaves.keys():
             self.differs(f"{computed.impl}, {what}", ours.results(self.filled(grads, inputs)), computed.results(cut))
         self.time(words, computed, cut, PHASES[:2])
+        if computed is ours and inputs.shape.n <= GRAPH_LONGEST:
+            self.replays(words, computed, cut)
 
     def filled(self, grads: tuple[Tensor, ...], inputs: Inputs) -> tuple[Tensor, ...]:
         """Gradients as a peer without rows that fill up sees them."""

@@ -120,6 +120,8 @@ def _break_evens(rows: Rows) -> Iterable[str]:
 
     kinds = {(row["impl"], row["what"], row["g"]): None for row in steps if row["section"] == "nsa"}
     for impl, what, group in kinds:
+        if len(times(impl, what, (group,))) < 2:
+            continue
         dense = DENSE + (GRAPH_SUFFIX if impl.endswith(GRAPH_SUFFIX) else "")
         groups = (*sorted({row["g"] for row in steps} - {group}), group)
         length = break_even(times(impl, what, (group,)), times(dense, "dense", groups))
@@ -131,7 +133,7 @@ def _memory(rows: Rows) -> Iterable[str]:
     steps = [row for row in rows if row["section"] == "nsa" and row.get("beyond_mb") is not None]
     theirs = {(row["N"], row["g"], row["what"]): row["beyond_mb"] for row in steps if row["impl"] == "FSA"}
     for row in steps:
-        key = (row["N"], row["g"], row["what"])
+        key = (row["N"], row["g"], row["what"].split(", recompute ")[0])
         if row["impl"] == OURS and key in theirs:
             shape = f"{row['N']} tokens, g = {row['g']}, {row['what']}"
             shares = f"{row['beyond_mb']:.0f} MB, FSA {theirs[key]:.0f} MB: {_ratio(row['beyond_mb'], theirs[key])}"
