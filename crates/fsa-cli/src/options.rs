@@ -2,6 +2,7 @@
 
 use crate::failure::{Failure, Outcome};
 use clap::{Args, ValueEnum};
+use fsa::cuda::plan::Routing;
 use fsa::cuda::{CudaBackend, KernelSet};
 use fsa::{CpuOptions, DType, Engine, Environment, NsaConfig, Rope, RopeScaling, ScoreHeads};
 use serde::Serialize;
@@ -146,16 +147,24 @@ pub struct DeviceFlags {
     /// Kernels for --device cuda: sm80 (any GPU) or sm90a (Hopper) [FSA_CUDA_ARCH, or those of the GPU]
     #[arg(long, value_name = "SET", value_parser = kernel_set)]
     pub kernels: Option<KernelSet>,
+    /// How stage `selected` goes with --device cuda: kv_outer, dense_masked, both by turns, or the fastest [FSA_ROUTE]
+    #[arg(long, value_name = "ROUTE", value_parser = routing)]
+    pub route: Option<Routing>,
 }
 
 impl DeviceFlags {
-    /// Kernels can be chosen for a GPU only.
+    /// Kernels and routes can be chosen for a GPU only.
     pub fn check(&self) -> Outcome {
-        match (self.device, self.kernels) {
-            (Device::Cpu, Some(_)) => Err(Failure::misuse("--kernels", "--device cuda", "--device cpu")),
+        let given = [("--kernels", self.kernels.is_some()), ("--route", self.route.is_some())];
+        match (self.device, given.into_iter().find(|(_, given)| *given)) {
+            (Device::Cpu, Some((flag, _))) => Err(Failure::misuse(flag, "--device cuda", "--device cpu")),
             _ => Ok(()),
         }
     }
+}
+
+fn routing(text: &str) -> Result<Routing, String> {
+    text.parse().map_err(|error: fsa::Error| error.to_string())
 }
 
 fn kernel_set(text: &str) -> Result<KernelSet, String> {
@@ -179,7 +188,7 @@ pub fn engine(flags: &DeviceFlags, threads: usize) -> Outcome<Chosen> {
     match flags.device {
         Device::Cpu => Ok(Chosen { engine: cpu(threads)?, cuda: None }),
         Device::Cuda => {
-            let backend = cuda(flags.kernels)?;
+            let backend = cuda(flags)?;
             backend.check_compiler()?;
             Ok(Chosen { engine: Engine::from_backend(backend.clone()), cuda: Some(backend) })
         }
@@ -191,15 +200,16 @@ pub fn cpu(threads: usize) -> Outcome<Engine> {
     Ok(Engine::cpu_with(&CpuOptions { threads: Some(threads), ..CpuOptions::default() })?)
 }
 
-/// The CUDA backend, with other kernels than the environment's if they are named.
-pub fn cuda(kernels: Option<KernelSet>) -> Outcome<Arc<CudaBackend>> {
+/// The CUDA backend, with other kernels and routes than the environment's if they are named.
+pub fn cuda(DeviceFlags { kernels, route, .. }: &DeviceFlags) -> Outcome<Arc<CudaBackend>> {
     let mut environment = fsa::cuda::Environment::read()?;
     environment.kernels = kernels.or(environment.kernels);
+    environment.routing = route.unwrap_or(environment.routing);
     let backend = CudaBackend::with(&environment)?;
     let (set, facts) = (backend.kernels().set(), backend.kernels().device().facts());
     match kernels {
         // Older kernels run on a newer device, but not the other way round.
-        Some(asked) if asked != set => {
+        Some(asked) if *asked != set => {
             Err(Failure::misuse("--kernels", format!("{set}, the kernels that {} runs", facts.name), asked))
         }
         _ => Ok(Arc::new(backend)),

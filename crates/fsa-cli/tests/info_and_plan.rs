@@ -54,6 +54,29 @@ fn a_plan_counts_what_the_definition_needs() {
 }
 
 #[test]
+fn a_plan_for_a_gpu_says_how_stage_selected_goes() {
+    let shape = ["--num-q-heads", "32", "--num-kv-heads", "8", "--head-dim", "128"];
+    let plan =
+        |tokens: &str, more: &[&str]| fsa(&[&["plan", "--gpu", "h200", "--tokens", tokens], &shape[..], more].concat());
+    let passes = |tokens| plan(tokens, &["--json"]).json()["routes"]["passes"].as_array().expect("two").clone();
+    let (short, long) = (passes("1024"), passes("65536"));
+    assert!(short.iter().all(|pass| pass["route"] == "dense_masked" && pass["reason"] == "predicted"), "{short:?}");
+    assert!(long.iter().all(|pass| pass["route"] == "kv_outer" && pass["masked"] == true), "{long:?}");
+    assert!(long[0]["predicted"]["query_outer"].as_f64() > long[0]["predicted"]["kv_outer"].as_f64());
+    let text = plan("2048", &[]).stdout;
+    for words in
+        ["forward, g = 4, 2K: dense with mask, 1.", "backward, g = 4, 2K: ", "(predicted)", "query-outer, not built"]
+    {
+        assert!(text.contains(words), "{words} in {text}");
+    }
+    assert!(fsa(&["plan", "--json"]).json()["routes"].is_null(), "the CPU has one route");
+    fsa(&["plan", "--measure"]).is_misuse(&["--measure", "--device cuda", "--device cpu"]);
+    fsa(&["plan", "--route", "both"]).is_misuse(&["--route", "--device cuda"]);
+    fsa(&["plan", "--gpu", "h200", "--dtype", "f32"]).is_misuse(&["dtype", "bf16, f16", "f32"]);
+    assert_eq!(fsa(&["plan", "--gpu", "h200", "--measure"]).code, 2);
+}
+
+#[test]
 fn a_plan_prints_every_stage() {
     let run = fsa(&["plan", "--tokens", "1000,200", "--kv-tokens", "3000,200", "--rope", "--regions"]);
     assert_eq!(run.code, 0, "{run:?}");

@@ -68,6 +68,9 @@ class Shape:
         return Band(*(x.data_ptr() for x in (self.q, self.kv, self.keys_sum, self.tile_base, self.key_tile_base)), len(self.cu_q) - 1, self.cu_q[-1], self.cu_keys[-1], self.kernel_size,
                     self.kernel_stride, self.window, self.hq // self.hk, self.tile_heads, self.tile_tokens, self.head_tiles)
 
+    def defines(self, d, dtype):
+        return defines(d, dtype)
+
     def persistent(self, heads):
         return (max(1, min(self.num_tiles * self.head_tiles * heads, MULTIPROCESSORS)), 1, 1) if HOPPER else (self.num_tiles * self.head_tiles, heads, 1)
 
@@ -88,7 +91,7 @@ def forward(s, q, k, v, out, lse, scale):
     p.query_map, p.key_map, p.value_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(k, step, 1), tensor_map(v, step, 1)
     halves = -(-d // 64)
     shared = halves * 128 * (128 + 4 * step) if HOPPER else (64 + 2 * (64 if d <= 128 else 32)) * halves * 128
-    Module.get(sets.file("band"), defines(d, q.dtype)).launch("band", s.persistent(s.hk), 384 if HOPPER else 128, shared, p)
+    Module.get(sets.file("band"), s.defines(d, q.dtype)).launch("band", s.persistent(s.hk), 384 if HOPPER else 128, shared, p)
 
 
 def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1, only=None):
@@ -100,10 +103,10 @@ def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits
     stats = s.__dict__.setdefault("stats", torch.empty(s.hq, s.cu_q[-1], 2, device=DEVICE))
     partial = s.__dict__.setdefault(f"partial{splits}", torch.empty((splits, 2) + tuple(k.shape), device=DEVICE) if splits > 1 else stats)
     p.lse, p.grad_lse, p.row_stats, p.partial_keys = lse.data_ptr(), None if grad_lse is None else grad_lse.data_ptr(), stats.data_ptr(), partial.data_ptr()
-    p.scale_log2, p.scale, p.num_kv_heads, p.num_tiles, p.num_key_tiles, p.splits = scale * LOG2_E, scale, s.hk, s.num_tiles, s.num_key_tiles, splits
+    p.scale_log2, p.scale, p.num_kv_heads, p.num_tiles, p.num_key_tiles, p.splits, p.resident = scale * LOG2_E, scale, s.hk, s.num_tiles, s.num_key_tiles, splits, MULTIPROCESSORS
     p.query_map, p.grad_out_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(grad_out, s.tile_tokens, s.tile_heads)
     p.key_map, p.value_map = tensor_map(k, 128, 1), tensor_map(v, 128, 1)
-    m = Module.get(sets.file("band_backward"), defines(d, q.dtype))
+    m = Module.get(sets.file("band_backward"), s.defines(d, q.dtype))
     halves = -(-d // 64)
     shared = halves * 128 * 128 * 6 if HOPPER else halves * 128 * (2 * 64 + 3 * 64)
     threads = 384 if HOPPER else 128
@@ -117,8 +120,14 @@ def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits
             m.launch("band_backward_merge", (-(-k.numel() // 1024), 1, 1), 256, 0, p)
 
 
+SELECT_CONSUMERS = 3    # warpgroups of 64 rows
+
+
 def select(s, q, k, lse, ids, scale, block_size=64, init=1, local=2, heads=None):
     d, topk = q.shape[2], ids.shape[2]
+    if HOPPER and "scores" not in s.__dict__:
+        s.scores = Shape(s.cu_q, s.cu_kv, s.hq, s.hk, compressed=(s.kernel_size, s.kernel_stride), rows=64 * SELECT_CONSUMERS, heads=heads)
+    s = s.scores if HOPPER else s
     p = aligned(SelectParams)
     p.band, p.query, p.key, p.lse, p.topk_indices = s.band(), tensor(q), tensor(k), lse.data_ptr(), ids.data_ptr()
     p.scale_log2, p.topk, p.init_blocks, p.local_blocks, p.scored_heads = scale * LOG2_E, topk, init, local, heads or s.hq // s.hk
@@ -126,13 +135,13 @@ def select(s, q, k, lse, ids, scale, block_size=64, init=1, local=2, heads=None)
     p.query_map, p.key_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(k, 128 if d <= 128 else 64, 1, 4 if HOPPER else 1)
     row, t = -(-d // 64) * 128, s.tile_tokens
     if HOPPER:
-        step = 128 if d <= 128 else 64
-        keys = block_size // s.kernel_stride
-        p.direct = int(keys == 4 and s.tile_heads in (1, 2, 4, 8))
-        blocks, shared = step // keys, row * (128 + 2 * step) + 8 * 272 + t * (272 + 32) + (0 if p.direct else 2 * 128 * (step // 4 + 8) * 4)
-        p.segment_steps = min((227 * 1024 - 4096 - shared) // (t * 128) * 32, 512) // blocks
-        shared += t * -(-p.segment_steps * blocks // 32) * 128
-        grid, threads = (max(1, min(s.num_tiles * s.hk, MULTIPROCESSORS)), 1, 1), 384
+        step, rows = 128 if d <= 128 else 64, 64 * SELECT_CONSUMERS
+        p.direct = int(block_size // s.kernel_stride == 4 and s.tile_heads in (1, 2, 4, 8))
+        shared = row * (rows + 2 * step) + (t + 1) * 272 + (0 if p.direct else 2 * rows * (step // 4 + 8) * 4)
+        if p.direct and s.tile_heads > 1:
+            p.segment_steps = min((227 * 1024 - 4096 - shared) // (t * 128) * 32 - 32, 512) // (step // 4)
+            shared += t * (-(-p.segment_steps * (step // 4) // 32) * 32 + 8) * 4
+        grid, threads = (max(1, min(s.num_tiles * s.hk, MULTIPROCESSORS)), 1, 1), rows * 2 + 128
     else:
         steps, reach, floor2 = block_size // s.kernel_stride, s.kernel_size // s.kernel_stride - 1, lambda n: 1 << (n.bit_length() - 1)
         width = max(floor2(2048 // t), 1 << ((63 + reach) // steps + 1).bit_length())

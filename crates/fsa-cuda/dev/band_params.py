@@ -9,9 +9,17 @@ class TensorMap(ctypes.Structure):
     _align_ = 64
 
 
+class BlockMask(ctypes.Structure):
+    _fields_ = [(n, ptr) for n in ("rows", "steps", "step_counts")] + [(n, i32) for n in ("words", "max_steps", "num_tiles")]
+
+
 class Band(ctypes.Structure):
     _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "cu_keys", "tile_base", "key_tile_base")] + [
-        (n, i32) for n in ("batch", "total_q", "total_keys", "kernel_size", "kernel_stride", "window", "group_size", "tile_heads", "tile_tokens", "head_tiles")]
+        (n, i32) for n in ("batch", "total_q", "total_keys", "kernel_size", "kernel_stride", "window", "group_size", "tile_heads", "tile_tokens", "head_tiles")] + [("mask", BlockMask)]
+
+
+class BlockMaskParams(ctypes.Structure):
+    _fields_ = [("band", Band), ("topk_indices", ptr), ("topk", i32), ("step_keys", i32)]
 
 
 class PrepareParams(ctypes.Structure):
@@ -47,7 +55,7 @@ class BandBackwardParams(ctypes.Structure):
     _pack_ = 1
     _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats")] + [
         (n, Tensor) for n in ("grad_query", "grad_key", "grad_value")] + [("partial_keys", ptr), ("scale_log2", f32), ("scale", f32)] + [
-        (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits", "accumulate")] + [(n, TensorMap) for n in ("query_map", "grad_out_map", "key_map", "value_map")])
+        (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits", "resident", "accumulate", "accumulate_keys")] + [(n, TensorMap) for n in ("query_map", "grad_out_map", "key_map", "value_map")])
 
 
 class SelectParams(ctypes.Structure):

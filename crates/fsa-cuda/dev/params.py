@@ -26,7 +26,7 @@ class Index(ctypes.Structure):
 
 
 class IndexParams(ctypes.Structure):
-    _fields_ = [("layout", Layout), ("index", Index), ("first_kv_head", i32)]
+    _fields_ = [("layout", Layout), ("index", Index), ("first_kv_head", i32), ("staged", i32)]
 
 
 class AttendParams(ctypes.Structure):

@@ -90,14 +90,17 @@ class Selected:
     def build_index(self, first=0, heads=None, stream=None):
         """The index of some kv heads; the first call also prepares the layout."""
         p, module, heads = self.plan, Module.get("index.cuh", self.defines), heads or self.hk - first
-        params = P.IndexParams(self.layout, self.index, first)
+        word = 4 * p.window_blocks
+        warps = max(1, min(8, p.sub_tiles, 200 * 1024 // word)) if self.ordered else min(8, p.sub_tiles)
+        counters, stage = word * (warps if self.ordered else 1), word + p.sub_tiles * TILE * p.slots * 4
+        staged = counters + stage <= (223 << 10) // 2
+        params = P.IndexParams(self.layout, self.index, first, staged)
         grid = (p.num_subs, heads, ceil_div(p.max_blocks, p.window_blocks))
         if first == 0:
             module.launch("index_prepare", (1, 1, 1), 1024, 0, params, stream)
-        module.launch("index_count", grid, 256, 4 * p.window_blocks, params, stream)
+        module.launch("index_count", grid, 256, word, params, stream)
         module.launch("index_scan", (p.num_chunks, heads, 1), 1024, 0, params, stream)
-        warps = max(1, min(8, p.sub_tiles, 200 * 1024 // (4 * p.window_blocks))) if self.ordered else min(8, p.sub_tiles)
-        module.launch("index_scatter", grid, 32 * warps, 4 * p.window_blocks * (warps if self.ordered else 1), params, stream)
+        module.launch("index_scatter", grid, 32 * warps, counters + (stage if staged else 0), params, stream)
 
     def index_ahead(self, main):
         """Builds the index on a stream of its own, a few kv heads at a time; returns a function that makes a stream wait for a kv head."""
@@ -160,7 +163,7 @@ class SelectedBackward(Selected):
     def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=None, buffers=2, query_partials=0, defines=None, **options):
         d, topk = query.shape[2], topk_indices.shape[2]
         query_partials = query_partials if sets.has_partials(block_size, d) else 0
-        unit_entries = unit_entries or 32 * max(block_size, 64)     # 2048 rows of 64 keys, 4096 of 128: longer units were no faster
+        unit_entries = unit_entries or max(32 * block_size, 3072)
         row_bytes = topk * d * 2 if query_partials else d * 4
         budget = (128 if query_partials else 32) * MIB
         chunk_tokens = chunk_tokens or budget // row_bytes
@@ -173,6 +176,11 @@ class SelectedBackward(Selected):
         heads = max(1, budget // (self.rows * row_bytes))
         self.kv_heads = max(1, min(heads // group, 64 * MIB // kv_bytes, self.hk))
         self.heads = min(heads, group) if heads < group else group * self.kv_heads
+        self.owns_sums = self.heads == 1 or group == 1
+        self.finishes_sums = self.owns_sums and p.num_chunks == 1 and sets.finishes_sums(d, query_partials)
+        if self.finishes_sums:
+            self.scratch["block_units"] = torch.empty(self.hk * p.max_blocks, dtype=torch.int32, device=query.device)
+            self.index.block_units = self.scratch["block_units"].data_ptr()
         self.row_stats = [torch.empty(self.heads, self.rows, 2, **f32) for _ in range(buffers)]
         self.acc_query = [torch.empty(self.heads, self.rows, row_bytes // 4, **f32) for _ in range(buffers)]
         self.acc_kv = [torch.empty(2, self.kv_heads, key.shape[0], d, **f32) for _ in range(buffers)]
@@ -197,7 +205,8 @@ class SelectedBackward(Selected):
         for turn, kv_head in enumerate(range(0, self.hk, self.kv_heads)):
             b, kv_heads = turn % p.buffers, min(self.kv_heads, self.hk - kv_head)
             stream = self.side[b]
-            clear(self.acc_kv[b], stream)
+            if not self.finishes_sums:
+                clear(self.acc_kv[b], stream)
             wait_index(stream, kv_head + kv_heads - 1)
             end = (kv_head + kv_heads) * group
             for head in range(kv_head * group, end, self.heads):
@@ -209,8 +218,11 @@ class SelectedBackward(Selected):
                     a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
                                          grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, *(tensor(x) for x in grads),
                                          self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(), total_kv, self.scale * math.log2(math.e), self.scale, group,
-                                         chunk, head, self.rows, int((heads == 1 or group == 1) and chunk == 0 and head % group == 0), 0, 0, total_kv, 0, 0, 0)
-                    module.launch("backward_delta", (ceil_div(self.rows, 8), heads, 1), 256, 0, a, stream)
+                                         chunk, head, self.rows, int(self.owns_sums and chunk == 0 and head % group == 0),
+                                         int(self.finishes_sums and (head + heads) % group == 0), 0, total_kv, 0, 0, 0)
+                    if self.finishes_sums and head == kv_head * group:
+                        module.launch("backward_clear", (p.max_blocks, kv_heads, 1), 256, 0, a, stream)
+                    module.launch("backward_delta", (ceil_div(self.rows, 64), heads, 1), 256, 0, a, stream)
                     module.launch("backward", (p.full_units + p.max_blocks, parts, heads), threads, shared, a, stream)
                     if self.query_partials:
                         module.launch("backward_merge", (ceil_div(self.rows, 256 // (self.d // 8)), heads, 1), 256, 0, a, stream)

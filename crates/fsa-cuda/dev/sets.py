@@ -37,6 +37,11 @@ def has_partials(block_size, head_dim):
     return SET == "sm80" or block_size <= 128 and head_dim < 256
 
 
+def finishes_sums(head_dim, query_partials):
+    """Whether units that have a block to themselves finish its sums of keys."""
+    return SET == "sm90" and not (head_dim == 256 and not query_partials)
+
+
 def backward_main(block_size, head_dim, query_partials):
     """(threads, parts of a block, shared bytes) of the main kernel."""
     if SET == "sm80":

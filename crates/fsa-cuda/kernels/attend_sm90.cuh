@@ -106,10 +106,10 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
         const int row = tile * TILE_ROWS + warp * 16 + low;
         const bool keep_low = row < unit.entry_count, keep_high = row + 8 < unit.entry_count;
         if (tile == 0) wait_for_previous();     // the buffer's earlier partials are merged
-        if ((lane & 3) == 0) {
-            if (keep_low) partial_lse[slot_low] = state_low.max + log2_fast(sum_low);
-            if (keep_high) partial_lse[slot_high] = state_high.max + log2_fast(sum_high);
-        }
+        // One store for the 16 rows of the warp: lane 0 of a quad writes the low row's, lane 1 the high row's.
+        const bool is_high = lane & 1;
+        const f32 row_lse = (is_high ? state_high.max : state_low.max) + log2_fast(is_high ? sum_high : sum_low);
+        if ((lane & 2) == 0 && (is_high ? keep_high : keep_low)) partial_lse[is_high ? slot_high : slot_low] = row_lse;
         const FragmentRows rows_low = fragment_rows(partials, slot_low, keep_low), rows_high = fragment_rows(partials, slot_high, keep_high);
         entry = next_entry;
         next_entry = tile_entry((tile + 2) * TILE_ROWS);

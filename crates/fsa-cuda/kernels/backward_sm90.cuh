@@ -45,51 +45,50 @@ FSA_DEVICE void clean_keys(u32 tile) {
     }
 }
 
-// Puts the thread's two rows of grad_key or grad_value into the warp's 16 rows in shared memory, f32 in fragment order.
+// The thread's two rows of grad_key or grad_value. All columns in one product: in pieces there are twice as many to start.
+typedef f32 Sums[HEAD_DIM / 2];
+
+// Puts them into the warp's 16 rows in shared memory, f32 in fragment order.
 constexpr int SUM_BYTES = HEAD_DIM * 4;
 constexpr int SUMS_OFFSET = GROUPS == 1 ? 2 * KeyTile::BYTES : 0;       // the row tiles, or all tiles
 static_assert(2 * CTA_KEYS * SUM_BYTES <= (GROUPS == 1 ? 0 : 2 * KeyTile::BYTES) + 2 * STAGE_BYTES, "both sums fit where the tiles were");
-FSA_DEVICE void stage_sums(u32 rows, const Piece (&acc)[PIECES]) {
+FSA_DEVICE void stage_sums(u32 rows, const Sums& acc) {
     const u32 row = rows + (threadIdx.x & 31) / 4 * SUM_BYTES + (threadIdx.x & 3) * 16;
-    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
-        FSA_UNROLL for (int pair = 0; pair < PIECE_COLUMNS / 16; ++pair) {
-            const f32* sums = &acc[piece][pair * 8];
-            const u32 at = row + (piece * PIECE_COLUMNS + pair * 16) * 4;
-            store_shared(at, as_words(sums[0], sums[1], sums[4], sums[5]));
-            store_shared(at + 8 * SUM_BYTES, as_words(sums[2], sums[3], sums[6], sums[7]));
-        }
+    FSA_UNROLL for (int pair = 0; pair < HEAD_DIM / 16; ++pair) {
+        const f32* sums = &acc[pair * 8];
+        store_shared(row + pair * 64, as_words(sums[0], sums[1], sums[4], sums[5]));
+        store_shared(row + pair * 64 + 8 * SUM_BYTES, as_words(sums[2], sums[3], sums[6], sums[7]));
+    }
 }
 
 // Adds what launches before left of the thread's two rows of grad_key or grad_value. At the end of a unit: its start has no registers for them.
-FSA_DEVICE void add_sums(Piece (&acc)[PIECES], const f32* low, bool has_low, bool has_high) {
-    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
-        FSA_UNROLL for (int pair = 0; pair < PIECE_COLUMNS / 16; ++pair) {
-            const f32* at = low + piece * PIECE_COLUMNS + pair * 16 + (threadIdx.x & 3) * 4;
-            Vec4 v = {0, 0, 0, 0}, w = {0, 0, 0, 0};
-            if (has_low) v = load_global_once(at);
-            if (has_high) w = load_global_once(at + 8 * HEAD_DIM);
-            f32* sums = &acc[piece][pair * 8];
-            sums[0] += __uint_as_float(v.x); sums[1] += __uint_as_float(v.y); sums[4] += __uint_as_float(v.z); sums[5] += __uint_as_float(v.w);
-            sums[2] += __uint_as_float(w.x); sums[3] += __uint_as_float(w.y); sums[6] += __uint_as_float(w.z); sums[7] += __uint_as_float(w.w);
-        }
+FSA_DEVICE void add_sums(Sums& acc, const f32* low, bool has_low, bool has_high) {
+    FSA_UNROLL for (int pair = 0; pair < HEAD_DIM / 16; ++pair) {
+        const f32* at = low + pair * 16 + (threadIdx.x & 3) * 4;
+        Vec4 v = {0, 0, 0, 0}, w = {0, 0, 0, 0};
+        if (has_low) v = load_global_once(at);
+        if (has_high) w = load_global_once(at + 8 * HEAD_DIM);
+        f32* sums = &acc[pair * 8];
+        sums[0] += __uint_as_float(v.x); sums[1] += __uint_as_float(v.y); sums[4] += __uint_as_float(v.z); sums[5] += __uint_as_float(v.w);
+        sums[2] += __uint_as_float(w.x); sums[3] += __uint_as_float(w.y); sums[6] += __uint_as_float(w.z); sums[7] += __uint_as_float(w.w);
+    }
 }
 
 // One of the two rows, finished: written, or added to what is there.
 template <bool HIGH>
-FSA_DEVICE void finish_row(char* row, const Piece (&acc)[PIECES], f32 scale, bool accumulate, bool present) {
-    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
-        FSA_UNROLL for (int group = 0; group < PIECE_GROUPS; ++group) {
-            char* at = row + (piece * PIECE_GROUPS + group) * 64 + (threadIdx.x & 3) * 16;
-            const Vec4 before = words_before(at, accumulate, present);
-            const u32 word[4] = {before.x, before.y, before.z, before.w};
-            u32 w[4];
-            FSA_UNROLL for (int j = 0; j < 4; ++j) {
-                const int e = (group * 4 + j) * 4 + (HIGH ? 2 : 0);
-                w[j] = add_pair(word[j], acc[piece][e], acc[piece][e + 1], scale);
-            }
-            const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
-            if (present) store_global(at, natural);
+FSA_DEVICE void finish_row(char* row, const Sums& acc, f32 scale, bool accumulate, bool present) {
+    FSA_UNROLL for (int group = 0; group < HEAD_DIM / 32; ++group) {
+        char* at = row + group * 64 + (threadIdx.x & 3) * 16;
+        const Vec4 before = words_before(at, accumulate, present);
+        const u32 word[4] = {before.x, before.y, before.z, before.w};
+        u32 w[4];
+        FSA_UNROLL for (int j = 0; j < 4; ++j) {
+            const int e = (group * 4 + j) * 4 + (HIGH ? 2 : 0);
+            w[j] = add_pair(word[j], acc[e], acc[e + 1], scale);
         }
+        const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
+        if (present) store_global(at, natural);
+    }
 }
 
 // Where the thread adds or stores its rows of grad_query. Two quads write one 128-byte line of one row, then of the other
@@ -176,11 +175,23 @@ FSA_DEVICE int sums_head(const BackwardParams& p) {
     return (p.first_head + launch_head) / p.group_size - p.first_head / p.group_size;
 }
 
+// What a unit is about: in shared memory, because sums and scores leave no registers for what is used once per tile.
+struct Work {
+    const char *queries, *grads;    // of the chunk's first row
+    const RowStats* stats;          // the same
+    const u32* entries;
+    int count;                      // entries
+    int first_token;                // that sees the part's first key, relative to the chunk
+    int kv_row, keys;               // the part's keys
+    bool alone;                     // no other unit has keys of the block
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(const __grid_constant__ BackwardParams p) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(16) RowStats stats[2][TILE_ROWS];
     __shared__ i32 limits[2][TILE_ROWS];
     __shared__ u32 targets[2][TILE_ROWS];     // row of grad_query, or slot of the partial
+    __shared__ Work work;
     const Index& index = p.index;
     const int head = p.first_head + blockIdx.z, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
@@ -190,34 +201,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     const int chunk_token = p.layout.chunk_token[p.chunk];
     const int part = blockIdx.y * KEYS_PER_PART, keys = min_i(KEYS_PER_PART, unit.valid_keys - part);
     if (keys <= 0) return;
-    const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = GROUPS == 1 ? 0 : __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
-    const char *queries = tensor_row(p.query, chunk_token, head), *grads = tensor_row(p.grad_out, chunk_token, head);
     const u32 query_row_bytes = (u32)p.query.row_stride * ELEMENT_BYTES, grad_row_bytes = (u32)p.grad_out.row_stride * ELEMENT_BYTES;
     const u32 key_tile = shared_address(shared), value_tile = key_tile + KeyTile::BYTES, stages = value_tile + KeyTile::BYTES;
     const u32 ds_tiles = stages + 2 * STAGE_BYTES;
 
     const i64 head_row = (i64)blockIdx.z * p.rows;
+    copy_rows<CTA_KEYS, THREADS>(key_tile, p.key, kv_head, unit.kv_row + part, keys);
+    copy_rows<CTA_KEYS, THREADS>(value_tile, p.value, kv_head, unit.kv_row + part, keys);
+    if (threadIdx.x == 0) {
+        work.queries = tensor_row(p.query, chunk_token, head);
+        work.grads = tensor_row(p.grad_out, chunk_token, head);
+        work.stats = row_stats_at(p, blockIdx.z, 0);
+        work.entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
+        work.count = unit.entry_count;
+        work.first_token = unit.first_token + part - chunk_token;
+        work.kv_row = unit.kv_row + part;
+        work.keys = keys;
+        work.alone = !unit.split;
+    }
+    __syncthreads();
     auto tile_entry = [&](int first) {  // of row lane % WARP_ROWS of this warp's rows; unpacked when used, so that nothing waits here
         const int row = first + warp * WARP_ROWS + lane % WARP_ROWS;
-        return row < unit.entry_count ? __ldg(entries + row) : NO_ENTRY;
+        return row < work.count ? __ldg(work.entries + row) : NO_ENTRY;
     };
-    const int first_token = unit.first_token + part - chunk_token;      // that sees the part's first key, relative to the chunk
     // Starts the copies of a tile; the return value says that some row of this warp needs a mask.
     auto start_tile = [&](int stage, u32 entry) {
         const int token = entry == NO_ENTRY ? -1 : (int)(entry & 0xffffffu);    // relative to the chunk
-        gather_rows<WARP_ROWS, true>(stages + stage * STAGE_BYTES, queries, query_row_bytes, grads, grad_row_bytes, token, warp * WARP_ROWS);
+        gather_rows<WARP_ROWS, true>(stages + stage * STAGE_BYTES, work.queries, query_row_bytes, work.grads, grad_row_bytes, token, warp * WARP_ROWS);
         const int row = warp * WARP_ROWS + lane;
         bool partly = false;
         if (lane < WARP_ROWS) {
-            if (token >= 0) copy_async8(shared_address(&stats[stage][row]), row_stats_at(p, blockIdx.z, token));
+            if (token >= 0) copy_async8(shared_address(&stats[stage][row]), work.stats + token);
             else stats[stage][row] = no_row_stats();
             // A row that does not exist sees nothing: its zeros times a key or value that is not finite would be NaN.
-            const int limit = token < 0 ? -1 : min_i(token - first_token, keys - 1);
+            const int limit = token < 0 ? -1 : min_i(token - work.first_token, work.keys - 1);
             limits[stage][row] = limit;
             partly = limit < CTA_KEYS - 1;
             if (QUERY_PARTIALS) targets[stage][row] = token >= 0 ? (u32)token * index.slots + (entry >> 24) : NO_ENTRY;
-            else targets[stage][row] = token >= 0 ? (u32)token : padding_row(p, first_token + row);
+            else targets[stage][row] = token >= 0 ? (u32)token : padding_row(p, work.first_token + row);
         }
         copy_commit();
         return partly;
@@ -225,14 +247,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
 
     const u32 first_entry = tile_entry(0);
     u32 next_entry = tile_entry(TILE_ROWS);
-    copy_rows<CTA_KEYS, THREADS>(key_tile, p.key, kv_head, unit.kv_row + part, keys);
-    copy_rows<CTA_KEYS, THREADS>(value_tile, p.value, kv_head, unit.kv_row + part, keys);
     bool masked = start_tile(0, first_entry), keys_clean = false;
     const int key_low = group * 64 + (warp & 3) * 16 + lane / 4;
-    Piece grad_key[PIECES], grad_value[PIECES];
-    FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
-        FSA_UNROLL for (int i = 0; i < PIECE_COLUMNS / 2; ++i) grad_key[piece][i] = grad_value[piece][i] = 0.0f;
-    const u32 ds_tile = ds_tiles + group * DS_BYTES, my_keys = key_tile + group * 64 * 128, my_values = value_tile + group * 64 * 128;
+    Sums grad_key, grad_value;
+    FSA_UNROLL for (int i = 0; i < HEAD_DIM / 2; ++i) grad_key[i] = grad_value[i] = 0.0f;
+    const u32 my_keys = key_tile + group * 64 * 128, my_values = value_tile + group * 64 * 128;
+    // The row of 8 x 8 matrices of dS whose address this lane gives.
+    const u32 ds_row = ds_tiles + group * DS_BYTES + ((warp & 3) * 16 + (lane & 15)) * 128 + (((lane >> 4) ^ (lane & 7)) << 4);
     f32* grad_query = p.grad_query + head_row * HEAD_DIM;
     char* partials = (char*)p.partial + head_row * index.slots * ROW_BYTES;
     const int tiles = ceil_div(unit.entry_count, TILE_ROWS);
@@ -271,14 +292,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         u32 a[4][4], b[4][4];
         FSA_UNROLL for (int k = 0; k < 4; ++k) to_fragment<64>(a[k], s, k);
         auto add_grad_value = [&]() {
-            FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
-                FSA_UNROLL for (int k = 0; k < 4; ++k)
-                    Wgmma<PIECE_COLUMNS>::registers_shared<1>(grad_value[piece], a[k], over_rows<TILE_ROWS>(grad_tile, k, piece * PIECE_COLUMNS), 1);
+            FSA_UNROLL for (int k = 0; k < 4; ++k) Wgmma<HEAD_DIM>::registers_shared<1>(grad_value, a[k], over_rows<TILE_ROWS>(grad_tile, k, 0), 1);
         };
         auto add_grad_key = [&]() {
-            FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
-                FSA_UNROLL for (int k = 0; k < 4; ++k)
-                    Wgmma<PIECE_COLUMNS>::registers_shared<1>(grad_key[piece], b[k], over_rows<TILE_ROWS>(query_tile, k, piece * PIECE_COLUMNS), 1);
+            FSA_UNROLL for (int k = 0; k < 4; ++k) Wgmma<HEAD_DIM>::registers_shared<1>(grad_key, b[k], over_rows<TILE_ROWS>(query_tile, k, 0), 1);
         };
         if constexpr (OVERLAP) {
             wgmma_fence();
@@ -292,12 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         if (any_masked) score_gradients<64, true>(dp, s, stats[stage], limits[stage], key_low);
         else score_gradients<64, false>(dp, s, stats[stage], limits[stage], key_low);
         FSA_UNROLL for (int k = 0; k < 4; ++k) to_fragment<64>(b[k], dp, k);
-        FSA_UNROLL for (int i = 0; i < 8; ++i) {    // fragment b[i / 2] holds {low, high} x pair i
-            const int row = key_low & 63;
-            const u32 at = ds_tile + row * 128 + ((i ^ (row & 7)) << 4) + (lane & 3) * 4;
-            store_shared(at, b[i / 2][i % 2 * 2]);
-            store_shared(at + 8 * 128, b[i / 2][i % 2 * 2 + 1]);
-        }
+        FSA_UNROLL for (int k = 0; k < 4; ++k) store_matrices(ds_row ^ (k << 5), b[k]);     // columns 16 k .. 16 k + 15
         if constexpr (!OVERLAP) {
             wgmma_fence();
             add_grad_value();
@@ -330,21 +342,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         else if constexpr (GROUP_PIECES < PIECES) query_gradients<GROUP_PIECES, PIECES>(ds_tiles, key_tile, rows, last);
         else last();
         wgmma_wait<0>();
-        FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) { wgmma_pin(grad_key[piece]); wgmma_pin(grad_value[piece]); }
+        wgmma_pin(grad_key);
+        wgmma_pin(grad_value);
     }
 
-    const int first_key = group * 64 + (warp & 3) * 16, launch_kv_head = sums_head(p), sums_kv_head = p.first_head / p.group_size + launch_kv_head;
-    const int row = record->kv_row + part;      // read again: no register held it
+    const int thread = thread_number(), first_key = thread / 32 * 16, my_key = first_key + (thread & 31) / 4, row = work.kv_row, all_keys = work.keys;
+    const int launch_kv_head = sums_head(p), sums_kv_head = p.first_head / p.group_size + launch_kv_head;
     const i64 sums_row = launch_kv_head * p.sum_rows + row;
-    const bool alone = !record->split;
-    if (p.finish_sums && alone) {
-        const bool has_low = key_low < keys, has_high = key_low + 8 < keys;
+    if (p.finish_sums && work.alone) {
+        const bool has_low = my_key < all_keys, has_high = my_key + 8 < all_keys;
         if (!p.first_sums) {
-            add_sums(grad_key, p.grad_key + (sums_row + key_low) * HEAD_DIM, has_low, has_high);
-            add_sums(grad_value, p.grad_value + (sums_row + key_low) * HEAD_DIM, has_low, has_high);
+            add_sums(grad_key, p.grad_key + (sums_row + my_key) * HEAD_DIM, has_low, has_high);
+            add_sums(grad_value, p.grad_value + (sums_row + my_key) * HEAD_DIM, has_low, has_high);
         }
-        auto finish = [&](const Tensor& target, const Piece (&acc)[PIECES], f32 scale) {
-            char* first = (char*)tensor_row(target, row + key_low, sums_kv_head);
+        auto finish = [&](const Tensor& target, const Sums& acc, f32 scale) {
+            char* first = (char*)tensor_row(target, row + my_key, sums_kv_head);
             finish_row<false>(first, acc, scale, p.accumulate_keys, has_low);
             finish_row<true>(first + 8 * target.row_stride * ELEMENT_BYTES, acc, scale, p.accumulate_keys, has_high);
         };
@@ -354,16 +366,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     }
     // All products are done once every warp is here: the sums leave through the tiles, 16 keys a warp.
     __syncthreads();
-    const int warp_keys = min_i(16, keys - first_key);
+    const int warp_keys = min_i(16, all_keys - first_key);
     const i64 offset = (sums_row + first_key) * HEAD_DIM;
     // Additions to memory outside L2 run at a third of the rate of stores.
-    const bool is_first = p.first_sums && alone;
+    const bool is_first = p.first_sums && work.alone;
     const u32 sums = SUMS_OFFSET + key_tile + first_key * SUM_BYTES;
     stage_sums(sums, grad_key);
     stage_sums(sums + CTA_KEYS * SUM_BYTES, grad_value);
     fence_async_proxy();
     __syncwarp();
-    if (lane == 0 && warp_keys > 0) {
+    if ((thread & 31) == 0 && warp_keys > 0) {
         const int bytes = warp_keys * SUM_BYTES;
         if (is_first) {
             bulk_store(p.grad_key + offset, sums, bytes);

@@ -1,8 +1,8 @@
 // WHAT   Backward of window, compressed and dense attention, for every device from sm_80 on, in two passes that compute the scores again, so
 //        that every sum has one owner and no atomics are needed. band_backward_queries: grad_query of 64 rows over the keys that they see,
 //        three products. band_backward_keys: grad_key and grad_value of a tile of keys over all rows of the group that see it, four products.
-//        grad_query may be added to. Before them band_delta where the caller has no statistics, and after them band_backward_merge where
-//        splits > 1 (block/band_gradients.cuh).
+//        Gradients may be added to. With FSA_BLOCK_MASK rows see the blocks that they list. Before them band_delta where the caller has no
+//        statistics, and after them band_backward_merge where splits > 1 (block/band_gradients.cuh).
 // GRID   queries: (num_tiles * head_tiles, num_kv_heads), the tiles with the most keys first. keys: (num_key_tiles, num_kv_heads, splits):
 //        split z takes every splits-th tile of rows and writes f32 sums, unscaled; a single split writes the gradients.
 // ROLES  Four warps. queries: 16 rows each. keys: 16 keys each, scores with keys as rows, so that P^T and dS^T are operands as they lie in
@@ -35,9 +35,9 @@ struct QueryRow {
     RowStats stats;
     i32 first, end;     // keys that it sees
 
-    FSA_DEVICE KeySpan span(int key, int keys) const {
+    FSA_DEVICE KeySpan span(int key, int keys, u32 blocks) const {
         const int from = min_i(max_i(first - key, 0), keys);
-        return {(u16)from, (u16)max_i(min_i(end - key, keys) - from, 0)};
+        return make_span(from, max_i(min_i(end - key, keys) - from, 0), blocks);
     }
 };
 FSA_DEVICE QueryRow query_row(const BandBackwardParams& p, const BandTile& tile, int row) {
@@ -117,15 +117,17 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, QUERIES_CTAS) band_backw
     copy_step(key_tile(0), p.key, 0);
     copy_step(value_tile, p.value, 0);
     const QueryRow low = query_row(p, tile, row_low), high = query_row(p, tile, row_low + 8);
+    const RowLists lists = RowLists::of(p.band, tile, blockIdx.y, row_low);
     FSA_NO_UNROLL for (int step = 0; step < steps; ++step) {
         const int key = key_of(step);
-        const bool masked = interval.needs_mask(key, STEP_KEYS);
+        const bool masked = BLOCK_MASK || interval.needs_mask(key, STEP_KEYS);
         copy_wait<0>();
         __syncthreads();                                        // keys and values are there, all are past the other key tile
         if (BUFFERS == 2) copy_step(key_tile(step + 1), p.key, step + 1);
         const u32 queries = tall_address(query_tile, threadIdx.x / 32 * 16), keys = wide_address(key_tile(step), 0);
         const u32 grads = queries + QueryTile::BYTES, values = wide_address(value_tile, 0);
-        const KeySpan span_low = low.span(key, STEP_KEYS), span_high = high.span(key, STEP_KEYS);
+        const ListedBlocks blocks = lists.from(key);
+        const KeySpan span_low = low.span(key, STEP_KEYS, blocks.low), span_high = high.span(key, STEP_KEYS, blocks.high);
         StepScores s, dp;
         if (masked) step_gradients<true>(s, dp, queries, grads, keys, values, low, high, span_low, span_high, p.scale_log2);
         else step_gradients<false>(s, dp, queries, grads, keys, values, low, high, span_low, span_high, p.scale_log2);
@@ -192,17 +194,18 @@ struct KeyContext {
         const int row = threadIdx.x / 32 * WARP_ROWS + (threadIdx.x & 31);
         bool masked = false, negative = false;
         if ((threadIdx.x & 31) < WARP_ROWS) {
-            KeySpan span = {0, 0};      // its zeros times a key or value that is not finite would be NaN
+            KeySpan span = make_span(0, 0, 0);      // its zeros times a key or value that is not finite would be NaN
             if (number < tile.rows) {
                 const RowStats* source = p.row_stats + tile.plane_index(number, p.band.total_q);
                 copy_async8(shared_address(&stats[row]), source);
                 negative = is_negative(*source);
-                span = key_span(p.band, tile.position_of(number), tile.first_key, tile.keys, tile.sequence.keys);
+                const u32 blocks = blocks_of_row(p.band, blockIdx.y, tile.sequence.token + tile.token_of(number), tile.first_key);
+                span = key_span(p.band, tile.position_of(number), tile.first_key, tile.keys, tile.sequence.keys, blocks);
             } else {
                 stats[row] = no_row_stats();
             }
             spans[row] = span;
-            masked = span.count < tile.keys;
+            masked = !span.sees_all<CTA_KEYS>(tile.keys);
         }
         return masked || negative;
     }
@@ -302,9 +305,14 @@ FSA_DEVICE void store_sums(const BandBackwardParams& p, const Tensor& target, in
         if (p.splits == 1) {
             char* out = (char*)tensor_row(target, row, blockIdx.y) + first_column(w) * ELEMENT_BYTES + (threadIdx.x & 3) * 16;
             FSA_UNROLL for (int group = 0; group < SUM_COLUMNS / 32; ++group) {
-                auto word = [&](int j) { return pack2(sums[16 * group + 4 * j + e] * scale, sums[16 * group + 4 * j + e + 1] * scale); };
-                const Vec4 v = transpose_quad(Vec4{word(0), word(1), word(2), word(3)});
-                if (present) store_global(out + sum_unit(2 * group) * 16 * ELEMENT_BYTES, v);
+                char* to = out + sum_unit(2 * group) * 16 * ELEMENT_BYTES;
+                const Vec4 held = transpose_quad(present && p.accumulate_keys ? load_global_once(to) : Vec4{0, 0, 0, 0});
+                auto word = [&](int j, u32 old) {
+                    const f32 *pair = sums + 16 * group + 4 * j + e;
+                    return pack2(fmaf(pair[0], scale, unpack_lo(old)), fmaf(pair[1], scale, unpack_hi(old)));
+                };
+                const Vec4 v = transpose_quad(Vec4{word(0, held.x), word(1, held.y), word(2, held.z), word(3, held.w)});
+                if (present) store_global(to, v);
             }
         } else {
             const i64 plane = (i64)(2 * blockIdx.z + which) * p.band.total_keys;

@@ -1,9 +1,9 @@
 // WHAT   Backward of attention of rows to an interval of keys (window, compressed, dense) on Hopper, without atomics: two passes that compute the scores
 //        again. `band_backward_queries` walks the keys of a tile of rows for grad_query, `band_backward_keys` the rows of a tile of keys for
 //        grad_key and grad_value, over all heads of the group. band_delta before them, where the caller has no statistics, and band_backward_merge
-//        after them are those of every architecture. grad_query may be added to.
+//        after them are those of every architecture. Gradients may be added to. With FSA_BLOCK_MASK rows see the blocks that they list.
 // GRID   queries: as many ctas as there are multiprocessors, as in `band`. keys: (tiles of 128 keys, kv heads, splits), those with the most rows first;
-//        split z takes every splits-th tile of rows and leaves f32 sums of its own.
+//        split z takes every splits-th tile of rows and leaves f32 sums of its own. Waves of ctas walk the rows backwards and forwards in turns.
 // ROLES  Two warpgroups of 64 rows (queries) or 64 keys (keys) consume. Of a third one thread loads boxes; in the pass of queries three warps check the
 //        keys of steps with a mask, in the pass of keys every thread brings the statistics of a row and the keys that it sees.
 // SMEM   queries: query and gradient tile of 128 rows, two stages of 128 keys and values. keys: 128 keys and values, two stages of query and gradient
@@ -87,9 +87,10 @@ struct QueryConsumer {
         const RowStats low = row_stats_of(p, t, row), high = row_stats_of(p, t, row + 8);
         const int position_low = t.position_of(row), position_high = t.position_of(row + 8);
         const int keys_low = t.exists(row) ? t.keys : 0, keys_high = t.exists(row + 8) ? t.keys : 0;
+        const RowLists lists = RowLists::of(p.band, t, w.kv_head, row);
         m.row_ring.wait(tile);
         FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
-            const bool masked = w.keys.needs_mask(w.key(n), STEP_KEYS);
+            const bool masked = w.needs_mask(n);
             m.key_ring.wait(step);
             if (masked) m.checked.wait(checks++);
             m.value_ring.wait(step);
@@ -109,8 +110,9 @@ struct QueryConsumer {
                 if (piece == 0 && n > 0) m.key_ring.release(step - 1);
                 if (masked) {
                     const int first = w.key(n) + piece * PIECE_KEYS;
-                    score_gradients<true>(s, dp, low, high, key_span(p.band, position_low, first, PIECE_KEYS, keys_low),
-                                          key_span(p.band, position_high, first, PIECE_KEYS, keys_high));
+                    const ListedBlocks blocks = lists.from(first);
+                    score_gradients<true>(s, dp, low, high, key_span(p.band, position_low, first, PIECE_KEYS, keys_low, blocks.low),
+                                          key_span(p.band, position_high, first, PIECE_KEYS, keys_high, blocks.high));
                 } else {
                     score_gradients<false>(s, dp, low, high, {}, {});
                 }
@@ -201,8 +203,10 @@ struct KeyWork {
     KeyTileRows rows;
     BandSequence tokens;            // those that see a key of the tile, as a sequence of their own
     i32 kv_head, tiles;             // of tokens times of heads
+    bool backwards;                 // the last tile of the split comes first
+    i32 ends;                       // numbers of its first and last, added
 
-    FSA_DEVICE static KeyWork find(const Band& band, int num_kv_heads) {
+    FSA_DEVICE static KeyWork find(const Band& band, int num_kv_heads, int resident) {
         KeyWork w;
         const int number = blockIdx.y * gridDim.x + blockIdx.x;     // heads side by side, so that the longest walks start first
         w.kv_head = number % num_kv_heads;
@@ -212,8 +216,16 @@ struct KeyWork {
         w.tokens.position += w.rows.first_token;
         w.tokens.tokens = (i32)(w.rows.rows / (u32)band.group_size);
         w.tiles = ceil_div(w.tokens.tokens, band.tile_tokens) * band.head_tiles;
+        // Ctas of one time meet the same rows, so that all but one find them in L2. Those of the first wave start together, and share the last rows.
+        // Those of the next start one by one as the shortest walks end, each as much later as its first row is further on: forwards they go side by
+        // side, and end together for the wave after them.
+        w.backwards = (number + gridDim.x * gridDim.y * blockIdx.z) / resident % 2 == 0;
+        const int split = blockIdx.z, splits = gridDim.z;
+        w.ends = split + w.tiles - 1 - (w.tiles - 1 - split) % splits;
         return w;
     }
+    // The tile that is walked in the place of the split's tile n.
+    FSA_DEVICE int walked(int n) const { return backwards ? ends - n : n; }
 };
 
 struct KeyMemory {
@@ -244,8 +256,8 @@ FSA_DEVICE void clear_row(u32 tile, int row) {
 FSA_DEVICE void bring_rows(const BandBackwardParams& p, const KeyMemory& m, const KeyWork& w) {
     const int row = threadIdx.x - CONSUMER_THREADS, token_of_tile = row / p.band.tile_heads, head_of_tile = row - token_of_tile * p.band.tile_heads;
     u32 stage = 0;
-    FSA_NO_UNROLL for (int number = blockIdx.z; number < w.tiles; number += gridDim.z, ++stage) {
-        const int token_tile = number / p.band.head_tiles, first_token = token_tile * p.band.tile_tokens;
+    FSA_NO_UNROLL for (int n = blockIdx.z; n < w.tiles; n += gridDim.z, ++stage) {
+        const int number = w.walked(n), token_tile = number / p.band.head_tiles, first_token = token_tile * p.band.tile_tokens;
         const int first_head = (number - token_tile * p.band.head_tiles) * p.band.tile_heads;
         m.loaded.wait_free(stage);
         if (row == 0) {
@@ -257,15 +269,16 @@ FSA_DEVICE void bring_rows(const BandBackwardParams& p, const KeyMemory& m, cons
         const bool exists = token_of_tile < p.band.tile_tokens && token < w.tokens.tokens && head < p.band.group_size;
         RowRecords& records = m.records[Ring<STAGES>::place(stage)];
         RowStats stats = no_row_stats();
-        KeySpan span = {0, 0};
+        KeySpan span = make_span(0, 0, 0);
         if (exists) {
             stats = p.row_stats[(i64)(w.rows.first_head + head) * p.band.total_q + w.tokens.token + token];
-            span = key_span(p.band, w.tokens.position + token, w.rows.first_key, w.rows.keys, w.tokens.keys);
+            const u32 blocks = blocks_of_row(p.band, w.kv_head, w.tokens.token + token, w.rows.first_key);
+            span = key_span(p.band, w.tokens.position + token, w.rows.first_key, w.rows.keys, w.tokens.keys, blocks);
         }
         records.stats[row] = stats;
         records.spans[row] = span;
         // A row that does not exist is masked, too: its zeros times a key that is not finite are NaN.
-        const bool masked = __any_sync(0xffffffffu, !exists || span.count != w.rows.keys), negative = __any_sync(0xffffffffu, is_negative(stats));
+        const bool masked = __any_sync(0xffffffffu, !exists || !span.sees_all<CTA_KEYS>(w.rows.keys)), negative = __any_sync(0xffffffffu, is_negative(stats));
         if (__any_sync(0xffffffffu, !exists && token_of_tile < p.band.tile_tokens)) {
             m.loaded.wait(stage);
             if (!exists) { clear_row(m.query(stage), row); clear_row(m.grad(stage), row); }
@@ -290,7 +303,7 @@ struct KeyConsumer {
         FSA_UNROLL for (int i = 0; i < PIECE_KEYS / 8; ++i) {
             const SpanPair span = *(const SpanPair*)(spans + 8 * i + 2 * (threadIdx.x & 3));
             FSA_UNROLL for (int e = 0; e < 4; ++e)
-                if (!(e & 1 ? span.second : span.first).sees(key_low + (e >> 1) * 8)) s[4 * i + e] = 0.0f;
+                if (!(e & 1 ? span.second : span.first).sees(key_low, (e >> 1) * 8)) s[4 * i + e] = 0.0f;     // 16 keys lie in one block
         }
     }
 
@@ -346,12 +359,18 @@ struct KeyConsumer {
         }
     }
 
-    FSA_DEVICE void store_sums(const Columns& acc, const Tensor& target, f32 scale, int which, const KeyWork& w) const {
+    FSA_DEVICE void store_sums(Columns& acc, const Tensor& target, f32 scale, int which, const KeyWork& w) const {
         const int key = w.rows.first_key + key_low, row = w.tokens.key_row + key;
         const bool has_low = key_low < w.rows.keys, has_high = key_low + 8 < w.rows.keys;
         if (p.splits == 1) {
-            store_row<false>((char*)tensor_row(target, row, w.kv_head), acc, scale, has_low);
-            store_row<true>((char*)tensor_row(target, row + 8, w.kv_head), acc, scale, has_high);
+            char *low = (char*)tensor_row(target, row, w.kv_head), *high = (char*)tensor_row(target, row + 8, w.kv_head);
+            if (p.accumulate_keys) {
+                add_held<false>(acc, low, scale, has_low);
+                add_held<true>(acc, high, scale, has_high);
+                scale = 1.0f;
+            }
+            store_row<false>(low, acc, scale, has_low);
+            store_row<true>(high, acc, scale, has_high);
             return;
         }
         f32* sums = p.partial_keys + ((((i64)blockIdx.z * 2 + which) * p.band.total_keys + row) * p.num_kv_heads + w.kv_head) * HEAD_DIM + 2 * (threadIdx.x & 3);
@@ -368,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_backward_keys(cons
     __shared__ __align__(16) RowRecords records[STAGES];
     __shared__ __align__(8) u64 barriers[1 + 4 * STAGES];
     __shared__ KeyWork w;       // no role has registers for it
-    if (threadIdx.x == 0) w = KeyWork::find(p.band, p.num_kv_heads);
+    if (threadIdx.x == 0) w = KeyWork::find(p.band, p.num_kv_heads, p.resident);
     __syncthreads();
     if (w.rows.keys <= 0) return;
     KeyMemory m;

@@ -1,5 +1,6 @@
 // WHAT   Attention to an interval of keys (window, compressed, dense; struct Band), for every device from sm_80 on: online softmax over steps of
-//        keys; writes out and the natural-log lse. A row that sees no key gets 0 and -inf.
+//        keys; writes out and the natural-log lse. A row that sees no key gets 0 and -inf. With FSA_BLOCK_MASK to those keys of blocks that the row
+//        lists; steps that no row of a tile lists are left out.
 // GRID   (tiles of rows x head tiles, kv heads), tiles with the most keys first (find_band_tile). From shapes; a cta without a tile leaves.
 // ROLES  Four warps of 16 of the tile's 64 rows: consecutive tokens times query heads of one kv head, so that rows share their keys at any
 //        group size.
@@ -10,6 +11,7 @@
 #include "block/band_rows.cuh"
 #include "block/band_softmax.cuh"
 #include "block/branch_rows.cuh"
+#include "block/listed_blocks.cuh"
 #include "block/piece_products.cuh"
 #include "tile/warp_rows.cuh"
 
@@ -29,6 +31,8 @@ struct BandCta {
     BandInterval interval;
     int kv_head;
     i32 begin[TILE_ROWS], end[TILE_ROWS];       // keys that each row sees
+    const i32* listed;                          // with a mask of blocks: the steps, and how many
+    i32 steps;
 
     static FSA_DEVICE int row_low() {
         const int thread = thread_number();
@@ -41,6 +45,17 @@ struct BandCta {
             end[threadIdx.x] = end_key(band, position, tile.keys);
         }
     }
+    FSA_DEVICE void find_steps(const Band& band) {
+        const i64 list = listed_steps(band, blockIdx.x, kv_head);
+        listed = band.mask.steps + list * band.mask.max_steps;
+        steps = band.mask.step_counts[list];
+    }
+    // First key of step n, the step before it starting with `key`; the end of the interval behind the last.
+    FSA_DEVICE int step_after(int key, int n) const {
+        if constexpr (!BLOCK_MASK) return key + STEP_KEYS;
+        return n < steps ? listed[n] & ~1 : interval.end;
+    }
+    FSA_DEVICE bool has_gaps(int n) const { return BLOCK_MASK && (listed[n] & 1); }
     // Columns of the step that starts with `key`, for a row of the tile.
     FSA_DEVICE SeenColumns seen(int row, int key) const { return {begin[row] - key, end[row] - key}; }
     FSA_DEVICE void copy_step(u32 target, const Tensor& source, int key) const {
@@ -72,7 +87,8 @@ FSA_DEVICE void attend_interval(BandSums& sums, const BandParams& p, const BandC
     sums.low = sums.high = {neg_inf(), 0.0f};
     const f32 scale_log2 = fmaxf(p.scale_log2, 1.2e-38f);   // 0 times a masked score would be NaN
     const int end = c.interval.end;
-    int key = c.interval.first;
+    const RowLists lists = RowLists::of(p.band, c.tile, c.kv_head, c.row_low());
+    int key = BLOCK_MASK ? c.step_after(0, 0) : c.interval.first;
     if (key >= end) return;
     c.copy_step(key_tile, p.key, key);
     copy_commit();
@@ -80,7 +96,8 @@ FSA_DEVICE void attend_interval(BandSums& sums, const BandParams& p, const BandC
     __syncthreads();
     Queries queries;
     if (QUERIES_IN_REGISTERS) load_queries(queries, query_rows);
-    FSA_NO_UNROLL for (; key < end; key += STEP_KEYS) {     // here the keys are there, and all are past the values
+    FSA_NO_UNROLL for (int n = 0, next; key < end; key = next, ++n) {   // here the keys are there, and all are past the values
+        next = c.step_after(key, n + 1);
         c.copy_step(value_tile, p.value, key);
         copy_commit();
         Scores s;
@@ -89,6 +106,7 @@ FSA_DEVICE void attend_interval(BandSums& sums, const BandParams& p, const BandC
             mask_scores<STEP_KEYS, false>(s, c.seen(c.row_low(), key));
             mask_scores<STEP_KEYS, true>(s, c.seen(c.row_low() + 8, key));
         }
+        if (c.has_gaps(n)) mask_blocks(s, lists.from(key), neg_inf());
         const f32 carry_low = softmax_step<STEP_KEYS, false, false>(s, sums.low, scale_log2, false, NO_LIMIT);
         const f32 carry_high = softmax_step<STEP_KEYS, true, false>(s, sums.high, scale_log2, false, NO_LIMIT);
         FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) scale_piece(sums.out[piece], carry_low, carry_high);
@@ -98,12 +116,12 @@ FSA_DEVICE void attend_interval(BandSums& sums, const BandParams& p, const BandC
         bool dirty = false;
         if (clean) dirty = clean_tile<STEP_KEYS>(value_tile);
         dirty = __syncthreads_or(dirty);
-        if (key + STEP_KEYS < end) c.copy_step(key_tile, p.key, key + STEP_KEYS);
+        if (next < end) c.copy_step(key_tile, p.key, next);
         copy_commit();
         FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
             FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) multiply_piece<STEP_KEYS>(sums.out[piece], a[k], values + k * 16 * 128, piece);
         if (dirty) {
-            add_seen_nonfinite(sums.out, min_i(STEP_KEYS, end - key), c.seen(c.row_low(), key), c.seen(c.row_low() + 8, key),
+            add_seen_nonfinite(sums.out, min_i(STEP_KEYS, end - key), c.seen(c.row_low(), key), c.seen(c.row_low() + 8, key), lists.from(key),
                                [&](int column) { return tensor_row(p.value, (i64)c.tile.key_row + key + column, c.kv_head); });
         }
         copy_wait<0>();
@@ -130,6 +148,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, BAND_CTAS) band(const __
         c.tile = tile;
         c.interval = band_interval(p.band, tile);
         c.kv_head = blockIdx.y;
+        if constexpr (BLOCK_MASK) c.find_steps(p.band);
     }
     __syncthreads();
     c.find_keys(p.band);

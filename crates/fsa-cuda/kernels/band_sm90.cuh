@@ -1,5 +1,6 @@
 // WHAT   Attention of rows to an interval of keys (window, compressed, dense) on Hopper: online softmax over steps of keys, out and the natural-log
-//        lse. A row without a key gets 0 and -inf.
+//        lse. A row without a key gets 0 and -inf. With FSA_BLOCK_MASK to those keys of blocks that the row lists; steps that no row of a tile lists are
+//        left out.
 // GRID   As many ctas as there are multiprocessors, at most one per tile; each takes every gridDim.x-th tile of all heads, those with the most keys first.
 // ROLES  Two warpgroups of 64 rows consume, a thread of a third produces, its other warps check values. A consumer computes the next scores beside the
 //        current values' product, and the two consumers take turns to start products, so that the softmax of one runs under the products of the other.
@@ -40,13 +41,13 @@ FSA_DEVICE void produce(const BandParams& p, const BandMemory& m, int total) {
 }
 
 // Adds the NaN and infinite elements of the values that a row sees, which clean_step removed from the tile.
-FSA_DEVICE void add_nonfinite(Columns& out, const BandParams& p, const BandWork& w, int first, const RowLimits& limits) {
+FSA_DEVICE void add_nonfinite(Columns& out, const BandParams& p, const BandWork& w, int first, const RowLimits& limits, ListedBlocks blocks) {
     FSA_NO_UNROLL for (int key = first; key < min_i(first + STEP_KEYS, w.tile.keys); ++key) {
         const char* row = tensor_row(p.value, w.tile.key_row + key, w.kv_head);
         FSA_UNROLL for (int i = 0; i < HEAD_DIM / 8; ++i) {
             const u32 word = *(const u32*)(row + (8 * i + 2 * (threadIdx.x & 3)) * ELEMENT_BYTES), bad = word ^ finite_or_zero(word);
-            if (limits.sees_low(key)) { out[4 * i] += unpack_lo(bad); out[4 * i + 1] += unpack_hi(bad); }
-            if (limits.sees_high(key)) { out[4 * i + 2] += unpack_lo(bad); out[4 * i + 3] += unpack_hi(bad); }
+            if (limits.sees_low(key) && blocks.low_lists(key - first)) { out[4 * i] += unpack_lo(bad); out[4 * i + 1] += unpack_hi(bad); }
+            if (limits.sees_high(key) && blocks.high_lists(key - first)) { out[4 * i + 2] += unpack_lo(bad); out[4 * i + 3] += unpack_hi(bad); }
         }
     }
 }
@@ -71,23 +72,24 @@ struct Consumer {
     FSA_DEVICE void give_turn() const { named_arrive(TURN + (group ^ 1), CONSUMER_THREADS); }
 
     // Probabilities of a step as fragments; the factors for what was summed before.
-    FSA_DEVICE void softmax(Scores& s, const BandWork& w, const RowLimits& limits, int n, f32& carry_low, f32& carry_high) {
-        const int key = w.key(n);
-        if (w.keys.needs_mask(key, STEP_KEYS)) mask_scores(s, limits.from(key), neg_inf());
+    FSA_DEVICE void softmax(Scores& s, const BandWork& w, const RowLimits& limits, ListedBlocks blocks, int n, f32& carry_low, f32& carry_high) {
+        if (w.has_end(n)) mask_scores(s, limits.from(w.key(n)), neg_inf());
+        if (w.has_gaps(n)) mask_blocks(s, blocks, neg_inf());
         carry_low = softmax_step<STEP_KEYS, false, false>(s, low, p.scale_log2, false, NO_LIMIT);
         carry_high = softmax_step<STEP_KEYS, true, false>(s, high, p.scale_log2, false, NO_LIMIT);
     }
     // Waits for the values of step n; true if NaN or infinity was cleared of them.
     FSA_DEVICE bool wait_for_values(const BandWork& w, int n) {
         m.value_ring.wait(step);
-        return w.keys.needs_mask(w.key(n), STEP_KEYS) && m.checked.wait(checks++);
+        return w.needs_mask(n) && m.checked.wait(checks++);
     }
 
-    FSA_DEVICE void attend(const BandWork& w, const RowLimits& limits) {
+    FSA_DEVICE void attend(const BandWork& w, const RowLimits& limits, const RowLists& lists) {
         const u32 query = m.query + group * 64 * 128;
         Scores s;
         Fragments a;
         f32 carry_low, carry_high;
+        ListedBlocks blocks = lists.from(w.key(0));
         m.query_ring.wait(tile);
         m.key_ring.wait(step);
         wgmma_fence();
@@ -96,9 +98,10 @@ struct Consumer {
         wgmma_wait<0>();
         wgmma_pin(s);
         m.key_ring.release(step);
-        softmax(s, w, limits, 0, carry_low, carry_high);
+        softmax(s, w, limits, blocks, 0, carry_low, carry_high);
         FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
         FSA_NO_UNROLL for (int n = 1; n < w.steps; ++n) {
+            blocks = lists.from(w.key(n));
             const bool dirty = wait_for_values(w, n - 1);
             m.key_ring.wait(step + 1);
             take_turn();
@@ -112,11 +115,11 @@ struct Consumer {
             wgmma_wait<1>();
             wgmma_pin(s);
             m.key_ring.release(step + 1);
-            softmax(s, w, limits, n, carry_low, carry_high);
+            softmax(s, w, limits, blocks, n, carry_low, carry_high);
             wgmma_wait<0>();
             wgmma_pin(out);
             m.value_ring.release(step);
-            if (dirty) add_nonfinite(out, p, w, w.key(n - 1), limits);
+            if (dirty) add_nonfinite(out, p, w, w.key(n - 1), limits, lists.from(w.key(n - 1)));
             scale_rows(out, carry_low, carry_high);
             FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
             ++step;
@@ -130,7 +133,7 @@ struct Consumer {
         wgmma_wait<0>();
         wgmma_pin(out);
         m.value_ring.release(step++);
-        if (dirty) add_nonfinite(out, p, w, w.key(w.steps - 1), limits);
+        if (dirty) add_nonfinite(out, p, w, w.key(w.steps - 1), limits, lists.from(w.key(w.steps - 1)));
     }
 
     // Where a row goes; writes its lse.
@@ -181,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         if (w.tile.tokens == 0) continue;
         clear(c.out);
         c.low = c.high = {neg_inf(), 0.0f};
-        if (w.steps > 0) c.attend(w, RowLimits::of(p.band, w.tile, row));
+        if (w.steps > 0) c.attend(w, RowLimits::of(p.band, w.tile, row), RowLists::of(p.band, w.tile, w.kv_head, row));
         c.store(w.tile, row);
     }
 }

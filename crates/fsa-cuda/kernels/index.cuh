@@ -5,8 +5,8 @@
 //        From shapes alone; what does not exist writes nothing.
 // ROLES  count: shared-memory histogram of a piece. scan: starts of all (block, piece), and the units. scatter: each
 //        warp owns consecutive tiles, a lane a row, and takes places from counters; repeatably, from the warp's own, with ranks inside
-//        a step by match.any.
-// SMEM   count: window_blocks counters. scatter: as many, in order for every warp.
+//        a step by match.any. The entries of a small piece are put in order in shared memory, so that what leaves are runs, not words.
+// SMEM   count: window_blocks counters. scatter: as many, in order for every warp; staged: the shifts of window_blocks runs, and the entries.
 // SYNC   four launches on one stream.
 #include "block/sequence.cuh"
 #include "ptx/memory.cuh"
@@ -122,31 +122,27 @@ extern "C" __global__ void __launch_bounds__(256) index_count(const __grid_const
     for (int i = threadIdx.x; i < blocks; i += blockDim.x) counts[i] = histogram[i];
 }
 
-// Exclusive sums of three values over the cta (1024 threads); `total` gets the sums over all threads.
-FSA_DEVICE void cta_scan3(int (&value)[3], int (&total)[3]) {
-    __shared__ int warp_sum[3][32];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int inclusive[3];
-    FSA_UNROLL for (int k = 0; k < 3; ++k) {
-        int x = value[k];
+// Exclusive sums of COUNT values over the cta; `total` gets the sums over all threads.
+template <int COUNT>
+FSA_DEVICE void cta_scan(int (&value)[COUNT], int (&total)[COUNT]) {
+    __shared__ int warp_sum[COUNT][32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    auto sum_lanes = [&](int x) {
         FSA_UNROLL for (int delta = 1; delta < 32; delta *= 2) {
             const int y = __shfl_up_sync(ALL_LANES, x, delta);
             if (lane >= delta) x += y;
         }
-        inclusive[k] = x;
-        if (lane == 31) warp_sum[k][warp] = x;
+        return x;
+    };
+    int inclusive[COUNT];
+    FSA_UNROLL for (int k = 0; k < COUNT; ++k) {
+        inclusive[k] = sum_lanes(value[k]);
+        if (lane == 31) warp_sum[k][warp] = inclusive[k];
     }
     __syncthreads();
-    if (warp < 3) {
-        int x = warp_sum[warp][lane];
-        FSA_UNROLL for (int delta = 1; delta < 32; delta *= 2) {
-            const int y = __shfl_up_sync(ALL_LANES, x, delta);
-            if (lane >= delta) x += y;
-        }
-        warp_sum[warp][lane] = x;
-    }
+    for (int k = warp; k < COUNT; k += warps) warp_sum[k][lane] = sum_lanes(lane < warps ? warp_sum[k][lane] : 0);
     __syncthreads();
-    FSA_UNROLL for (int k = 0; k < 3; ++k) {
+    FSA_UNROLL for (int k = 0; k < COUNT; ++k) {
         const int before = warp == 0 ? 0 : warp_sum[k][warp - 1];
         value[k] = before + inclusive[k] - value[k];
         total[k] = warp_sum[k][31];
@@ -204,18 +200,16 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_co
             FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) count += here[i];
         }
         int sum[3] = {count, count / index.unit_entries, count % index.unit_entries != 0}, total[3];
-        cta_scan3(sum, total);
+        cta_scan(sum, total);
         if (index.block_units && exists) index.block_units[(i64)kv_head * index.max_blocks + block] = ceil_div(count, index.unit_entries);
-        if (count > 0) {
-            int start = carry[0] + sum[0];
-            write_units(p, units, block, start, count, carry[1] + sum[1], carry[2] + sum[2]);
-            for (int piece = first; piece < last; piece += PIECES_AHEAD) {
-                int here[PIECES_AHEAD];
-                load_counts(here, plane + block, index.max_blocks, piece, last, true);
-                FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) {
-                    if (piece + i < last) plane[(i64)(piece + i) * index.max_blocks + block] = start;
-                    start += here[i];
-                }
+        int start = carry[0] + sum[0];
+        if (count > 0) write_units(p, units, block, start, count, carry[1] + sum[1], carry[2] + sum[2]);
+        for (int piece = first; piece < last; piece += PIECES_AHEAD) {      // blocks without entries, too: the next piece's start is a run's end
+            int here[PIECES_AHEAD];
+            load_counts(here, plane + block, index.max_blocks, piece, last, exists);
+            FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) {
+                if (exists && piece + i < last) plane[(i64)(piece + i) * index.max_blocks + block] = start;
+                start += here[i];
             }
         }
         FSA_UNROLL for (int k = 0; k < 3; ++k) carry[k] += total[k];
@@ -227,30 +221,68 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_co
     }
 }
 
-// Start of every block's entries for each warp, in order: counts what the warps before have.
-FSA_DEVICE void warp_starts(const IndexParams& p, i32* next, const i32* starts, int kv_head, int window, int blocks, int first, int last) {
-    const int warps = blockDim.x / 32;
-    for (int i = threadIdx.x; i < warps * blocks; i += blockDim.x) next[i] = 0;
+// Where the runs of a piece start in its chunk, one per block, and where they end: at the start of the next piece's run, and those of the
+// last piece at the next block's. The last block of all has no end here.
+struct Runs {
+    const i32 *starts, *ends;
+};
+FSA_DEVICE Runs find_runs(const IndexParams& p, int kv_head, int piece, int window) {
+    const Index& index = p.index;
+    const int pieces_per_chunk = p.layout.chunk_tiles / index.sub_tiles, first = piece / pieces_per_chunk * pieces_per_chunk;
+    const bool is_last = piece + 1 == min_i(index.num_subs, first + pieces_per_chunk);
+    const i32* plane = index.plane + (i64)kv_head * index.num_subs * index.max_blocks + window;
+    return {plane + (i64)piece * index.max_blocks, is_last ? plane + (i64)first * index.max_blocks + 1 : plane + (i64)(piece + 1) * index.max_blocks};
+}
+
+// Places of the runs side by side in the stage, and what leads from there to their places in the chunk.
+FSA_DEVICE void place_runs(const Runs& runs, i32* places, i32* shifts, int blocks) {
+    constexpr int EACH = 4;     // consecutive blocks of a thread
+    int carry = 0;
+    for (int base = 0; base < blocks; base += EACH * blockDim.x) {
+        const int first = base + EACH * threadIdx.x;
+        int start[EACH], count[EACH], place[1] = {0}, total[1];
+        FSA_UNROLL for (int i = 0; i < EACH; ++i) {
+            start[i] = first + i < blocks ? runs.starts[first + i] : 0;
+            count[i] = first + i + 1 < blocks ? runs.ends[first + i] - start[i] : 0;    // nothing follows the last run
+            place[0] += count[i];
+        }
+        cta_scan(place, total);
+        int next = carry + place[0];
+        FSA_UNROLL for (int i = 0; i < EACH; ++i) {
+            if (first + i < blocks) { places[first + i] = next; shifts[first + i] = start[i] - next; }
+            next += count[i];
+        }
+        carry += total[0];
+    }
+}
+
+// Turns starts of the blocks' entries, in `next` for the first warp, into starts for each warp, in order: counts what the warps before have.
+FSA_DEVICE void warp_starts(const IndexParams& p, i32* next, int kv_head, int window, int blocks, int first, int last) {
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    for (int i = threadIdx.x; i < (warps - 1) * blocks; i += blockDim.x) next[blocks + i] = 0;
     __syncthreads();
-    i32* mine = next + threadIdx.x / 32 * blocks;
-    for (int tile = first; tile < last; ++tile)
+    i32* following = next + (warp + 1) * blocks;
+    for (int tile = first; tile < last && warp + 1 < warps; ++tile)
         for_each_entry<false>(p, kv_head, tile, [&](bool keep, int block, int, int) {
             const u32 local = (u32)(block - window);
-            if (keep && local < (u32)blocks) atomicAdd(&mine[local], 1);
+            if (keep && local < (u32)blocks) atomicAdd(&following[local], 1);
         }, no_rows);
     __syncthreads();
-    for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
-        int start = starts[i];
-        for (int w = 0; w < warps; ++w) {
-            const int here = next[w * blocks + i];
-            next[w * blocks + i] = start;
-            start += here;
-        }
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x)
+        for (int w = 1; w < warps; ++w) next[w * blocks + i] += next[(w - 1) * blocks + i];
+}
+
+// Copies the runs out, eight lanes a run: `ends` in the stage, one after the other.
+FSA_DEVICE void copy_runs(u32* entries, const u32* stage, const i32* ends, const i32* shifts, int blocks) {
+    constexpr int LANES = 8;
+    for (int i = threadIdx.x / LANES; i < blocks; i += blockDim.x / LANES) {
+        const int end = ends[i], shift = shifts[i];
+        for (int place = (i == 0 ? 0 : ends[i - 1]) + threadIdx.x % LANES; place < end; place += LANES) entries[place + shift] = stage[place];
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256) index_scatter(const __grid_constant__ IndexParams p) {
-    extern __shared__ i32 next[];       // [blocks], in order [warps, blocks]
+    extern __shared__ i32 next[];       // [blocks], in order [warps, blocks]; staged: shifts [blocks], entries
     const Index& index = p.index;
     const int piece = blockIdx.x, kv_head = p.first_kv_head + blockIdx.y, window = blockIdx.z * index.window_blocks;
     const int blocks = min_i(index.window_blocks, index.max_blocks - window);
@@ -258,14 +290,20 @@ extern "C" __global__ void __launch_bounds__(256) index_scatter(const __grid_con
     const int per_warp = ceil_div(index.sub_tiles, warps);
     const int tiles = min_i(p.layout.tile_base[p.layout.batch], (piece + 1) * index.sub_tiles);
     const int first = piece * index.sub_tiles + warp * per_warp, last = min_i(tiles, first + per_warp);
-    const i32* starts = index.plane + ((i64)kv_head * index.num_subs + piece) * index.max_blocks + window;
-    i32* mine = index.ordered ? next + warp * blocks : next;
-    if (index.ordered) warp_starts(p, next, starts, kv_head, window, blocks, first, last);
-    else for (int i = threadIdx.x; i < blocks; i += blockDim.x) next[i] = starts[i];
+    const int sets = index.ordered ? warps : 1;
+    i32 *mine = next + (index.ordered ? warp : 0) * blocks, *shifts = next + sets * blocks;
+    const Runs runs = find_runs(p, kv_head, piece, window);
+    if (p.staged) place_runs(runs, next, shifts, blocks);
+    else for (int i = threadIdx.x; i < blocks; i += blockDim.x) next[i] = runs.starts[i];
+    if (index.ordered) warp_starts(p, next, kv_head, window, blocks, first, last);
     __syncthreads();
     const int chunk = piece * index.sub_tiles / p.layout.chunk_tiles;
     const int chunk_token = p.layout.chunk_token[chunk];
-    u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots;
+    u32 *entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots, *stage = (u32*)(shifts + blocks);
+    auto put = [&](int place, int token, int rank) {
+        const u32 entry = (u32)(token - chunk_token) | (u32)rank << 24;
+        if (p.staged) stage[place] = entry; else entries[place] = entry;
+    };
     const bool write_rows = blockIdx.z == 0;
     u32* row_info = index.row_info + (i64)kv_head * p.layout.total_q;
     for (int tile = first; tile < last; ++tile)
@@ -273,21 +311,24 @@ extern "C" __global__ void __launch_bounds__(256) index_scatter(const __grid_con
             const u32 local = (u32)(block - window);
             keep = keep && local < (u32)blocks;
             if (!index.ordered) {
-                if (keep) entries[atomicAdd(&mine[local], 1)] = (u32)(token - chunk_token) | (u32)rank << 24;
+                if (keep) put(atomicAdd(&mine[local], 1), token, rank);
                 return;
             }
             // Lanes with the same block, lowest lane (earliest token) first; lanes without work form groups of one.
             const u32 peers = __match_any_sync(ALL_LANES, keep ? local : ~(u32)lane);
             const int before = __popc(peers & ((1u << lane) - 1));
-            int position = 0;
-            if (keep) position = mine[local] + before;
+            int place = 0;
+            if (keep) place = mine[local] + before;
             __syncwarp();
             if (keep) {
-                entries[position] = (u32)(token - chunk_token) | (u32)rank << 24;
+                put(place, token, rank);
                 if (before == 0) mine[local] += __popc(peers);
             }
             __syncwarp();
         }, [&](int token, u32 info) {
             if (write_rows) row_info[token] = info;
         });
+    if (!p.staged) return;
+    __syncthreads();
+    copy_runs(entries, stage, next + (sets - 1) * blocks, shifts, blocks);      // every counter of the last set stands at its run's end
 }

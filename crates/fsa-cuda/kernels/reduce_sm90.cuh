@@ -5,7 +5,8 @@
 // ROLES  One warpgroup. The accumulators of the dense part are in the layout of the partials, which stream through registers.
 // SMEM   query tile, key tile, value tile of at most 64 keys; log2-sum-exps of the tile's partials [64, slots], which become weights.
 // SYNC   cp.async groups alternate keys, values: the next keys load under softmax and second product, the next
-//        values under the next first product. Barriers around each product; the merge needs none.
+//        values under the next first product; the sink comes through L1, as every tile of the sequence reads it. Barriers around each
+//        product; the merge needs none.
 #include "block/branch_rows.cuh"
 #include "block/sequence.cuh"
 #include "block/softmax.cuh"
@@ -57,7 +58,7 @@ FSA_DEVICE void dense_blocks(TileState& state, const ReduceParams& p, const Dens
     auto copy_step = [&](u32 tile, const Tensor& source, int n) {
         if (n < steps) {
             const int key = step_key(ids, n);
-            copy_rows<STEP_KEYS>(tile, source, c.kv_head, c.tile.kv_row + key, c.tile.kv_len - key);
+            copy_rows<STEP_KEYS>(tile, source, c.kv_head, c.tile.kv_row + key, c.tile.kv_len - key, key < BLOCK_SIZE);
         }
         copy_commit();
     };

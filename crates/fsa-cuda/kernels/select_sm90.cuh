@@ -3,23 +3,24 @@
 //        does the others.
 // GRID   As many ctas as there are multiprocessors, at most one per tile; each takes every gridDim.x-th tile of tokens of all kv heads, those with the most
 //        keys first. A tile holds all heads that vote.
-// ROLES  Two warpgroups of 64 rows consume, a thread of a third produces. It brings every fourth key of a step at a time, so that the four keys of a group meet
-//        in one thread. A warp pools the scores of a step in its registers to groups; while the next step's are computed it adds up the heads and leaves
-//        ranks of blocks in shared memory. Whenever a segment of blocks is full, a warp takes it into the candidates of its tokens.
-// SMEM   Query tile of 128 rows, two stages of keys, candidates [tokens, 32], ranks of a segment [tokens, blocks]; where heads are not
-//        added up in registers two buffers of group sums [128 rows, groups].
+// ROLES  Three warpgroups of 64 rows consume, a thread of a fourth produces. It brings every fourth key of a step at a time, so that the four keys of a group
+//        meet in one thread. A warp pools the scores of a step in its registers to groups; while the next step's are computed it adds up the heads and
+//        offers the blocks to the candidates of its tokens: one head's from registers, those of 2, 4 or 8 a segment of steps at a time, others step by step.
+// SMEM   Query tile of 192 rows, two stages of keys, candidates [tokens + 1]; scores of a segment [tokens, blocks], or, where heads or groups are many, two
+//        buffers of group sums [192 rows, groups].
 // SYNC   An mbarrier pair per stage and for the queries. Where the heads of a token are rows of one warp, warps go their own ways; else a named barrier of the
-//        consumers per step, when the sums of both are there.
+//        consumers per step, when the sums of all are there.
 // Every sum has an order that depends on shapes alone. A head whose log-sum-exp is not finite does not vote.
+#define FSA_CONSUMERS 3
 #include "block/band_pipeline.cuh"
-#include "block/segment_topk.cuh"
+#include "block/segments.cuh"
 
 constexpr int STAGES = 2;
 constexpr int GROUPS = STEP_KEYS / 4;           // of four keys
 constexpr int GROUP_WORDS = GROUPS + 8;         // between rows of sums: 4 rows times 8 groups fall into different banks
-constexpr int SEGMENT_PAD = 8;                  // between tokens' ranks, for the same reason
+constexpr int SETTLE_SHARE = 3;                 // after a third of the steps before, all warps settle again
 constexpr int SUM_BUFFERS = 2, SUM_WORDS = CTA_ROWS * GROUP_WORDS, WARPS = CONSUMER_THREADS / 32;
-constexpr int SMEM_BYTES = RowTile::BYTES + STAGES * KeyTile::BYTES + WARPS * CANDIDATE_WORDS * 8;  // and candidates and ranks of the tokens, and sums
+constexpr int SMEM_BYTES = RowTile::BYTES + STAGES * KeyTile::BYTES + sizeof(Candidates);     // and candidates of the tokens, and segments or sums
 // Key 4 q + e of a step is row GROUPS e + q of its tile: column 8 i + 2 t + c of the scores, in lane t of a quad, is key 4 (8 (i % OCTETS) + 2 t + c) + i / OCTETS.
 constexpr int OCTETS = GROUPS / 8;
 typedef f32 GroupSums[2 * OCTETS];              // of a row: groups 8 j + 2 t, 8 j + 2 t + 1
@@ -28,7 +29,7 @@ struct alignas(8) SumPair { f32 even, odd; };
 // A tile of tokens, and the steps of keys that count in blocks which compete for a place, first to last.
 struct SelectWork {
     BandTile tile;
-    i32 kv_head;
+    i32 number;                 // of all heads' tiles
     i32 first_step, steps;
     i32 end_common;             // keys that all tokens see
 
@@ -36,8 +37,8 @@ struct SelectWork {
         const Band& band = p.band;
         const int per_block = BLOCK_SIZE / band.kernel_stride, reach = band.kernel_size / band.kernel_stride - 1;
         SelectWork w;
-        w.kv_head = number % p.num_kv_heads;
-        w.tile = find_band_tile(band, number / p.num_kv_heads * band.head_tiles, w.kv_head);
+        w.number = number;
+        w.tile = find_band_tile(band, number / p.num_kv_heads * band.head_tiles, w.kv_head(p));
         w.tile.heads = w.tile.tile_heads;
         const RowBlocks last = row_blocks(w.tile.last_position(), p.topk, p.init_blocks, p.local_blocks);
         const bool lists_all = w.tile.tokens == 0 || last.lists_all();      // every token all of its blocks
@@ -47,18 +48,19 @@ struct SelectWork {
         w.end_common = end_key(band, w.tile.position, w.tile.keys);
         return w;
     }
+    FSA_DEVICE int kv_head(const SelectParams& p) const { return number % p.num_kv_heads; }
     FSA_DEVICE int key(int n) const { return (first_step + n) * STEP_KEYS; }
 };
 // Blocks of a step, a power of two.
 FSA_DEVICE int step_blocks(const SelectParams& p) { return STEP_KEYS / (BLOCK_SIZE / p.band.kernel_stride); }
-// Words from a token's ranks to the next one's. They are read 32 at a time.
-FSA_DEVICE int segment_words(const SelectParams& p) { return ceil_div(p.segment_steps * step_blocks(p), 32) * 32 + SEGMENT_PAD; }
+// Words from a token's scores of a segment to the next one's. They are read 32 at a time.
+FSA_DEVICE int segment_words(const SelectParams& p) { return p.segment_steps == 0 ? 0 : ceil_div(p.segment_steps * GROUPS, 32) * 32 + SEGMENT_PAD; }
 
 struct SelectMemory {
     u32 query, keys;
-    u64* candidates;            // [warps and tokens, CANDIDATE_WORDS]
-    u32* ranks;                 // [tokens, segment_words]
-    f32* sums;                  // [2, 128, GROUP_WORDS]
+    Candidates* candidates;     // [tokens + 1], the last those of a row without work
+    f32* segments;              // [tokens, segment_words], or
+    f32* sums;                  // [2, CTA_ROWS, GROUP_WORDS]
     Ring<1> query_ring;
     Ring<STAGES> key_ring;
 
@@ -79,7 +81,7 @@ FSA_DEVICE void produce(const SelectParams& p, const SelectMemory& m, int total)
         if (w.steps == 0) continue;
         load_tile<CTA_ROWS>(m.query, &p.query_map, m.query_ring.start(tile++, row_tile_bytes(p.band)), w.tile.first_head, w.tile.token);
         FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step)
-            load_keys(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, w.tile.key_row + w.key(n));
+            load_keys(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head(p), w.tile.key_row + w.key(n));
     }
 }
 
@@ -88,12 +90,14 @@ struct Voter {
     f32 reference;              // log2-sum-exp
     i32 end;                    // keys that it sees
 
-    FSA_DEVICE static Voter of(const SelectParams& p, const BandTile& t, int row) {
-        Voter v = {0.0f, 0};
-        if (!t.exists(row)) return v;
-        const f32 reference = p.lse[t.plane_index(row, p.band.total_q)] * LOG2_E;
-        if (fabsf(reference) < __int_as_float(0x7f800000)) v = {reference, end_key(p.band, t.position_of(row), t.keys)};
-        return v;
+    // The natural log-sum-exp of a row, or what keeps it from voting.
+    FSA_DEVICE static f32 load(const SelectParams& p, const BandTile& t, int row) {
+        return t.exists(row) ? p.lse[t.plane_index(row, p.band.total_q)] : neg_inf();
+    }
+    FSA_DEVICE static Voter of(const SelectParams& p, const BandTile& t, int row, f32 lse) {
+        const f32 reference = lse * LOG2_E;
+        if (!(fabsf(reference) < -neg_inf())) return {0.0f, 0};
+        return {reference, end_key(p.band, t.position_of(row), t.keys)};
     }
 };
 
@@ -104,11 +108,11 @@ FSA_DEVICE void add_rows(GroupSums& v, int& first) {
     if constexpr (PAIRS >= 2) {
         FSA_UNROLL for (int k = 0; k < PAIRS; ++k) {
             const f32 sent = upper ? v[k] : v[PAIRS + k], kept = upper ? v[PAIRS + k] : v[k];
-            v[k] = kept + __shfl_xor_sync(0xffffffffu, sent, DISTANCE);
+            v[k] = kept + __shfl_xor_sync(ALL_LANES, sent, DISTANCE);
         }
         first += upper ? PAIRS / 2 : 0;
     } else {
-        FSA_UNROLL for (int k = 0; k < 2; ++k) v[k] += __shfl_xor_sync(0xffffffffu, v[k], DISTANCE);
+        FSA_UNROLL for (int k = 0; k < 2; ++k) v[k] += __shfl_xor_sync(ALL_LANES, v[k], DISTANCE);
     }
     if constexpr (DISTANCE > 4) add_rows<DISTANCE / 2, (PAIRS + 1) / 2>(v, first);
 }
@@ -116,13 +120,10 @@ FSA_DEVICE void add_rows(GroupSums& v, int& first) {
 struct SelectConsumer {
     const SelectParams& p;
     const SelectMemory& m;
-    int row;                    // the thread's first; the other is 8 more
+    u32 query;                  // tile of the warpgroup's rows
     u32 step, tile;             // numbers in the rings
-    int blocks, segment;        // of a step; words from a token's ranks to the next one's
-    // The warp's tokens of the tile: those of its rows, where a token's rows are in one warp, or every eighth.
-    bool straddles;
-    int first_token, token_step, end_token;
-    int filled;                 // steps of the segment
+    SelectWork w;
+    int filled;                 // steps of the segment, or since all warps settled
     f32 carry_low, carry_high;  // last key of the step before, where it counts in the first group of the next
 
     // Group sums of one of the thread's rows: of four keys, those that reach into the next group with half their weight, and the last key of the group
@@ -139,7 +140,7 @@ struct SelectConsumer {
             }
             if (overlap) {
                 const f32* last = &s[4 * (3 * OCTETS + j) + E];
-                const f32 before = __shfl_sync(0xffffffffu, last[1], left);     // lane 0 gets that of the next eight groups
+                const f32 before = __shfl_sync(ALL_LANES, last[1], left);     // lane 0 gets that of the next eight groups
                 sums[2 * j + 1] += last[0];
                 sums[2 * j] += (lane & 3) == 0 ? carry : before;
                 carry = before;
@@ -162,66 +163,163 @@ struct SelectConsumer {
             }
     }
 
-    // Adds up the HEADS rows of a token and leaves the ranks of its blocks, a group each.
-    template <int HEADS>
-    FSA_DEVICE void rank_rows(GroupSums& sums, int first_row) const {
-        int first = 0;
-        if constexpr (HEADS > 1) add_rows<2 * HEADS, OCTETS>(sums, first);
-        constexpr int PAIRS = OCTETS > HEADS ? OCTETS / HEADS : 1;
-        const int token = first_row / HEADS, lanes = threadIdx.x & 28;
-        if (token >= p.band.tile_tokens || (HEADS > OCTETS && (lanes & (4 * HEADS / OCTETS - 1) & 28) != 0)) return;
-        u32* target = m.ranks + token * segment + filled * GROUPS + 8 * first + 2 * (threadIdx.x & 3);
-        FSA_UNROLL for (int pair = 0; pair < PAIRS; ++pair)
-            *(u64*)(target + 8 * pair) = (u64)(u32)TopBlocks::rank_of(sums[2 * pair + 1]) << 32 | (u32)TopBlocks::rank_of(sums[2 * pair]);
+    // The thread's first row; the other is 8 more.
+    FSA_DEVICE static int row() { return thread_number() / 32 * 16 + lane_number() / 4; }
+    // The warp's tokens of the tile: those of its rows, where a token's rows are in one warp, or every WARPS-th.
+    FSA_DEVICE bool straddles() const { return p.band.tile_heads > 16 || (p.band.tile_heads & (p.band.tile_heads - 1)) != 0; }
+    FSA_DEVICE int warp_tokens() const { return 16 >> (31 - __clz(p.band.tile_heads)); }
+    FSA_DEVICE int first_token() const { return thread_number() / 32 * (straddles() ? 1 : warp_tokens()); }
+    FSA_DEVICE int token_step() const { return straddles() ? WARPS : 1; }
+    FSA_DEVICE int end_token(int tokens) const { return straddles() ? tokens : min_i(tokens, first_token() + warp_tokens()); }
+    FSA_DEVICE int end_token() const { return end_token(w.tile.tokens); }
+    FSA_DEVICE Candidates& candidates(int token) const { return m.candidates[min_i(token, p.band.tile_tokens)]; }
+    // The token of the lane's LANES, in the order of the warp's from `first` on; those behind the last have no work.
+    template <int LANES>
+    FSA_DEVICE int lane_token(int first) const {
+        const int token = first + lane_number() / LANES * token_step();
+        return token < end_token() ? token : p.band.tile_tokens;
     }
-    // Through shared memory where heads or groups are many: ranks of the step's blocks, a lane each, of the warp's tokens.
-    FSA_DEVICE void rank_blocks(const GroupSums& low, const GroupSums& high, int n) const {
-        const int lane = threadIdx.x & 31, per_block = GROUPS / blocks, heads = p.band.tile_heads;
-        f32 *sums = m.sums + n % SUM_BUFFERS * SUM_WORDS, *own = sums + row * GROUP_WORDS + 2 * (lane & 3);
+    FSA_DEVICE RowBlocks blocks_of(int token) const { return row_blocks(w.tile.position + token, p.topk, p.init_blocks, p.local_blocks); }
+    template <int LANES>
+    FSA_DEVICE void settle_all(int most) const {
+        const int step = 32 / LANES * token_step(), end = end_token();
+        __syncwarp();
+        FSA_NO_UNROLL for (int first = first_token(); first < end; first += step) settle<LANES>(candidates(lane_token<LANES>(first)), most);
+    }
+
+    // Offers units of blocks, UNIT of them at most for a token: `append` takes those of a mask, or none if there is no room. One at a time where even the
+    // best of the candidates leave too little.
+    template <typename Append>
+    FSA_DEVICE void offer(u32 units, Append append) const {
+        u32 together = ~0u;
+        bool settled = false;
+        while (units != 0) {
+            const u32 offered = units & (together | (0u - units));
+            if (append(offered)) {
+                units ^= offered;
+                settled = false;
+            } else if (settled) {
+                together = 0;
+            } else {
+                settle_all<QUAD>(MAX_PLACES);
+                settled = true;
+            }
+        }
+    }
+
+    // Appends what beats the bounds of the thread's two rows, a token each: of the pairs of blocks from `block` on, eight apart, those that are units of the
+    // mask. False, and nothing is appended, if a token of the warp has no room.
+    FSA_DEVICE static bool append_rows(const GroupSums& low_sums, const GroupSums& high_sums, Candidates& low, Candidates& high, int block, u32 units) {
+        const int lane = lane_number() & (QUAD - 1);
+        const f32 low_bound = low.bound, high_bound = high.bound;
+        const i32 low_count = low.count, high_count = high.count;
+        u32 found = 0;          // of both, 16 bits each
+        FSA_UNROLL for (int i = 0; i < 2 * OCTETS; ++i) {
+            const bool offered = (units & 1u << i / 2) != 0;
+            if (offered & !(low_sums[i] <= low_bound)) found += 1;
+            if (offered & !(high_sums[i] <= high_bound)) found += 1 << 16;
+        }
+        if (!__any_sync(ALL_LANES, found != 0)) return true;
+        const u32 beside = __shfl_xor_sync(ALL_LANES, found, 1), across = __shfl_xor_sync(ALL_LANES, found + beside, 2), all = found + beside + across;
+        const i32 low_end = low_count + (i32)(all & 0xffff), high_end = high_count + (i32)(all >> 16);
+        if (__any_sync(ALL_LANES, max_i(low_end, high_end) > CANDIDATES)) return false;
+        const u32 before = ((lane & 1) != 0 ? beside : 0) + ((lane & 2) != 0 ? across : 0);
+        u32 low_place = shared_address(low.keys) + 8 * (low_count + (before & 0xffff));
+        u32 high_place = shared_address(high.keys) + 8 * (high_count + (before >> 16));
+        FSA_UNROLL for (int i = 0; i < 2 * OCTETS; ++i) {
+            const bool offered = (units & 1u << i / 2) != 0;
+            append_above(low_place, low_bound, low_sums[i], block + 8 * (i / 2) + i % 2, offered);
+            append_above(high_place, high_bound, high_sums[i], block + 8 * (i / 2) + i % 2, offered);
+        }
+        if (lane == 0) {
+            low.count = low_end;
+            high.count = high_end;
+        }
+        __syncwarp();
+        return true;
+    }
+    // From registers, where one head votes: blocks of one group from `begin` on. All warps settle at the same steps, before one of them must: a product waits
+    // for the last of four warps.
+    FSA_DEVICE void offer_rows(GroupSums& low_sums, GroupSums& high_sums, int begin, int n) {
+        const int block = begin + 2 * (lane_number() & 3);
+        if (begin < p.init_blocks || begin + GROUPS > blocks_of(0).end_scored) {
+            const int low_end = blocks_of(row()).end_scored, high_end = blocks_of(row() + 8).end_scored;
+            FSA_UNROLL for (int i = 0; i < 2 * OCTETS; ++i) {
+                const int b = block + 8 * (i / 2) + i % 2;
+                if (b < p.init_blocks || b >= low_end) low_sums[i] = -2.0f;
+                if (b < p.init_blocks || b >= high_end) high_sums[i] = -2.0f;
+            }
+        }
+        Candidates &low = candidates(row()), &high = candidates(row() + 8);
+        offer((1u << OCTETS) - 1, [&](u32 units) { return append_rows(low_sums, high_sums, low, high, block, units); });
+        if (SETTLE_SHARE * ++filled <= n || n + 1 == w.steps) return;
+        settle_all<QUAD>(0);
+        filled = 0;
+    }
+
+    // Through segments: adds up the HEADS rows of a token and leaves the scores of its blocks, a group each.
+    template <int HEADS>
+    FSA_DEVICE void leave_rows(GroupSums& sums, int first_row) const {
+        constexpr int PAIRS = OCTETS > HEADS ? OCTETS / HEADS : 1;
+        int first = 0;
+        add_rows<2 * HEADS, OCTETS>(sums, first);
+        const int lane = lane_number(), token = first_row / HEADS;
+        if (token >= p.band.tile_tokens || (HEADS > OCTETS && (lane & (4 * HEADS / OCTETS - 1) & 28) != 0)) return;     // another lane has the same sums
+        f32* target = m.segments + token * segment_words(p) + filled * GROUPS + 8 * first + 2 * (lane & 3);
+        FSA_UNROLL for (int pair = 0; pair < PAIRS; ++pair) *(SumPair*)(target + 8 * pair) = {sums[2 * pair], sums[2 * pair + 1]};
+    }
+    // Takes the scores of the segment, which ends before block `end`, into the candidates.
+    FSA_DEVICE void offer_segment(int end) const {
+        const int begin = end - filled * GROUPS, step = SEGMENT_TOKENS * token_step(), last = end_token();
+        __syncwarp();
+        FSA_NO_UNROLL for (int first = first_token(); first < last; first += step) {
+            const int token = lane_token<SEGMENT_LANES>(first);
+            const RowBlocks row = blocks_of(token);
+            const f32* scores = m.segments + min_i(token, p.band.tile_tokens - 1) * segment_words(p);
+            const TokenSegment t = {scores, begin, max_i(begin, row.first_scored), min_i(end, row.end_scored)};
+            offer_segments(candidates(token), t, ceil_div(end - begin, 32));
+        }
+    }
+    // Through shared memory where heads or groups are many: the step's blocks, a lane each, of the warp's tokens.
+    FSA_DEVICE void offer_sums(const GroupSums& low, const GroupSums& high, int number) const {
+        const int lane = lane_number(), blocks = step_blocks(p), per_block = GROUPS / blocks, heads = p.band.tile_heads;
+        f32 *sums = m.sums + number % SUM_BUFFERS * SUM_WORDS, *own = sums + row() * GROUP_WORDS + 2 * (lane & 3);
         FSA_UNROLL for (int j = 0; j < OCTETS; ++j) {
             *(SumPair*)(own + 8 * j) = {low[2 * j], low[2 * j + 1]};
             *(SumPair*)(own + 8 * GROUP_WORDS + 8 * j) = {high[2 * j], high[2 * j + 1]};
         }
-        if (straddles) named_sync(ALL_CONSUMERS, CONSUMER_THREADS);
+        if (straddles()) named_sync(ALL_CONSUMERS, CONSUMER_THREADS);
         else __syncwarp();
-        if (lane >= blocks) return;
-        u32* target = m.ranks + filled * blocks + lane;
-        FSA_NO_UNROLL for (int token = first_token; token < end_token; token += token_step) {
-            f32 score = 0.0f;
-            for (int group = 0; group < per_block; ++group) {
-                const f32* from = sums + token * heads * GROUP_WORDS + lane * per_block + group;
-                _Pragma("unroll 4") for (int head = 0; head < heads; ++head) score += from[head * GROUP_WORDS];
+        const int step = token_step(), last = end_token();
+        FSA_NO_UNROLL for (int token = first_token(); token < last; token += step) {
+            Candidates& c = candidates(token);
+            const int block = number * blocks + lane;
+            f32 score = -2.0f;
+            if (lane < blocks && block >= p.init_blocks && block < blocks_of(token).end_scored) {
+                score = 0.0f;
+                for (int group = 0; group < per_block; ++group) {
+                    const f32* from = sums + token * heads * GROUP_WORDS + lane * per_block + group;
+                    _Pragma("unroll 4") for (int head = 0; head < heads; ++head) score += from[head * GROUP_WORDS];
+                }
             }
-            target[token * segment] = (u32)TopBlocks::rank_of(score);
+            offer((1u << 32 / UNIT) - 1, [&](u32 units) {
+                const bool takes = (units >> lane / UNIT & 1) != 0 && !(score <= c.bound);
+                const u32 votes = __ballot_sync(ALL_LANES, takes);
+                const i32 count = c.count, end = count + __popc(votes);
+                if (end > CANDIDATES) return false;
+                __syncwarp();
+                if (takes) c.keys[count + __popc(votes & ((1u << lane) - 1))] = block_key(score, block);
+                if (lane == 0) c.count = end;
+                __syncwarp();
+                return true;
+            });
         }
-    }
-    FSA_DEVICE u64* candidates(int token) const { return m.candidates + (WARPS + token) * CANDIDATE_WORDS; }
-    // What lanes without a token have.
-    FSA_DEVICE u64* idle() const { return m.candidates + threadIdx.x / 32 * CANDIDATE_WORDS; }
-    // The lane's token of the four from `first` on, which may be behind the last.
-    FSA_DEVICE int lane_token(int first) const { return first + (threadIdx.x & 31) / LIST_LANES * token_step; }
-    FSA_DEVICE RowBlocks blocks_of(const SelectWork& w, int token) const { return row_blocks(w.tile.position + token, p.topk, p.init_blocks, p.local_blocks); }
-
-    // Takes the ranks of the segment, which ends with step `last`, into the candidates.
-    FSA_DEVICE void offer(const SelectWork& w, int last) {
-        const int end = (w.first_step + last + 1) * blocks, begin = end - filled * blocks;
-        __syncwarp();
-        FSA_NO_UNROLL for (int first = first_token; first < end_token; first += LIST_TOKENS * token_step) {
-            const int token = min_i(lane_token(first), end_token - 1);
-            const RowBlocks row = blocks_of(w, token);
-            const int first_block = max_i(begin, row.first_scored), end_block = min_i(end, row.end_scored);
-            const bool takes = lane_token(first) < end_token && !row.lists_all() && first_block < end_block;
-            const TokenSegment t = {m.ranks + token * segment, begin, first_block, end_block, takes ? row.places : 0, first_block == row.first_scored};
-            offer_segments(candidates(token), idle(), t, ceil_div(end - begin, 32));
-        }
-        filled = 0;
-        __syncwarp();
     }
 
     FSA_DEVICE void start(Scores& s) const {
         m.key_ring.wait(step);
         wgmma_fence();
-        start_scores(s, m.query + row / 64 * 64 * 128, m.key(step));
+        start_scores(s, query, m.key(step));
         wgmma_commit();
     }
     FSA_DEVICE void wait(Scores& s) {
@@ -234,21 +332,27 @@ struct SelectConsumer {
         pool<false>(low_sums, s, carry_low, overlap);
         pool<true>(high_sums, s, carry_high, overlap);
     }
-    // Leaves the ranks of step n, and takes a segment that is full.
-    FSA_DEVICE void rank_step(GroupSums& low_sums, GroupSums& high_sums, const SelectWork& w, int n) {
-        const int rows = p.direct ? p.band.tile_heads : 0;
-        if (rows == 4) rank_rows<4>(low_sums, row), rank_rows<4>(high_sums, row + 8);
-        else if (rows == 1) rank_rows<1>(low_sums, row), rank_rows<1>(high_sums, row + 8);
-        else if (rows == 2) rank_rows<2>(low_sums, row), rank_rows<2>(high_sums, row + 8);
-        else if (rows == 8) rank_rows<8>(low_sums, row), rank_rows<8>(high_sums, row + 8);
-        else rank_blocks(low_sums, high_sums, n);
-        if (++filled == p.segment_steps || n + 1 == w.steps) offer(w, n);
+    // Offers the blocks of step n, or of the segment that it fills.
+    FSA_DEVICE void offer_step(GroupSums& low_sums, GroupSums& high_sums, int n) {
+        const int number = w.first_step + n;
+        if (p.segment_steps > 0) {
+            if (p.band.tile_heads == 2) leave_rows<2>(low_sums, row()), leave_rows<2>(high_sums, row() + 8);
+            else if (p.band.tile_heads == 4) leave_rows<4>(low_sums, row()), leave_rows<4>(high_sums, row() + 8);
+            else leave_rows<8>(low_sums, row()), leave_rows<8>(high_sums, row() + 8);
+            if (++filled < p.segment_steps && n + 1 < w.steps) return;
+            offer_segment((number + 1) * GROUPS);
+            filled = 0;
+        } else if (p.direct) {
+            offer_rows(low_sums, high_sums, number * GROUPS, n);
+        } else {
+            offer_sums(low_sums, high_sums, number);
+        }
     }
 
-    // The product of the next step runs under the ranks of this one and under the other warpgroup's arithmetic: a second set of scores costs more in
+    // The product of the next step runs under the blocks of this one and under the other warpgroups' arithmetic: a second set of scores costs more in
     // copies than it hides.
-    FSA_DEVICE void walk(const SelectWork& w, const Voter& low, const Voter& high) {
-        const bool mask_all = __any_sync(0xffffffffu, low.end == 0 || high.end == 0), overlap = p.band.kernel_size != p.band.kernel_stride;
+    FSA_DEVICE void walk(const Voter& low, const Voter& high) {
+        const bool mask_all = __any_sync(ALL_LANES, low.end == 0 || high.end == 0), overlap = p.band.kernel_size != p.band.kernel_stride;
         Scores s;
         GroupSums low_sums, high_sums;
         carry_low = carry_high = 0.0f;
@@ -258,34 +362,32 @@ struct SelectConsumer {
             wait(s);
             pool_step(low_sums, high_sums, s, low, high, w.key(n), mask_all || w.key(n) + STEP_KEYS > w.end_common, overlap);
             start(s);
-            rank_step(low_sums, high_sums, w, n);
+            offer_step(low_sums, high_sums, n);
         }
         wait(s);
         m.query_ring.release(tile++);
         pool_step(low_sums, high_sums, s, low, high, w.key(w.steps - 1), true, overlap);
-        rank_step(low_sums, high_sums, w, w.steps - 1);
+        offer_step(low_sums, high_sums, w.steps - 1);
     }
 
-    FSA_DEVICE void open() {
-        const int warp = threadIdx.x / 32, heads = p.band.tile_heads;
-        blocks = step_blocks(p);
-        segment = segment_words(p);
-        straddles = 16 % heads != 0;
-        first_token = straddles ? warp : warp * (16 / heads);
-        token_step = straddles ? WARPS : 1;
+    FSA_DEVICE void open_tile() {
+        const int step = token_step(), last = end_token(p.band.tile_tokens);
+        FSA_NO_UNROLL for (int token = first_token() + lane_number() * step; token < last; token += 32 * step)
+            candidates(token).open(blocks_of(token), token < w.tile.tokens);
         filled = 0;
+        __syncwarp();
     }
     // Writes the lists of the warp's tokens.
-    FSA_DEVICE void list(const SelectWork& w) const {
-        const int met = w.steps == 0 ? 0 : (w.first_step + w.steps) * blocks;
-        __syncwarp();
-        FSA_NO_UNROLL for (int first = first_token; first < end_token; first += LIST_TOKENS * token_step) {
-            const int token = min_i(lane_token(first), end_token - 1);
-            const RowBlocks row = blocks_of(w, token);
-            i32* target = p.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token + token) * p.topk;
+    template <int LANES>
+    FSA_DEVICE void list() const {
+        const int met = w.steps == 0 ? 0 : (w.first_step + w.steps) * step_blocks(p), step = 32 / LANES * token_step(), last = end_token();
+        settle_all<LANES>(0);
+        FSA_NO_UNROLL for (int first = first_token(); first < last; first += step) {
+            const int token = lane_token<LANES>(first);
+            const RowBlocks row = blocks_of(token);
+            i32* target = p.topk_indices + ((i64)w.kv_head(p) * p.band.total_q + w.tile.token + token) * p.topk;
             // Blocks behind the last step were not met: no key of theirs is seen, and they come last.
-            const int unmet = max_i(row.first_scored, met), held = min_i(row.places, unmet - row.first_scored);
-            list_tokens(target, candidates(token), idle(), row, p.topk, held, unmet, lane_token(first) < end_token);
+            list_blocks<LANES>(target, candidates(token), row, p.topk, max_i(row.first_scored, met), token < last);
         }
         __syncwarp();
     }
@@ -297,34 +399,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) select(const __grid_con
     SelectMemory m;
     m.query = shared_address(shared);
     m.keys = m.query + RowTile::BYTES;
-    m.candidates = (u64*)(shared + RowTile::BYTES + STAGES * KeyTile::BYTES);
-    m.ranks = (u32*)(m.candidates + (WARPS + p.band.tile_tokens) * CANDIDATE_WORDS);
-    m.sums = (f32*)(m.ranks + p.band.tile_tokens * segment_words(p));
+    m.candidates = (Candidates*)(shared + RowTile::BYTES + STAGES * KeyTile::BYTES);
+    m.segments = m.sums = (f32*)(m.candidates + p.band.tile_tokens + 1);
     m.query_ring = Ring<1>::at(shared_address(barriers));
     m.key_ring = Ring<STAGES>::at(shared_address(barriers + 2));
     if (threadIdx.x == 0) {
         m.query_ring.open();
         m.key_ring.open();
         barriers_ready();
+        m.candidates[p.band.tile_tokens].open(RowBlocks(), false);
     }
     __syncthreads();
-    const int total = p.num_tiles * p.num_kv_heads, group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
+    const int total = p.num_tiles * p.num_kv_heads, group = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
         registers_shrink<PRODUCER_REGISTERS>();
         if (threadIdx.x == CONSUMER_THREADS) produce(p, m, total);
         return;
     }
     registers_grow<CONSUMER_REGISTERS>();
-    SelectConsumer c = {p, m, first_row_of_thread(), 0, 0};
-    c.open();
-    SelectWork w = SelectWork::find(p, blockIdx.x);
-    Voter low = Voter::of(p, w.tile, c.row), high = Voter::of(p, w.tile, c.row + 8);
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number += gridDim.x) {
-        c.end_token = c.straddles ? w.tile.tokens : min_i(w.tile.tokens, c.first_token + 16 / p.band.tile_heads);
-        if (w.steps > 0) c.walk(w, low, high);
-        c.list(w);
-        w = SelectWork::find(p, number + gridDim.x);
-        low = Voter::of(p, w.tile, c.row);
-        high = Voter::of(p, w.tile, c.row + 8);
+    SelectConsumer c = {p, m, m.query + group * TILE_ROWS * 128};
+    c.w = SelectWork::find(p, blockIdx.x);
+    f32 low = Voter::load(p, c.w.tile, c.row()), high = Voter::load(p, c.w.tile, c.row() + 8);
+    FSA_NO_UNROLL while (c.w.number < total) {
+        c.open_tile();
+        if (c.w.steps > 0) c.walk(Voter::of(p, c.w.tile, c.row(), low), Voter::of(p, c.w.tile, c.row() + 8, high));
+        const SelectWork next = SelectWork::find(p, c.w.number + gridDim.x);
+        low = Voter::load(p, next.tile, c.row());         // under way while the lists are written
+        high = Voter::load(p, next.tile, c.row() + 8);
+        if (p.segment_steps > 0) c.list<SEGMENT_LANES>();
+        else c.list<QUAD>();
+        c.w = next;
     }
 }

@@ -50,8 +50,8 @@ fn kernels_of(stage: Stage, backward: bool) -> &'static [Kernel] {
         (Stage::Dense | Stage::Window | Stage::Compressed, true) => &[Kernel::BandBackward],
         (Stage::Select, _) => &[Kernel::Band, Kernel::Select],
         (Stage::Index, _) => &[Kernel::Index],
-        (Stage::Selected, false) => &[Kernel::Index, Kernel::Attend, Kernel::Reduce],
-        (Stage::Selected, true) => &[Kernel::Index, Kernel::Backward],
+        (Stage::Selected, false) => &[Kernel::Index, Kernel::Attend, Kernel::Reduce, Kernel::BlockMask, Kernel::Band],
+        (Stage::Selected, true) => &[Kernel::Index, Kernel::Backward, Kernel::BlockMask, Kernel::BandBackward],
         (Stage::Nsa, false) => &[Kernel::Compress, Kernel::Band, Kernel::Select, Kernel::Attend, Kernel::Combine],
         (Stage::Nsa, true) => &[Kernel::Combine, Kernel::BandBackward, Kernel::Backward, Kernel::Compress],
     }

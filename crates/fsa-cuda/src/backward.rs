@@ -26,8 +26,8 @@ const TILE_KEYS: usize = 64;
 const MAX_CTA_KEYS: usize = 128;
 /// Threads of a warpgroup.
 const WARPGROUP: usize = 128;
-/// Rows that a CTA of `backward_delta` takes, one per warp.
-const DELTA_ROWS: usize = 8;
+/// Rows that a CTA of `backward_delta` takes.
+const DELTA_ROWS: usize = 64;
 /// Elements that a thread of `backward_merge` and of `backward_convert` takes.
 const MERGE_ELEMENTS: usize = 8;
 const CONVERT_ELEMENTS: usize = 4;

@@ -40,6 +40,11 @@ pub(crate) fn tile_rows(specialisation: &Specialisation) -> usize {
     Cta::of(specialisation).rows
 }
 
+/// Keys of a step.
+pub(crate) fn step_keys(specialisation: &Specialisation) -> usize {
+    Cta::of(specialisation).keys
+}
+
 /// Shared memory of a CTA: queries, keys, values.
 pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
     let (Cta { rows, keys, stages, .. }, head_dim) = (Cta::of(specialisation), specialisation.head_dim);

@@ -38,6 +38,16 @@ pub(crate) fn tile_rows(specialisation: &Specialisation) -> usize {
     }
 }
 
+/// Keys of a step of the pass of queries.
+pub(crate) fn step_keys(specialisation: &Specialisation) -> usize {
+    match (specialisation.set, specialisation.head_dim) {
+        (KernelSet::Sm90, _) => 128,
+        (KernelSet::Sm80, 0..=128) => 64,
+        (KernelSet::Sm80, 129..=192) => 32,
+        (KernelSet::Sm80, _) => 16,
+    }
+}
+
 /// Keys of a tile of keys.
 pub(crate) fn tile_keys(specialisation: &Specialisation) -> usize {
     match specialisation.set {
@@ -70,12 +80,7 @@ fn queries_smem_bytes(specialisation: &Specialisation) -> usize {
     if specialisation.set == KernelSet::Sm90 {
         return hopper_smem_bytes(specialisation);
     }
-    let head_dim = specialisation.head_dim;
-    let step = match head_dim {
-        0..=128 => 64,
-        129..=192 => 32,
-        _ => 16,
-    };
+    let (head_dim, step) = (specialisation.head_dim, step_keys(specialisation));
     2 * tile_bytes(TILE_ROWS, head_dim) + tiles_of_steps(head_dim) * tile_bytes(step, head_dim)
 }
 

@@ -1,16 +1,18 @@
 //! The environment variables that the backend reads, in one place and once.
 
 use crate::arch::{Arch, KernelSet};
+use crate::plan::Routing;
 use fsa_core::Result;
 use std::path::PathBuf;
 
 /// Name and meaning of every environment variable that the backend reads.
-pub const VARIABLES: [(&str, &str); 6] = [
+pub const VARIABLES: [(&str, &str); 7] = [
     ("FSA_CACHE_DIR", "folder of compiled kernels; unset: XDG_CACHE_HOME/fsa, else ~/.cache/fsa"),
     ("XDG_CACHE_HOME", "folder of the user's caches, where FSA_CACHE_DIR is not set"),
     ("FSA_DISABLE_CACHE", "1: compiled kernels are neither read from nor written to disk"),
     ("FSA_NVRTC_PATH", "the library libnvrtc, or a folder that holds it; unset: the usual places are searched"),
     ("FSA_CUDA_ARCH", "newest architecture whose kernels are used: sm_80 takes the portable ones on any device"),
+    ("FSA_ROUTE", "how stage `selected` goes: kv_outer, dense_masked, both in turn, or the fastest; unset: fastest"),
     ("FSA_CUDA_DEVICE", "number of the device of `--device cuda`; unset: 0"),
 ];
 
@@ -25,6 +27,8 @@ pub struct Environment {
     pub python_prefixes: Vec<PathBuf>,
     /// Kernels to use instead of the device's own.
     pub kernels: Option<KernelSet>,
+    /// How stage `selected` goes.
+    pub routing: Routing,
     /// Number of the device.
     pub device: usize,
 }
@@ -54,6 +58,10 @@ impl Environment {
             Some(text) => Some(text.trim().parse::<Arch>().map_err(|error| name("FSA_CUDA_ARCH", error))?.kernels()),
             None => None,
         };
+        let routing = match get("FSA_ROUTE") {
+            Some(text) => text.trim().parse().map_err(|error| name("FSA_ROUTE", error))?,
+            None => Routing::default(),
+        };
         let device = match get("FSA_CUDA_DEVICE") {
             Some(text) => text.trim().parse().map_err(|_| {
                 fsa_core::Error::input("FSA_CUDA_DEVICE", "the number of a device", format!("{text:?}"))
@@ -63,7 +71,7 @@ impl Environment {
         let python_prefixes = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(path);
         let python_prefixes = python_prefixes.chain(home.map(|home| home.join(".local"))).collect();
         let cache_dir = cache_dir.filter(|_| !disabled);
-        Ok(Self { cache_dir, nvrtc_path: path("FSA_NVRTC_PATH"), python_prefixes, kernels, device })
+        Ok(Self { cache_dir, nvrtc_path: path("FSA_NVRTC_PATH"), python_prefixes, kernels, routing, device })
     }
 }
 
@@ -99,7 +107,7 @@ mod tests {
     fn an_architecture_names_its_kernels_and_its_variable() {
         assert_eq!(read(&[("FSA_CUDA_ARCH", "sm_80")]).expect("valid").kernels, Some(KernelSet::Sm80));
         assert_eq!(read(&[("FSA_CUDA_ARCH", "sm_90a")]).expect("valid").kernels, Some(KernelSet::Sm90));
-        for (variable, text) in [("FSA_CUDA_ARCH", "hopper"), ("FSA_CUDA_DEVICE", "first")] {
+        for (variable, text) in [("FSA_CUDA_ARCH", "hopper"), ("FSA_CUDA_DEVICE", "first"), ("FSA_ROUTE", "quick")] {
             assert_eq!(read(&[(variable, text)]).expect_err(text).argument(), Some(variable));
         }
     }

@@ -5,6 +5,7 @@ use crate::attend::AttendKernel;
 use crate::backward::BackwardKernels;
 use crate::band::BandKernel;
 use crate::band_backward::BandBackwardKernels;
+use crate::block_mask::BlockMaskKernel;
 use crate::combine::CombineKernels;
 use crate::compress::CompressKernels;
 use crate::compress_linear::CompressLinearKernels;
@@ -14,6 +15,8 @@ use crate::error::Result as CudaResult;
 use crate::index::IndexKernels;
 use crate::jit::Compiler;
 use crate::lanes::Lanes;
+use crate::measured::MeasuredRoutes;
+use crate::plan::{Pass, PlanOptions, Problem, Routing};
 use crate::prepare::PrepareKernel;
 use crate::reduce::ReduceKernel;
 use crate::rope::RopeKernel;
@@ -63,6 +66,7 @@ loaded! {
     Prepare(PrepareKernel),
     Band(BandKernel),
     BandBackward(BandBackwardKernels),
+    BlockMask(BlockMaskKernel),
     Select(SelectKernel),
     Compress(CompressKernels),
     CompressLinear(CompressLinearKernels),
@@ -78,6 +82,8 @@ pub struct Kernels {
     set: KernelSet,
     loaded: RwLock<HashMap<Specialisation, Loaded>>,
     lanes: Lanes,
+    routing: Routing,
+    measured: MeasuredRoutes,
 }
 
 impl Kernels {
@@ -92,7 +98,9 @@ impl Kernels {
         let set = environment.kernels.map_or(own, |asked| asked.min(own));
         let lanes = Lanes::new(&device)?;
         let compiler = Compiler::new(environment);
-        Ok(Arc::new(Self { device, compiler, set, loaded: RwLock::default(), lanes }))
+        let measured = MeasuredRoutes::new(environment.cache_dir.clone(), &device.facts().name, set);
+        let (loaded, routing) = (RwLock::default(), environment.routing);
+        Ok(Arc::new(Self { device, compiler, set, loaded, lanes, routing, measured }))
     }
 
     /// The device.
@@ -108,6 +116,26 @@ impl Kernels {
     /// Which kernels are used: the device's own, or older ones that were asked for.
     pub fn set(&self) -> KernelSet {
         self.set
+    }
+
+    /// Times of the routes of stage `selected` that were measured on this machine.
+    pub fn measured(&self) -> &MeasuredRoutes {
+        &self.measured
+    }
+
+    /// Who chooses the route of a call.
+    pub fn routing(&self) -> Routing {
+        self.routing
+    }
+
+    /// The options of a pass of stage `selected` with the route that the environment asks for, or that was measured to be faster,
+    /// unless they have one.
+    pub(crate) fn routed(&self, problem: &Problem, pass: Pass, options: &PlanOptions) -> PlanOptions {
+        let measured = || match self.routing {
+            Routing::Fastest => self.measured.get(problem, pass).map(|times| times.faster()),
+            routing => routing.route(problem),
+        };
+        PlanOptions { route: options.route.or_else(measured), ..*options }
     }
 
     pub(crate) fn lanes(&self) -> &Lanes {

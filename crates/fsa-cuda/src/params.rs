@@ -124,6 +124,7 @@ device_structs! {
         layout: Layout,
         index: Index,
         first_kv_head: i32,
+        staged: i32,
     }
 
     /// Parameters of `attend`.
@@ -199,6 +200,17 @@ device_structs! {
         words: MapWords,
     }
 
+    /// Which blocks of keys the rows list, and the steps of keys of every tile of rows. Written by `block_mask`.
+    #[derive(Default)]
+    struct BlockMask {
+        rows: Address,
+        steps: Address,
+        step_counts: Address,
+        words: i32,
+        max_steps: i32,
+        num_tiles: i32,
+    }
+
     /// Which keys a row sees in the stages window, compressed and dense, and where rows and keys lie.
     struct Band {
         cu_seqlens_q: Address,
@@ -216,6 +228,15 @@ device_structs! {
         tile_heads: i32,
         tile_tokens: i32,
         head_tiles: i32,
+        mask: BlockMask,
+    }
+
+    /// Parameters of `block_mask`.
+    struct BlockMaskParams {
+        band: Band,
+        topk_indices: Address,
+        topk: i32,
+        step_keys: i32,
     }
 
     /// Parameters of `prepare`.
@@ -271,7 +292,9 @@ device_structs! {
         num_tiles: i32,
         num_key_tiles: i32,
         splits: i32,
+        resident: i32,
         accumulate: i32,
+        accumulate_keys: i32,
         query_map: TensorMap,
         grad_out_map: TensorMap,
         key_map: TensorMap,
@@ -385,6 +408,23 @@ impl Branch {
     }
 }
 
+impl BlockMask {
+    /// That of the kv heads from `first` on; none stays none.
+    pub(crate) fn kv_heads_from(&self, first: usize, total_q: usize) -> Self {
+        let at = |address: Address, words: usize| address.offset(first * words * size_of::<u32>());
+        if self.rows == Address::default() {
+            return *self;
+        }
+        let (words, max_steps, num_tiles) = (self.words as usize, self.max_steps as usize, self.num_tiles as usize);
+        Self {
+            rows: at(self.rows, total_q * words),
+            steps: at(self.steps, num_tiles * max_steps),
+            step_counts: at(self.step_counts, num_tiles),
+            ..*self
+        }
+    }
+}
+
 /// Size of a [`Unit`] and of a [`Tile`].
 pub(crate) const RECORD_BYTES: usize = size_of::<Unit>();
 const _: () = assert!(size_of::<Tile>() == RECORD_BYTES);
@@ -413,7 +453,7 @@ mod tests {
         let text = assertions();
         assert!(text.contains("static_assert(sizeof(Unit) == 32, \"Unit: size\");"));
         assert!(text.contains("__INTADDR__(&((AttendParams*)0)->scale_log2) == "));
-        assert_eq!(DECLARED.len(), 23);
+        assert_eq!(DECLARED.len(), 25);
         // 5 integers after 6 addresses, padded to the alignment of the addresses.
         assert_eq!(size_of::<Layout>(), 6 * 8 + 5 * 4 + 4);
     }

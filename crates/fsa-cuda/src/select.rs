@@ -14,9 +14,10 @@ use std::sync::Arc;
 /// Kernels of the file and what they take.
 pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("select", "SelectParams")];
 
-/// Threads of a portable CTA, and on Hopper: two warpgroups score, a third brings in what they need.
+/// Threads of a portable CTA, and on Hopper: some warpgroups score 64 rows each, another brings in what they need.
 const WARPGROUP: usize = 128;
-const HOPPER_THREADS: usize = 3 * WARPGROUP;
+const CONSUMERS: usize = 3;
+const HOPPER_THREADS: usize = (CONSUMERS + 1) * WARPGROUP;
 /// Keys of a portable step, and the row of their probabilities in shared memory.
 const STEP_KEYS: usize = 64;
 const STEP_PITCH: usize = STEP_KEYS + 4;
@@ -24,17 +25,16 @@ const STEP_PITCH: usize = STEP_KEYS + 4;
 const PORTABLE_BYTES: usize = 95 << 10;
 /// Scores that a portable CTA keeps of all its tokens, if a step does not need more.
 const KEPT_SCORES: usize = 2048;
-/// On Hopper: stages of keys; keys whose sum is kept; buffers of these sums, and words between their rows
-/// and between tokens' ranks.
+/// On Hopper: stages of keys; keys whose sum is kept; buffers of these sums, and words between their rows.
 const STAGES: usize = 2;
 pub(crate) const GROUP_KEYS: usize = 4;
 const SUM_BUFFERS: usize = 2;
 const PAD: usize = 8;
-/// On Hopper: places for the best blocks of a row; candidates for them; blocks of a segment.
+/// On Hopper: places for the best blocks of a row; a token's candidates for them and what belongs to them.
 const MAX_PLACES: usize = 24;
-const CANDIDATE_BYTES: usize = 34 * size_of::<u64>();
-/// Ranks of a token that are read at a time.
-const RANKS: usize = 32;
+const CANDIDATE_BYTES: usize = 16 + 32 * size_of::<u64>();
+/// On Hopper: scores of a token that are read at a time, and of a segment.
+const CHUNK: usize = 32;
 const MAX_SEGMENT: usize = 512;
 /// Compressed keys of a block on Hopper, at most: no more than a step has.
 const HOPPER_STEPS: usize = 64;
@@ -52,10 +52,10 @@ pub(crate) struct Scoring {
     pub topk: usize,
     /// Those of them that are not forced.
     pub places: usize,
-    /// On Hopper, steps of keys whose blocks' ranks have room.
-    pub segment_steps: usize,
     /// On Hopper, heads and groups of keys are added up in registers.
     pub direct: bool,
+    /// On Hopper, steps of keys whose blocks' scores have room; 0 where blocks are offered step by step.
+    pub segment_steps: usize,
 }
 
 impl Scoring {
@@ -70,9 +70,9 @@ impl Scoring {
         self.steps == GROUP_KEYS && matches!(heads, 1 | 2 | 4 | 8)
     }
 
-    /// Blocks of a step on Hopper; 1 for windows that its kernel does not take.
-    fn step_blocks(&self, specialisation: &Specialisation) -> usize {
-        (hopper_step_keys(specialisation) / self.steps).max(1)
+    /// True if the kernel for Hopper collects the scores of many steps where `heads` vote: it has few tokens then, and few scores per step.
+    pub(crate) fn has_segments(&self, heads: usize) -> bool {
+        self.is_direct(heads) && heads > 1
     }
 }
 
@@ -80,7 +80,7 @@ impl Scoring {
 pub(crate) fn tile_rows(specialisation: &Specialisation) -> usize {
     match specialisation.set {
         KernelSet::Sm80 => TILE_ROWS,
-        KernelSet::Sm90 => 2 * TILE_ROWS,
+        KernelSet::Sm90 => CONSUMERS * TILE_ROWS,
     }
 }
 
@@ -89,11 +89,10 @@ fn hopper_step_keys(specialisation: &Specialisation) -> usize {
     if specialisation.head_dim <= 128 { 128 } else { 64 }
 }
 
-/// What a CTA on Hopper takes besides what it has per token: queries, keys, candidates.
+/// What a CTA on Hopper takes besides what it has per token: queries, keys, candidates of a row without work.
 fn hopper_smem_bytes(specialisation: &Specialisation) -> usize {
     let (rows, keys) = (tile_rows(specialisation), hopper_step_keys(specialisation));
-    let candidates = 2 * WARPGROUP / 32 * CANDIDATE_BYTES;
-    tile_bytes(rows, specialisation.head_dim) + STAGES * tile_bytes(keys, specialisation.head_dim) + candidates
+    tile_bytes(rows, specialisation.head_dim) + STAGES * tile_bytes(keys, specialisation.head_dim) + CANDIDATE_BYTES
 }
 
 /// Its sums, where they do not stay in registers.
@@ -107,9 +106,10 @@ pub(crate) fn smem_bytes(specialisation: &Specialisation, scoring: &Scoring) -> 
     let Scoring { tile_tokens, steps, reach, topk, segment_steps, .. } = *scoring;
     let word = size_of::<f32>();
     if specialisation.set == KernelSet::Sm90 {
-        let ranks = ((segment_steps * scoring.step_blocks(specialisation)).next_multiple_of(RANKS) + PAD) * word;
+        let blocks = segment_steps * hopper_step_keys(specialisation) / GROUP_KEYS;
+        let segment = if segment_steps == 0 { 0 } else { (blocks.next_multiple_of(CHUNK) + PAD) * word };
         let sums = if scoring.direct { 0 } else { hopper_sum_bytes(specialisation) };
-        return hopper_smem_bytes(specialisation) + tile_tokens * (CANDIDATE_BYTES + ranks) + sums;
+        return hopper_smem_bytes(specialisation) + tile_tokens * (CANDIDATE_BYTES + segment) + sums;
     }
     let open = (STEP_KEYS - 1 + reach) / steps + 2;
     let kept = (1 << (KEPT_SCORES / tile_tokens).max(1).ilog2()).max(open.next_power_of_two());
@@ -117,17 +117,17 @@ pub(crate) fn smem_bytes(specialisation: &Specialisation, scoring: &Scoring) -> 
     keys + TILE_ROWS * STEP_PITCH * word + tile_tokens * (kept + 1) * word + tile_tokens * topk * 2 * word
 }
 
-/// `scoring` for tiles of at most its tokens and segments of at least its steps, such that shared memory is at most `most`; with one
-/// token if there is no such number.
+/// `scoring` for tiles of at most its tokens and segments of at least its steps, if there are some, such that shared memory is at most
+/// `most`; with one token if there is no such number.
 pub(crate) fn fitting(specialisation: &Specialisation, scoring: &Scoring, most: usize) -> Scoring {
     let halves = std::iter::successors(Some(scoring.tile_tokens), |tokens| (*tokens > 1).then(|| tokens / 2));
     let mut all = halves.map(|tile_tokens| Scoring { tile_tokens, ..*scoring });
     let fits = |scoring: &Scoring| smem_bytes(specialisation, scoring) <= most;
     let fitting = all.find(fits).unwrap_or(Scoring { tile_tokens: 1, ..*scoring });
-    if specialisation.set == KernelSet::Sm80 {
+    if specialisation.set == KernelSet::Sm80 || fitting.segment_steps == 0 {
         return fitting;
     }
-    let longest = MAX_SEGMENT / scoring.step_blocks(specialisation);
+    let longest = MAX_SEGMENT * GROUP_KEYS / hopper_step_keys(specialisation);
     let longer = (1..=longest).rev().map(|segment_steps| Scoring { segment_steps, ..fitting });
     longer.into_iter().find(fits).unwrap_or(fitting)
 }
@@ -136,7 +136,7 @@ pub(crate) fn fitting(specialisation: &Specialisation, scoring: &Scoring, most: 
 pub(crate) fn usual_smem_bytes(specialisation: &Specialisation, topk: usize) -> usize {
     let steps = (specialisation.block_size / 16).max(1);
     let tile_tokens = tile_rows(specialisation);
-    let scoring = Scoring { tile_tokens, steps, reach: 1, topk, places: topk, segment_steps: 1, direct: false };
+    let scoring = Scoring { tile_tokens, steps, reach: 1, topk, places: topk, segment_steps: 0, direct: false };
     let most = if specialisation.set == KernelSet::Sm80 { PORTABLE_BYTES } else { MAX_CTA_SMEM_BYTES };
     smem_bytes(specialisation, &fitting(specialisation, &scoring, most))
 }
@@ -157,7 +157,7 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
             ("CTA_ROWS", tile_rows(specialisation)),
             ("THREADS", HOPPER_THREADS),
             ("MAX_PLACES", MAX_PLACES),
-            ("CANDIDATE_WORDS * 8", CANDIDATE_BYTES),
+            ("sizeof(Candidates)", CANDIDATE_BYTES),
             ("MAX_SEGMENT", MAX_SEGMENT),
             ("SEGMENT_PAD", PAD),
             ("SUM_BUFFERS * SUM_WORDS * 4", hopper_sum_bytes(specialisation)),

@@ -37,6 +37,8 @@ pub enum Kernel {
     Band,
     /// Their backward.
     BandBackward,
+    /// Lists of blocks as masks, with which the two above do stage `selected`.
+    BlockMask,
     /// Stage `select`.
     Select,
     /// Stage `compress` by sums, forward and backward.
@@ -59,7 +61,7 @@ struct Depends {
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 12] = [
+    pub const ALL: [Kernel; 13] = [
         Kernel::Index,
         Kernel::Attend,
         Kernel::Reduce,
@@ -67,6 +69,7 @@ impl Kernel {
         Kernel::Prepare,
         Kernel::Band,
         Kernel::BandBackward,
+        Kernel::BlockMask,
         Kernel::Select,
         Kernel::Compress,
         Kernel::CompressLinear,
@@ -84,6 +87,7 @@ impl Kernel {
             Kernel::Prepare => "prepare",
             Kernel::Band => "band",
             Kernel::BandBackward => "band_backward",
+            Kernel::BlockMask => "block_mask",
             Kernel::Select => "select",
             Kernel::Compress => "compress",
             Kernel::CompressLinear => "compress_linear",
@@ -95,7 +99,7 @@ impl Kernel {
     /// What is not in it would only compile the same kernel again.
     fn depends(self) -> Depends {
         match self {
-            Kernel::Index => Depends { rows: false, block_size: true },
+            Kernel::Index | Kernel::BlockMask => Depends { rows: false, block_size: true },
             Kernel::Prepare => Depends { rows: false, block_size: false },
             Kernel::Attend | Kernel::Reduce | Kernel::Backward | Kernel::Select => {
                 Depends { rows: true, block_size: true }
@@ -132,6 +136,8 @@ pub struct Specialisation {
     /// Backward only: gradients of a query are merged from one partial per block, instead of added up in f32 in memory.
     /// Slower, but repeatable.
     pub query_partials: bool,
+    /// Attention to an interval of keys only: rows see the blocks that they list.
+    pub block_mask: bool,
 }
 
 impl Specialisation {
@@ -140,7 +146,7 @@ impl Specialisation {
         let depends = kernel.depends();
         let (is_bf16, head_dim) = if depends.rows { (dtype == DType::Bf16, head_dim) } else { (true, 128) };
         let block_size = if depends.block_size { block_size } else { 64 };
-        Self { kernel, set, is_bf16, head_dim, block_size, query_partials: false }
+        Self { kernel, set, is_bf16, head_dim, block_size, query_partials: false, block_mask: false }
     }
 
     /// The same, or the portable kernel where the set has none of its own.
@@ -156,6 +162,11 @@ impl Specialisation {
     /// The specialisation that merges partials.
     pub fn with_query_partials(self) -> Self {
         Self { query_partials: true, ..self }
+    }
+
+    /// The specialisation with a mask of blocks.
+    pub fn with_block_mask(self, block_size: usize) -> Self {
+        Self { block_mask: true, block_size, ..self }
     }
 
     /// Path of its kernel file below `kernels/`: one for all architectures, or the one of its set.
@@ -175,7 +186,9 @@ impl Specialisation {
     /// Dynamic shared memory that a CTA takes where rows list `topk` blocks; 0 where it depends on other sizes of a call.
     pub fn smem_bytes(&self, topk: usize) -> usize {
         match self.kernel {
-            Kernel::Index | Kernel::Prepare | Kernel::Compress | Kernel::Rope | Kernel::Combine => 0,
+            Kernel::Index | Kernel::Prepare | Kernel::BlockMask | Kernel::Compress | Kernel::Rope | Kernel::Combine => {
+                0
+            }
             Kernel::Attend => crate::attend::smem_bytes(self),
             Kernel::Reduce => crate::reduce::smem_bytes(self, topk),
             Kernel::Backward => crate::backward::smem_bytes(self),
@@ -204,6 +217,7 @@ impl Specialisation {
             Kernel::Prepare => crate::prepare::ENTRY_POINTS,
             Kernel::Band => crate::band::ENTRY_POINTS,
             Kernel::BandBackward => crate::band_backward::ENTRY_POINTS,
+            Kernel::BlockMask => crate::block_mask::ENTRY_POINTS,
             Kernel::Select => crate::select::ENTRY_POINTS,
             Kernel::Compress => crate::compress::ENTRY_POINTS,
             Kernel::CompressLinear => crate::compress_linear::ENTRY_POINTS,
@@ -221,6 +235,7 @@ impl Specialisation {
             Kernel::Backward => crate::backward::constants(self),
             Kernel::Band => crate::band::constants(self),
             Kernel::BandBackward => crate::band_backward::constants(self),
+            Kernel::BlockMask => crate::block_mask::constants(),
             Kernel::Select => crate::select::constants(self),
             Kernel::Compress => crate::compress::constants(self),
             Kernel::CompressLinear => crate::compress_linear::constants(self),
@@ -243,6 +258,9 @@ impl Specialisation {
         }
         if self.kernel == Kernel::Backward {
             let _ = writeln!(text, "#define FSA_QUERY_PARTIALS {}", u8::from(self.query_partials));
+        }
+        if self.block_mask {
+            let _ = writeln!(text, "#define FSA_BLOCK_MASK 1");
         }
         let _ = writeln!(text, "#include \"{file}\"");
         text.push_str(&params::assertions());
@@ -272,8 +290,11 @@ impl fmt::Display for Specialisation {
         if depends.rows {
             write!(f, " {} head_dim {head_dim}", self.dtype())?;
         }
-        if depends.block_size {
+        if depends.block_size || self.block_mask {
             write!(f, " block {block_size}")?;
+        }
+        if self.block_mask {
+            f.write_str(" mask")?;
         }
         if self.query_partials { f.write_str(" partials") } else { Ok(()) }
     }
@@ -293,8 +314,10 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                 for block_size in BLOCK_SIZES {
                     let specialisation = Specialisation::new(kernel, set, dtype, head_dim, block_size);
                     all.push(specialisation);
-                    if kernel == Kernel::Backward {
-                        all.push(specialisation.with_query_partials());
+                    match kernel {
+                        Kernel::Backward => all.push(specialisation.with_query_partials()),
+                        Kernel::Band | Kernel::BandBackward => all.push(specialisation.with_block_mask(block_size)),
+                        _ => {}
                     }
                 }
             }
@@ -338,9 +361,10 @@ mod tests {
     #[test]
     fn portable_kernels_fit_the_smallest_devices() {
         let all = specialisations(KernelSet::Sm80);
-        // 5 of the index and one that prepares; 2 dtypes, 5 dimensions and 5 block sizes of those of stage `selected`, partials of
-        // the last, and of stage `select`; 2 dtypes and 5 dimensions of the six others.
-        assert_eq!(all.len(), 5 + 1 + 5 * 50 + 6 * 10);
+        // 5 of the index and of masks, and one that prepares; 2 dtypes, 5 dimensions and 5 block sizes of those of stage `selected`,
+        // partials of the last, of stage `select` and of attention with a mask and its backward; 2 dtypes and 5 dimensions of the six
+        // others.
+        assert_eq!(all.len(), 2 * 5 + 1 + 7 * 50 + 6 * 10);
         for specialisation in all {
             // 99 KB on devices of compute capability 8.6 and 8.9, of which plans leave 4 KB alone.
             assert!(specialisation.smem_bytes(MAX_TOPK) <= 95 << 10, "{specialisation}");

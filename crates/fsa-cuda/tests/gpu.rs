@@ -2,7 +2,7 @@
 
 use fsa_core::{DType, Error, NsaConfig, Stage};
 use fsa_cuda::driver::{DeviceBuffer, Event, Graph, Stream, UploadedBatch};
-use fsa_cuda::plan::{PlanOptions, Problem};
+use fsa_cuda::plan::{PlanOptions, Problem, Route, Routing};
 use fsa_cuda::selected::{ForwardTensors, LaunchContext, SelectedForward, TensorSpan};
 use fsa_cuda::{CudaBackend, CudaError, Environment, KernelSet};
 use fsa_oracle::suite::{self, CheckOptions};
@@ -22,6 +22,12 @@ fn conform(backend: &CudaBackend, stages: &[Stage], pass: Pass, cases: usize) {
     }
 }
 
+/// The backend with both routes of stage `selected`, one for half of the cases.
+fn both_routes() -> CudaBackend {
+    let environment = Environment { routing: Routing::Both, ..Environment::read().expect("valid") };
+    CudaBackend::with(&environment).expect("a device")
+}
+
 /// The attention stages but `selected`, which differs in more than the keys that a row sees.
 const BANDS: [Stage; 3] = [Stage::Dense, Stage::Window, Stage::Compressed];
 const AROUND: [Stage; 3] = [Stage::Compress, Stage::Rope, Stage::Combine];
@@ -29,13 +35,13 @@ const AROUND: [Stage; 3] = [Stage::Compress, Stage::Rope, Stage::Combine];
 #[test]
 #[ignore = "needs a CUDA device"]
 fn the_forward_conforms() {
-    conform(&CudaBackend::new().expect("a device"), &[Stage::Selected], Pass::Forward, 150);
+    conform(&both_routes(), &[Stage::Selected], Pass::Forward, 150);
 }
 
 #[test]
 #[ignore = "needs a CUDA device"]
 fn the_backward_conforms() {
-    conform(&CudaBackend::new().expect("a device"), &[Stage::Selected], Pass::Backward, 150);
+    conform(&both_routes(), &[Stage::Selected], Pass::Backward, 150);
 }
 
 #[test]
@@ -52,22 +58,23 @@ fn the_selection_conforms() {
     conform(&CudaBackend::new().expect("a device"), &[Stage::Select], Pass::Forward, 150);
 }
 
-/// 325 blocks, whose ranks do not fit the shared memory of a CTA at once with one head; also where all blocks score alike, and where
-/// few score at all.
+/// 325 blocks, which take several segments, or many times as many as a token has candidates; also where all blocks score alike, where few
+/// score at all, and with as many places as there can be.
 #[test]
 #[ignore = "needs a CUDA device"]
 fn the_selection_of_long_rows_conforms() {
     let backend = CudaBackend::new().expect("a device");
     let config = NsaConfig { kernel_size: 8, kernel_stride: 4, block_size: 16, ..NsaConfig::default() };
-    for (num_q_heads, softmax_scale) in
-        [(1, None), (4, None), (5, None), (1, Some(0.0)), (1, Some(40.0)), (4, Some(0.0))]
-    {
+    let heads_and_scales =
+        [(1, None), (2, None), (4, None), (5, None), (1, Some(0.0)), (1, Some(40.0)), (4, Some(0.0))];
+    let usual = heads_and_scales.map(|(num_q_heads, softmax_scale)| (num_q_heads, softmax_scale, config.topk));
+    for (num_q_heads, softmax_scale, topk) in usual.into_iter().chain([1, 4, 5].map(|heads| (heads, None, 27))) {
         let case = Case {
             query_lens: vec![300],
             kv_lens: vec![5200],
             num_q_heads,
             num_kv_heads: 1,
-            config: config.clone(),
+            config: NsaConfig { topk, ..config.clone() },
             softmax_scale,
             ..Case::new(Stage::Select, Pass::Forward, DType::Bf16)
         };
@@ -87,7 +94,7 @@ fn what_stands_around_attention_conforms() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn the_whole_conforms() {
-    let backend = CudaBackend::new().expect("a device");
+    let backend = both_routes();
     conform(&backend, &[Stage::Nsa], Pass::Forward, 100);
     conform(&backend, &[Stage::Nsa], Pass::Backward, 100);
 }
@@ -95,7 +102,8 @@ fn the_whole_conforms() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn the_portable_kernels_conform() {
-    let environment = Environment { kernels: Some(KernelSet::Sm80), ..Environment::read().expect("valid") };
+    let (kernels, routing) = (Some(KernelSet::Sm80), Routing::Both);
+    let environment = Environment { kernels, routing, ..Environment::read().expect("valid") };
     let backend = CudaBackend::with(&environment).expect("a device");
     conform(&backend, &[Stage::Selected], Pass::Forward, 150);
     conform(&backend, &[Stage::Selected], Pass::Backward, 150);
@@ -179,24 +187,31 @@ impl Small {
 #[ignore = "needs a CUDA device"]
 fn a_recorded_call_repeats_and_a_small_workspace_is_refused() {
     let backend = CudaBackend::new().expect("a device");
+    let stream = Stream::new(backend.kernels().device()).expect("a stream");
+    for route in Route::ALL {
+        recorded_and_refused(&backend, &stream, &PlanOptions { route: Some(route), ..PlanOptions::default() });
+    }
+}
+
+fn recorded_and_refused(backend: &CudaBackend, stream: &Stream, options: &PlanOptions) {
     let device = backend.kernels().device();
-    let stream = Stream::new(device).expect("a stream");
-    let small = Small::new(&backend, &stream, &PlanOptions::default());
+    let small = Small::new(backend, stream, options);
+    assert_eq!(Some(small.forward.plan_value().route()), options.route);
     let workspace = DeviceBuffer::new(device, "workspace", small.forward.workspace_bytes()).expect("memory");
-    let context = LaunchContext { stream: &stream, workspace: workspace.span() };
+    let context = LaunchContext { stream, workspace: workspace.span() };
     small.launch(&context).expect("launches");
     // All logits are 0 and every row lists block 0 alone: ln of the keys at or before the row, 64 at most.
-    let direct = small.lse(&stream);
+    let direct = small.lse(stream);
     for (row, lse) in direct[..256].iter().enumerate() {
         assert!((lse - ((row + 1).min(64) as f32).ln()).abs() < 1e-5, "row {row}: {lse}");
     }
-    let graph = Graph::capture(&stream, || small.launch(&context)).expect("records");
-    small.tensors[5].upload(&vec![0.0f32; 512], &stream).expect("uploads");
-    graph.launch(&stream).expect("launches");
-    assert_eq!(small.lse(&stream), direct);
+    let graph = Graph::capture(stream, || small.launch(&context)).expect("records");
+    small.tensors[5].upload(&vec![0.0f32; 512], stream).expect("uploads");
+    graph.launch(stream).expect("launches");
+    assert_eq!(small.lse(stream), direct);
 
     let few = workspace.span().part(0, small.forward.workspace_bytes() - 1);
-    let error = small.launch(&LaunchContext { stream: &stream, workspace: few }).expect_err("too small");
+    let error = small.launch(&LaunchContext { stream, workspace: few }).expect_err("too small");
     assert!(matches!(&error, Error::Input(error) if error.argument == "workspace"), "{error}");
 }
 
@@ -207,7 +222,8 @@ fn a_call_that_comes_again_is_replayed_on_the_data_of_the_day() {
     let device = backend.kernels().device();
     let stream = Stream::new(device).expect("a stream");
     // So little memory that every head is a launch of its own: calls of many launches are replayed.
-    let small = Small::new(&backend, &stream, &PlanOptions { budget_bytes: 1, ..PlanOptions::default() });
+    let options = PlanOptions { budget_bytes: 1, route: Some(Route::KvOuter), ..PlanOptions::default() };
+    let small = Small::new(&backend, &stream, &options);
     assert!(small.forward.plan_value().launches() >= 8, "{}", small.forward.plan_value());
     let workspaces =
         [(); 20].map(|()| DeviceBuffer::new(device, "workspace", small.forward.workspace_bytes()).expect("memory"));

@@ -3,7 +3,7 @@
 
 use fsa_core::{Batch, DType};
 use fsa_cuda::driver::{DeviceBuffer, Stream, UploadedBatch};
-use fsa_cuda::plan::{PlanOptions, Problem};
+use fsa_cuda::plan::{BackwardPlan, PlanOptions, Problem, Route};
 use fsa_cuda::selected::{
     BackwardTensors, ForwardTensors, LaunchContext, SelectedBackward, SelectedForward, TensorSpan,
 };
@@ -122,7 +122,8 @@ impl Call {
     }
 
     fn plan(&self, budget_bytes: usize) -> SelectedBackward {
-        self.plan_with(&PlanOptions { budget_bytes, ..PlanOptions::default() })
+        let route = Some(Route::KvOuter);
+        self.plan_with(&PlanOptions { budget_bytes, route, ..PlanOptions::default() })
     }
 
     fn plan_with(&self, options: &PlanOptions) -> SelectedBackward {
@@ -191,16 +192,20 @@ fn compare(expected: &[Vec<f32>], got: &[Vec<f32>]) {
     }
 }
 
+fn kv_outer(planned: &SelectedBackward) -> &BackwardPlan {
+    planned.plan_value().kv_outer().expect("the route that was asked for")
+}
+
 #[test]
 #[ignore = "needs a CUDA device"]
 fn ranges_of_keys_give_the_gradients_of_all_keys_at_once() {
     let call = Call::new();
     let whole = call.plan(usize::MAX / 2);
-    assert_eq!(whole.plan_value().range_keys, call.problem.total_kv);
+    assert_eq!(kv_outer(&whole).range_keys, call.problem.total_kv);
     // Too little for all sums of keys, 0.5 MB.
     let budget = whole.workspace_bytes() - call.problem.topk_indices_bytes() - (256 << 10);
     let parts = call.plan(budget);
-    assert!(parts.plan_value().range_keys < call.problem.total_kv, "{}", parts.plan_value());
+    assert!(kv_outer(&parts).range_keys < call.problem.total_kv, "{}", parts.plan_value());
     compare(&call.gradients(&whole, &Given::default()), &call.gradients(&parts, &Given::default()));
 }
 
@@ -217,8 +222,10 @@ fn gates_in_the_statistics_of_rows_are_gates_of_grad_out_and_gradients_are_added
         .flat_map(|(row, gate)| row.iter().map(move |x| bf16::from_f32(x.to_f32() * gate)))
         .collect();
     let (gated, stats) = (uploaded(&call.kernels, &call.stream, &gated), call.row_stats(&gates));
-    for deterministic in [false, true] {
-        let backward = call.plan_with(&PlanOptions { deterministic, ..PlanOptions::default() });
+    for (deterministic, route) in [(false, Route::KvOuter), (true, Route::KvOuter), (false, Route::DenseMasked)] {
+        let options = PlanOptions { deterministic, route: Some(route), ..PlanOptions::default() };
+        let backward = call.plan_with(&options);
+        assert_eq!(backward.plan_value().route(), route);
         let expected = call.gradients(&backward, &Given { grad_out: Some(&gated), ..Given::default() });
         compare(&expected, &call.gradients(&backward, &Given { row_stats: Some(&stats), ..Given::default() }));
         let sum: Vec<Vec<f32>> = expected.iter().map(|grad| grad.iter().map(|x| x + 3.0).collect()).collect();

@@ -124,7 +124,7 @@ impl Call {
     }
 
     fn plan_forward(&self, budget_bytes: usize, saves: bool) -> NsaForward {
-        let options = PlanOptions { budget_bytes, deterministic: true };
+        let options = PlanOptions { budget_bytes, deterministic: true, ..PlanOptions::default() };
         NsaForward::plan(self.backend.kernels(), &problem(), Some((&Rope::default(), DIM)), &options, saves)
             .expect("plans")
     }
@@ -293,8 +293,10 @@ fn a_backward_head_by_head_or_in_any_order_is_that_of_all_heads() {
     let workspace = call.memory(forward.workspace_bytes());
     let tensors = call.forward_tensors(&outputs, Some(&saved));
     forward.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE).expect("launches");
-    let gradients =
-        |budget_bytes, deterministic| backward(&call, &saved, &outputs[1], PlanOptions { budget_bytes, deterministic });
+    let gradients = |budget_bytes, deterministic| {
+        let options = PlanOptions { budget_bytes, deterministic, ..PlanOptions::default() };
+        backward(&call, &saved, &outputs[1], options)
+    };
     let whole = gradients(256 << 20, true);
     assert_eq!(whole.len(), 4 + 3, "a weight, and a weight with a position");
     for other in [gradients(0, true), gradients(256 << 20, false), gradients(0, false)] {

@@ -44,7 +44,7 @@ struct Variable {
 
 pub fn run(flags: &Flags, context: &Context) -> Outcome {
     flags.device.check()?;
-    let cuda = match options::cuda(flags.device.kernels) {
+    let cuda = match options::cuda(&flags.device) {
         Ok(backend) => Cuda::Found(Box::new(Setup::describe(&backend))),
         Err(failure) if flags.device.device == Device::Cuda => return Err(failure),
         Err(failure) => Cuda::Missing { missing: failure.to_string() },

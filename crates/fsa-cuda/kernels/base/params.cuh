@@ -91,6 +91,7 @@ struct IndexParams {
     Layout layout;
     Index index;
     i32 first_kv_head;          // kv head of blockIdx.y = 0: the index of later heads is built while earlier ones are attended
+    i32 staged;                 // 1: a piece's entries fit in shared memory
 };
 
 struct AttendParams {
@@ -157,6 +158,17 @@ struct __align__(64) TensorMap {
     u64 words[16];
 };
 
+// Which blocks of keys a row lists, and the steps of keys that the rows of a tile list. Made by block_mask from lists of blocks.
+struct BlockMask {
+    u32* rows;                  // [num_kv_heads, total_q, words]: bit i of a row is set iff it lists block i of its sequence
+    i32* steps;                 // [num_kv_heads, num_tiles, max_steps] steps of which some row of the tile lists a block, the last keys first: first key, odd
+                                // where not every row lists all of the step's blocks
+    i32* step_counts;           // [num_kv_heads, num_tiles]
+    i32 words;                  // bound on the blocks of a sequence / 32
+    i32 max_steps;              // bound on the steps of a tile
+    i32 num_tiles;              // bound on the tiles of rows; they are numbered in the order of launch
+};
+
 // Which keys a row sees in the stages window, compressed and dense, and where the rows and keys of a sequence lie. A row at position p sees
 // key i of its sequence iff i * kernel_stride + kernel_size - 1 <= p and i >= p - window: an interval, whose ends do not decrease with p.
 // For tokens as keys, kernel_size = kernel_stride = 1; where no key is too far, window = 2^31 - 1.
@@ -178,6 +190,7 @@ struct Band {
     i32 tile_heads;             // query heads of a tile
     i32 tile_tokens;            // tokens of a tile
     i32 head_tiles;             // ceil(group_size / tile_heads)
+    BlockMask mask;             // with FSA_BLOCK_MASK: of these keys, those of the blocks that the row lists
 };
 
 // Fills prefix sums of a batch on the device, one cta: those of them that are not null.
@@ -193,6 +206,13 @@ struct PrepareParams {
     i32 tile_tokens;
     i32 tile_keys;
     i32 compressed;             // 1: key_tile_base counts compressed keys
+};
+
+struct BlockMaskParams {
+    Band band;
+    const i32* topk_indices;    // [num_kv_heads, total_q, topk]
+    i32 topk;
+    i32 step_keys;              // keys of a step of the kernel that reads the mask
 };
 
 struct BandParams {
@@ -222,7 +242,9 @@ struct BandBackwardParams {
     i32 num_tiles;              // bound on the tiles of rows
     i32 num_key_tiles;          // bound on the tiles of keys
     i32 splits;                 // ctas that share the rows of a tile of keys, each with partial sums of its own
+    i32 resident;               // ctas that the device runs at one time
     i32 accumulate;             // grad_query is added to
+    i32 accumulate_keys;        // grad_key and grad_value are
     TensorMap query_map;        // boxes of tile_tokens x tile_heads
     TensorMap grad_out_map;     // the same
     TensorMap key_map;          // boxes of 128 keys of one head, of 64 above head_dim 128
@@ -242,7 +264,7 @@ struct SelectParams {
     i32 scored_heads;           // query heads of a group that vote: all, or the first
     i32 num_tiles;
     i32 num_kv_heads;
-    i32 segment_steps;          // Hopper: steps of keys whose blocks' ranks have room
+    i32 segment_steps;          // Hopper: steps of keys whose blocks' scores have room; 0: blocks are offered step by step
     i32 direct;                 // Hopper: 1, 2, 4 or 8 heads and blocks of four keys are added up in registers
     TensorMap query_map;        // boxes of tile_tokens x tile_heads
     TensorMap key_map;          // boxes of every fourth of 128 keys of one head, of 64 above head_dim 128

@@ -46,25 +46,33 @@ FSA_DEVICE void store_columns(char* target, Vec4 sums, f32 scale, bool accumulat
     store_global8(target, x, y);
 }
 
-// Row statistics of one head for the rows of the chunk. One warp per row.
+FSA_DEVICE f32 dot_pairs(f32 sum, u32 a, u32 b) { return fmaf(unpack_lo(a), unpack_lo(b), fmaf(unpack_hi(a), unpack_hi(b), sum)); }
+
+// Row statistics of the launch's heads for the rows of the chunk. A lane per 16 bytes of a row, eight rows a warp whose loads are under way together.
+constexpr int DELTA_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;
+constexpr int DELTA_STEPS = 8 * DELTA_LANES / 32, DELTA_ROWS = 64;      // of a cta
 extern "C" __global__ void __launch_bounds__(256) backward_delta(const __grid_constant__ BackwardParams p) {
     const int chunk_token = p.layout.chunk_token[p.chunk], end = p.layout.chunk_token[p.chunk + 1];
-    const int token = chunk_token + blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x & 31;
-    if (token >= end) return;
-    const int head = p.first_head + blockIdx.y;
-    const u32* out = (const u32*)tensor_row(p.out, token, head);
-    const u32* grad = (const u32*)tensor_row(p.grad_out, token, head);
-    f32 sum = 0.0f;
-    FSA_UNROLL for (int i = 0; i < (HEAD_DIM / 2 + 31) / 32; ++i)
-        if (i * 32 + lane < HEAD_DIM / 2) {
-            const u32 a = out[i * 32 + lane], b = grad[i * 32 + lane];
-            sum += unpack_lo(a) * unpack_lo(b) + unpack_hi(a) * unpack_hi(b);
+    const int lane = threadIdx.x & 31, piece = lane % DELTA_LANES, head = p.first_head + blockIdx.y;
+    const int first = chunk_token + blockIdx.x * DELTA_ROWS + threadIdx.x / 32 * 8 + lane / DELTA_LANES;
+    auto token = [&](int step) { return first + step * (32 / DELTA_LANES); };
+    Vec4 out[DELTA_STEPS], grad[DELTA_STEPS];
+    FSA_UNROLL for (int step = 0; step < DELTA_STEPS; ++step) {
+        out[step] = grad[step] = {0, 0, 0, 0};
+        if (piece < HEAD_DIM / 8 && token(step) < end) {
+            out[step] = load_global(tensor_row(p.out, token(step), head) + piece * 16);
+            grad[step] = load_global(tensor_row(p.grad_out, token(step), head) + piece * 16);
         }
-    FSA_UNROLL for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
-    if (lane == 0) {
-        const i64 at = (i64)head * p.layout.total_q + token;
-        if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
-        *row_stats_at(p, blockIdx.y, token - chunk_token) = make_row_stats(p.lse[at], sum);
+    }
+    FSA_UNROLL for (int step = 0; step < DELTA_STEPS; ++step) {
+        const Vec4 a = out[step], b = grad[step];
+        f32 sum = dot_pairs(dot_pairs(dot_pairs(dot_pairs(0.0f, a.x, b.x), a.y, b.y), a.z, b.z), a.w, b.w);
+        FSA_UNROLL for (int delta = DELTA_LANES / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
+        if (piece == 0 && token(step) < end) {
+            const i64 at = (i64)head * p.layout.total_q + token(step);
+            if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
+            *row_stats_at(p, blockIdx.y, token(step) - chunk_token) = make_row_stats(p.lse[at], sum);
+        }
     }
 }
 

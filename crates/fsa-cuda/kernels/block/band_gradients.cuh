@@ -2,6 +2,7 @@
 // the splits after them, and between them probabilities and score gradients of tiles whose rows see an interval of keys.
 #pragma once
 #include "block/band_rows.cuh"
+#include "block/listed_blocks.cuh"
 #include "block/rows.cuh"
 #include "block/score_gradients.cuh"
 
@@ -40,8 +41,10 @@ extern "C" __global__ void __launch_bounds__(256) band_backward_merge(const __gr
             sum[0] += __uint_as_float(v.x); sum[1] += __uint_as_float(v.y); sum[2] += __uint_as_float(v.z); sum[3] += __uint_as_float(v.w);
         }
         const f32 scale = which == 0 ? p.scale : 1.0f;
-        char* target = (char*)tensor_row(which == 0 ? p.grad_key : p.grad_value, key, head) + column * ELEMENT_BYTES;
-        store_global8(target, pack2(sum[0] * scale, sum[1] * scale), pack2(sum[2] * scale, sum[3] * scale));
+        u32* target = (u32*)((char*)tensor_row(which == 0 ? p.grad_key : p.grad_value, key, head) + column * ELEMENT_BYTES);
+        const u32 first = p.accumulate_keys ? target[0] : 0, second = p.accumulate_keys ? target[1] : 0;
+        store_global8(target, pack2(fmaf(sum[0], scale, unpack_lo(first)), fmaf(sum[1], scale, unpack_hi(first))),
+                      pack2(fmaf(sum[2], scale, unpack_lo(second)), fmaf(sum[3], scale, unpack_hi(second))));
     }
 }
 
@@ -59,19 +62,48 @@ FSA_DEVICE void add_held(f32 (&acc)[N], const char* row, f32 scale, bool present
     }
 }
 
-// Keys of a tile that a row sees: `count` of them from `first` on.
+// Keys of a tile that a row sees: `count` of them from `first` on, with a mask those of its blocks.
 struct __align__(4) KeySpan {
+#if FSA_BLOCK_MASK
+    u8 first, count;
+    u16 blocks;     // bit 0: the block of the tile's first key
+#else
     u16 first, count;
-
-    FSA_DEVICE bool sees(int key) const { return (u32)(key - first) < count; }
+#endif
+    FSA_DEVICE bool sees(int key) const { return sees(key, 0); }
+    // The same of two parts of a key, of which the first alone says in which block it lies.
+    FSA_DEVICE bool sees(int key, int more) const {
+        const bool inside = (u32)(key + more - first) < count;
+#if FSA_BLOCK_MASK
+        return inside && blocks >> key / BLOCK_SIZE & 1;
+#endif
+        return inside;
+    }
+    // Whether the row sees all `keys` keys of a tile of TILE.
+    template <int TILE>
+    FSA_DEVICE bool sees_all(int keys) const {
+#if FSA_BLOCK_MASK
+        constexpr u32 ALL = (1u << (TILE < BLOCK_SIZE ? 1 : TILE / BLOCK_SIZE)) - 1;
+        if ((blocks & ALL) != ALL) return false;
+#endif
+        return count == keys;
+    }
 };
+// `blocks` as RowLists has them.
+FSA_DEVICE KeySpan make_span(int first, int count, u32 blocks) {
+#if FSA_BLOCK_MASK
+    return {(u8)first, (u8)count, (u16)blocks};
+#else
+    return {(u16)first, (u16)count};
+#endif
+}
 struct __align__(8) SpanPair {      // of two neighbouring rows
     KeySpan first, second;
 };
 // Of a row at `position`, in a tile of `keys` keys from `key` on; `sequence_keys` are all.
-FSA_DEVICE KeySpan key_span(const Band& band, int position, int key, int keys, int sequence_keys) {
+FSA_DEVICE KeySpan key_span(const Band& band, int position, int key, int keys, int sequence_keys, u32 blocks) {
     const int first = max_i(first_key(band, position) - key, 0), end = min_i(end_key(band, position, sequence_keys) - key, keys);
-    return {(u16)min_i(first, keys), (u16)max_i(end - first, 0)};
+    return make_span(min_i(first, keys), max_i(end - first, 0), blocks);
 }
 
 // Rows as rows of the accumulators: one of the thread's two rows (HIGH: row + 8) of N keys. Probabilities from scores, in place. All without the sign
@@ -82,7 +114,7 @@ FSA_DEVICE void row_probabilities(f32 (&s)[N / 2], const RowStats& row, KeySpan 
         FSA_UNROLL for (int e = 0; e < 2; ++e) {
             f32& x = s[4 * i + e + (HIGH ? 2 : 0)];
             x = exp2_fast(fmaf(x, scale_log2, -row.lse));
-            if (MASKED && !span.sees(8 * i + 2 * (threadIdx.x & 3) + e)) x = 0.0f;
+            if (MASKED && !span.sees(8 * i, 2 * (threadIdx.x & 3) + e)) x = 0.0f;
         }
 }
 // dS = P (dP - delta), in place of dP; zero where the row does not see the key even if dP is not finite.
@@ -92,7 +124,7 @@ FSA_DEVICE void row_gradients(f32 (&dp)[N / 2], const f32 (&probability)[N / 2],
         FSA_UNROLL for (int e = 0; e < 2; ++e) {
             f32& x = dp[4 * i + e + (HIGH ? 2 : 0)];
             x = probability[4 * i + e + (HIGH ? 2 : 0)] * (x - row.delta);
-            if (MASKED && !span.sees(8 * i + 2 * (threadIdx.x & 3) + e)) x = 0.0f;
+            if (MASKED && !span.sees(8 * i, 2 * (threadIdx.x & 3) + e)) x = 0.0f;
         }
 }
 

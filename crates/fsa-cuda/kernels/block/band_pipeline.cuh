@@ -1,18 +1,23 @@
-// What the Hopper kernels of the stages with an interval of keys share: tiles of 128 rows whose two halves belong to two consuming warpgroups, steps of
-// keys that a thread brings in through a ring of shared memory, warps that check them, and the order in which a cta takes its tiles.
+// What the Hopper kernels of the stages with an interval of keys share: tiles of 64 rows for each of the consuming warpgroups (two, if the kernel says nothing
+// else), steps of keys that a thread brings in through a ring of shared memory, warps that check them, and the order in which a cta takes its tiles.
 #pragma once
 #include "block/band_rows.cuh"
+#include "block/listed_blocks.cuh"
 #include "block/rows.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/tensor_map.cuh"
 #include "ptx/wgmma.cuh"
 
-constexpr int CTA_ROWS = 128, CONSUMERS = 2, CONSUMER_THREADS = CONSUMERS * WARPGROUP, THREADS = CONSUMER_THREADS + WARPGROUP;
+#ifndef FSA_CONSUMERS       // a kernel may have another number of consuming warpgroups
+#define FSA_CONSUMERS 2
+#endif
+constexpr int CONSUMERS = FSA_CONSUMERS, CTA_ROWS = CONSUMERS * TILE_ROWS, CONSUMER_THREADS = CONSUMERS * WARPGROUP, THREADS = CONSUMER_THREADS + WARPGROUP;
 constexpr int STEP_KEYS = HEAD_DIM <= 128 ? 128 : 64;
 constexpr int CHECKERS = 3, CHECKER_THREADS = CHECKERS * 32;    // warps of the producing warpgroup besides the one that loads
-// Together at most what three warpgroups start with, 168 per thread: registers beyond that belong to nobody, and who asks for them waits for ever.
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168, "the registers of a cta");
+// Together at most what the warpgroups start with, 168 per thread of three, 128 of four: registers beyond that belong to nobody, and who asks for them waits
+// for ever.
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * (65536 / THREADS / 8 * 8), "the registers of a cta");
 typedef SwizzledTile<CTA_ROWS> RowTile;
 typedef SwizzledTile<STEP_KEYS> KeyTile;
 typedef f32 Columns[HEAD_DIM / 2];          // accumulators of 64 rows x HEAD_DIM
@@ -28,6 +33,7 @@ struct BandWork {
     BandInterval keys;
     i32 kv_head;
     i32 first_step, steps;
+    const i32* listed;          // with a mask of blocks: the steps, of which there are gaps between
 
     // Number `number` of all heads' tiles, those with the most keys first; steps = 0 where there is no tile or it sees no key.
     FSA_DEVICE static BandWork find(const Band& band, int number, int num_kv_heads) {
@@ -37,10 +43,19 @@ struct BandWork {
         w.keys = band_interval(band, w.tile);
         w.first_step = w.keys.first / STEP_KEYS;
         w.steps = w.tile.tokens == 0 ? 0 : max_i(0, ceil_div(w.keys.end, STEP_KEYS) - w.first_step);
+        if constexpr (BLOCK_MASK) {
+            const i64 list = listed_steps(band, number / num_kv_heads, w.kv_head);
+            w.listed = band.mask.steps + list * band.mask.max_steps;
+            if (w.steps > 0) w.steps = band.mask.step_counts[list];
+        }
         return w;
     }
     // First key of step n, counted from the last.
-    FSA_DEVICE int key(int n) const { return (first_step + steps - 1 - n) * STEP_KEYS; }
+    FSA_DEVICE int key(int n) const { return BLOCK_MASK ? listed[n] & ~1 : (first_step + steps - 1 - n) * STEP_KEYS; }
+    // Whether some row does not see it as a whole: because of the position, because of its blocks.
+    FSA_DEVICE bool has_end(int n) const { return keys.needs_mask(key(n), STEP_KEYS); }
+    FSA_DEVICE bool has_gaps(int n) const { return BLOCK_MASK && (listed[n] & 1); }
+    FSA_DEVICE bool needs_mask(int n) const { return has_end(n) || has_gaps(n); }
 };
 
 // Barriers of a ring of STAGES places in shared memory: `full` counts bytes or arrivals, `empty` one arrival per warp that reads. Who waits for a ring
@@ -103,7 +118,7 @@ struct Checked {
             const BandWork w = BandWork::find(band, number, num_kv_heads);
             FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
                 loaded.wait(step);
-                if (w.keys.needs_mask(w.key(n), STEP_KEYS)) {
+                if (w.needs_mask(n)) {
                     const bool cleared = clean_checked(tile(step));
                     if (threadIdx.x % 32 == 0) {
                         dirty[ring.place(count)] = cleared;

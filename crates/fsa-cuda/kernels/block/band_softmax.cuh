@@ -1,5 +1,6 @@
 // What a row of a band adds to the online softmax: masks with two ends, and values that are NaN or infinite. Accumulator layout of block/rows.cuh.
 #pragma once
+#include "block/listed_blocks.cuh"
 #include "block/softmax.cuh"
 
 // Columns [begin, end) of a tile of scores count for a row.
@@ -30,10 +31,11 @@ FSA_DEVICE bool has_nonfinite_sums(const Piece (&out)[PIECES], bool low, bool hi
 // Adds the NaN and infinite elements of the value rows that a row sees, which clean_tile took out of the tile: there, a probability of zero times
 // NaN would be NaN for rows that do not see them. `value_row(column)` is the first byte of the row of a column of the scores.
 template <typename F>
-FSA_DEVICE void add_seen_nonfinite(Piece (&out)[PIECES], int columns, SeenColumns low, SeenColumns high, F value_row) {
+FSA_DEVICE void add_seen_nonfinite(Piece (&out)[PIECES], int columns, SeenColumns low, SeenColumns high, ListedBlocks blocks, F value_row) {
     FSA_NO_UNROLL for (int column = 0; column < columns; ++column) {
         const char* row = value_row(column);
-        const bool seen_low = column >= low.begin && column < low.end, seen_high = column >= high.begin && column < high.end;
+        const bool seen_low = column >= low.begin && column < low.end && blocks.low_lists(column);
+        const bool seen_high = column >= high.begin && column < high.end && blocks.high_lists(column);
         FSA_UNROLL for (int i = 0; i < HEAD_DIM / 8; ++i) {
             const u32 word = *(const u32*)(row + (8 * i + 2 * (threadIdx.x & 3)) * ELEMENT_BYTES), bad = word ^ finite_or_zero(word);
             const f32 lo = unpack_lo(bad), hi = unpack_hi(bad);

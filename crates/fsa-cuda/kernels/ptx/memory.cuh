@@ -29,6 +29,10 @@ FSA_DEVICE void store_shared(u32 address, u32 word) { asm volatile("st.shared.u3
 FSA_DEVICE void store_shared(u32 address, Vec4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+// Four 8 x 8 matrices of 16-bit elements from their fragments; lane i holds the address of row i % 8 of matrix i / 8. sm_90 and later.
+FSA_DEVICE void store_matrices(u32 address, const u32 (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3]) : "memory");
+}
 FSA_DEVICE Vec4 load_shared(u32 address) {
     Vec4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
@@ -43,6 +47,10 @@ FSA_DEVICE void copy_async(u32 shared, const void* global, int bytes) {
 }
 FSA_DEVICE void copy_async(u32 shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+// The same, and keeps it in L1 for the next ctas of the SM.
+FSA_DEVICE void copy_async_cached(u32 shared, const void* global, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 FSA_DEVICE void copy_async4(u32 shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");

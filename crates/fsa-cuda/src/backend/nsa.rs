@@ -5,7 +5,7 @@ use super::compress::{Fetched, Parameters};
 use super::host::{Rows, Transfer, store};
 use super::{CudaBackend, Scale, check_batch, padded_dim, span};
 use crate::driver::{DeviceBuffer, UploadedBatch};
-use crate::plan::{NsaForwardPlan, NsaProblem, PlanOptions, Sizes};
+use crate::plan::{NsaForwardPlan, NsaProblem, Pass, PlanOptions, Sizes};
 use crate::stages::{
     Gates, LaunchContext, NsaBackward, NsaBackwardTensors, NsaForward as PlannedForward, NsaForwardTensors,
     NsaSavedTensors,
@@ -300,6 +300,7 @@ pub(super) fn workspace_bytes(backend: &CudaBackend, args: &NsaArgs<'_>) -> Resu
     let call = Call::new(backend, args, args.shape()?)?;
     let (set, facts) = (backend.kernels().set(), backend.device().facts());
     call.problem.check(facts)?;
-    let plan = NsaForwardPlan::new(&call.problem, set, facts, &Call::options(), false)?;
+    let options = backend.kernels().routed(&call.problem.selected(), Pass::Forward, &Call::options());
+    let plan = NsaForwardPlan::new(&call.problem, set, facts, &options, false)?;
     Ok(plan.workspace.size_bytes())
 }

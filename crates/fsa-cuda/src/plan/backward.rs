@@ -10,8 +10,10 @@ use std::ops::Range;
 
 /// Launches of several kv heads that are under way: the tail of one runs beside the start of the next.
 pub(crate) const MAX_LANES: usize = 2;
-/// Pairs of a full unit per key of its block: 2048 rows of 64 keys, 4096 of 128. Longer units were no faster.
+/// Pairs of a full unit per key of its block, and the fewest: 3072 rows of 64 keys, 4096 of 128. With 2048 of 64 keys the
+/// pass took 3 % longer; longer units were no faster.
 const UNIT_ENTRIES_PER_KEY: usize = 32;
+const LEAST_UNIT_ENTRIES: usize = 3072;
 /// f32 gradients of queries that are under way in a lane, the largest that fit: they are to stay in L2 (50 MB on Hopper).
 const QUERY_SUM_BYTES: [usize; 4] = [32 << 20, 16 << 20, 8 << 20, 4 << 20];
 /// The same as partials, which pass through memory anyway.
@@ -109,7 +111,7 @@ impl BackwardPlan {
             // One unit per block and chunk: what adds to a key's gradient is one CTA per launch, in order of launches.
             chunk_tiles * TILE_ROWS * slots(problem, false) + 1
         } else {
-            UNIT_ENTRIES_PER_KEY * problem.block_size.max(64)
+            (UNIT_ENTRIES_PER_KEY * problem.block_size).max(LEAST_UNIT_ENTRIES)
         };
         let mut workspace = Workspace::default();
         let input = IndexInput {

@@ -43,6 +43,8 @@ pub struct IndexPlan {
     pub window_blocks: usize,
     /// Warps of a scattering CTA.
     pub scatter_warps: usize,
+    /// A scattering CTA puts its entries in order in shared memory first.
+    pub staged: bool,
     regions: Regions,
 }
 
@@ -117,8 +119,11 @@ impl IndexPlan {
             full_units: chunk_tiles * TILE_ROWS * slots / unit_entries,
             window_blocks,
             scatter_warps: counter_sets.clamp(1, MAX_SCATTER_WARPS.min(sub_tiles)),
+            staged: false,
             regions: Regions::default(),
         };
+        // Two CTAs to a multiprocessor at least.
+        plan.staged = plan.scatter_smem_bytes() + plan.stage_bytes() <= smem_bytes / 2;
         plan.regions = plan.place(problem, kv_heads, workspace);
         if counts_units && plan.num_chunks == 1 {
             plan.regions.block_units = workspace.add("block_units", kv_heads * max_blocks * size_of::<i32>());
@@ -149,10 +154,15 @@ impl IndexPlan {
         self.full_units + self.max_blocks
     }
 
-    /// Shared memory of a CTA that scatters: a set of counters per warp where the order matters, else one.
+    /// Shared memory of a CTA that scatters: a set of counters per warp where the order matters, else one; and the stage.
     pub(crate) fn scatter_smem_bytes(&self) -> usize {
         let sets = if self.ordered { self.scatter_warps } else { 1 };
-        sets * self.window_blocks * size_of::<i32>()
+        sets * self.window_blocks * size_of::<i32>() + if self.staged { self.stage_bytes() } else { 0 }
+    }
+
+    /// A word per block, and the entries of a piece.
+    fn stage_bytes(&self) -> usize {
+        (self.window_blocks + self.sub_tiles * TILE_ROWS * self.slots) * size_of::<i32>()
     }
 
     /// Rows of a chunk, at most.

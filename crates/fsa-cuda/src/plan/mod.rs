@@ -6,14 +6,20 @@
 mod backward;
 mod band;
 mod compress;
+mod dense;
+mod explain;
 mod forward;
 mod index;
 mod nsa;
+mod route;
 mod select;
+mod selected;
 mod sizes;
 mod tables;
 mod workspace;
 
+#[cfg(test)]
+mod route_tests;
 #[cfg(test)]
 mod stage_tests;
 #[cfg(test)]
@@ -25,11 +31,16 @@ pub(crate) use band::BandScratch;
 pub use band::{BandBackwardPlan, BandPlan, BandProblem, RowTiles};
 pub(crate) use compress::CompressScratch;
 pub use compress::{CompressPlan, CompressProblem, CompressionKind};
+pub use dense::{DenseBackwardPlan, DensePlan};
+pub(crate) use dense::{Lists, MaskPlan};
+pub use explain::{Explained, RouteReason};
 pub use forward::ForwardPlan;
 pub use index::IndexPlan;
 pub(crate) use nsa::ForwardTemporaries;
 pub use nsa::{NsaBackwardPlan, NsaForwardPlan, NsaProblem};
+pub use route::{Pass, Prediction, Route, Routing};
 pub use select::{ScorePlan, SelectPlan, SelectProblem};
+pub use selected::{SelectedBackwardPlan, SelectedPlan};
 pub use sizes::{Keys, Sizes, Windows};
 pub(crate) use tables::Tables;
 pub use workspace::{Slot, Workspace};
@@ -143,6 +154,22 @@ impl Problem {
         if own.iter().all(|specialisation| specialisation.exists(self.topk)) { own } else { of(KernelSet::Sm80) }
     }
 
+    /// The kernels of the KV-outer forward: index, attend, reduce.
+    pub(crate) fn forward_kernels(&self, set: KernelSet) -> [Specialisation; 3] {
+        let names = [Kernel::Index, Kernel::Attend, Kernel::Reduce];
+        self.first_that_exists(set, |set| names.map(|kernel| self.specialisation(kernel, set)))
+    }
+
+    /// The kernels of the KV-outer backward: index, backward.
+    pub(crate) fn backward_kernels(&self, set: KernelSet, deterministic: bool) -> [Specialisation; 2] {
+        // Gradients of queries are repeatable as partials, merged in order.
+        self.first_that_exists(set, |set| {
+            let backward = self.specialisation(Kernel::Backward, set);
+            let backward = if deterministic { backward.with_query_partials() } else { backward };
+            [self.specialisation(Kernel::Index, set), backward]
+        })
+    }
+
     /// The specialisation of a kernel for this call.
     pub fn specialisation(&self, kernel: Kernel, set: KernelSet) -> Specialisation {
         Specialisation::new(kernel, set, self.dtype, self.head_dim, self.block_size)
@@ -174,11 +201,13 @@ pub struct PlanOptions {
     pub budget_bytes: usize,
     /// Backward: equal bits for equal input. Costs time: sums that could be taken in any order are taken in one.
     pub deterministic: bool,
+    /// How stage `selected` goes; none leaves it to the plan. A route that has no room is not taken.
+    pub route: Option<Route>,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        Self { budget_bytes: DEFAULT_BUDGET_BYTES, deterministic: false }
+        Self { budget_bytes: DEFAULT_BUDGET_BYTES, deterministic: false, route: None }
     }
 }
 

@@ -6,8 +6,8 @@ use super::compress::{CompressProblem, CompressScratch, CompressionKind};
 use super::select::{ScorePlan, SelectProblem};
 use super::tables::{TablePlan, TableSpec};
 use super::{
-    BackwardPlan, BandProblem, ForwardPlan, Keys, PlanOptions, Problem, RowTiles, Sizes, Slot, Windows, Workspace,
-    choose,
+    BandProblem, Keys, Lists, PlanOptions, Problem, RowTiles, SelectedBackwardPlan, SelectedPlan, Sizes, Slot, Windows,
+    Workspace, choose,
 };
 use crate::arch::KernelSet;
 use crate::band;
@@ -244,8 +244,8 @@ impl NsaForwardPlan {
         let temporaries = (!saves).then(|| ForwardTemporaries::new(&pass, at_once, &mut workspace, &mut before));
         let compress_heads = at_once.sizes.num_kv_heads;
         let options = left(options, &workspace);
-        let plan = ForwardPlan::new(&pass.selected(), facts, &options);
-        let scratch = workspace.add("scratch", plan.workspace.size_bytes().max(before.size_bytes()));
+        let plan = SelectedPlan::with_lists(&pass.selected(), set, facts, &options, Lists::Selected);
+        let scratch = workspace.add("scratch", plan.workspace().size_bytes().max(before.size_bytes()));
         Ok(Self {
             problem: *problem,
             saves,
@@ -355,15 +355,16 @@ impl NsaBackwardPlan {
             .map(|problem| BandBackwardPlan::with_row_stats(&problem, &kernel, facts, &options));
         let tables =
             attention.each_ref().map(|plan| TablePlan::new(plan.tables.spec(), pass.sizes.sequences, &mut workspace));
-        let selected = BackwardPlan::new(&pass.selected(), facts, &options);
+        let selected =
+            SelectedBackwardPlan::with_lists(&pass.selected(), (set, facts), &options, Lists::Selected, true);
         let bytes =
-            attention.iter().map(|plan| &plan.workspace).chain([&selected.workspace]).map(Workspace::size_bytes);
+            attention.iter().map(|plan| &plan.workspace).chain([selected.workspace()]).map(Workspace::size_bytes);
         let bytes = bytes.max().unwrap_or(0);
         let scratch = workspace.add("scratch", bytes);
         Self {
             problem: *problem,
             kv_heads,
-            key_ranges: selected.key_ranges().count(),
+            key_ranges: selected.key_ranges(),
             attention,
             tables,
             compress,

@@ -63,8 +63,9 @@ impl SelectProblem {
         let Windows { kernel_size, kernel_stride } = self.windows;
         let (steps, reach) = (self.block_size / kernel_stride, kernel_size / kernel_stride - 1);
         let places = self.topk.saturating_sub(self.init_blocks + self.local_blocks);
-        let scoring = Scoring { tile_tokens, steps, reach, topk: self.topk, places, segment_steps: 1, direct: false };
-        Scoring { direct: scoring.is_direct(self.scored_heads()), ..scoring }
+        let scoring = Scoring { tile_tokens, steps, reach, topk: self.topk, places, segment_steps: 0, direct: false };
+        let heads = self.scored_heads();
+        Scoring { direct: scoring.is_direct(heads), segment_steps: scoring.has_segments(heads).into(), ..scoring }
     }
 
     /// The specialisation of the kernel: the portable one where the set has none for these windows.

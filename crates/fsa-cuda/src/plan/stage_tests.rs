@@ -164,7 +164,7 @@ proptest! {
             check_workspace(&plan.workspace)?;
             prop_assert!(kv_heads.is_multiple_of(plan.kv_heads) && (!saves || plan.kv_heads == kv_heads));
             check_tiles(&plan.attention, &sizes, 128)?;
-            check_tiles(&plan.scores.tiles, &sizes, 128)?;
+            check_tiles(&plan.scores.tiles, &sizes, 192)?;
         }
         let plan = NsaBackwardPlan::new(&problem, set, &facts, &options);
         check_workspace(&plan.workspace)?;

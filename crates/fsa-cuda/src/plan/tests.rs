@@ -81,6 +81,22 @@ fn a_usual_length_is_one_index_and_two_buffers() {
 }
 
 #[test]
+fn entries_of_usual_lengths_are_put_in_order_in_shared_memory() {
+    let most = DeviceFacts::h200().smem_per_cta_bytes / 2;
+    for (tokens, staged) in [(1024, true), (65_536, true), (MILLION, false)] {
+        for heads in [(32, 32), (32, 8), (32, 2)] {
+            let problem = problem(tokens, heads, (64, 16));
+            let deterministic = PlanOptions { deterministic: true, ..PlanOptions::default() };
+            let ordered = BackwardPlan::new(&problem, &DeviceFacts::h200(), &deterministic).index;
+            for index in [forward(&problem).index, backward(&problem).index, ordered] {
+                assert_eq!(index.staged, staged, "{problem}: {index:?}");
+                assert!(!staged || index.scatter_smem_bytes() <= most, "{problem}: {index:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_short_call_is_six_launches() {
     let plan = forward(&problem(1024, (32, 8), (64, 16)));
     assert_eq!((plan.index.num_chunks, plan.heads, plan.launches()), (1, 32, 6), "{plan}");

@@ -7,15 +7,14 @@ use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
 use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
 use crate::params::{BackwardParams, Index, IndexParams, Layout, TILE_ROWS};
-use crate::plan::{BackwardPlan, LaneSums, PlanOptions, Problem, Slot};
-use crate::source::Kernel;
+use crate::plan::{BackwardPlan, LaneSums, Slot};
 use fsa_core::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
 
 /// A planned backward with its kernels.
 #[derive(Debug)]
-pub struct SelectedBackward {
+pub(super) struct KvOuterBackward {
     kernels: Arc<Kernels>,
     plan: BackwardPlan,
     index: Arc<IndexKernels>,
@@ -40,22 +39,11 @@ struct Work {
     keys: Range<usize>,
 }
 
-impl SelectedBackward {
-    /// Plans a call and makes its kernels ready; compiles those that this process and the cache lack.
-    ///
-    /// # Errors
-    /// The kernels do not support the problem, or cannot be had.
-    pub fn plan(kernels: &Arc<Kernels>, problem: &Problem, options: &PlanOptions) -> Result<Self> {
-        // Gradients of queries are repeatable as partials, merged in order.
-        let of = |set| {
-            let backward = problem.specialisation(Kernel::Backward, set);
-            let backward = if options.deterministic { backward.with_query_partials() } else { backward };
-            [problem.specialisation(Kernel::Index, set), backward]
-        };
-        let specialisations = problem.first_that_exists(kernels.set(), of);
-        let facts = kernels.device().facts();
-        problem.check(facts, &specialisations)?;
-        let plan = BackwardPlan::new(problem, facts, options);
+impl KvOuterBackward {
+    /// Makes the kernels of a plan ready; compiles those that this process and the cache lack.
+    pub(super) fn new(kernels: &Arc<Kernels>, plan: BackwardPlan) -> Result<Self> {
+        let specialisations = plan.problem.backward_kernels(kernels.set(), plan.deterministic);
+        plan.problem.check(kernels.device().facts(), &specialisations)?;
         match &kernels.get(&specialisations)?[..] {
             [Loaded::Index(index), Loaded::Backward(backward)] => Ok(Self {
                 kernels: Arc::clone(kernels),
@@ -68,21 +56,8 @@ impl SelectedBackward {
         }
     }
 
-    /// Chunks and workspace.
-    pub fn plan_value(&self) -> &BackwardPlan {
-        &self.plan
-    }
-
-    /// Size of the workspace that a launch needs.
-    pub fn workspace_bytes(&self) -> usize {
-        self.plan.workspace.size_bytes()
-    }
-
     /// Gives the backward to the stream.
-    ///
-    /// # Errors
-    /// A tensor or the workspace is smaller than planned for; nothing was launched. Or the driver fails.
-    pub fn launch(
+    pub(super) fn launch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
@@ -121,7 +96,8 @@ impl SelectedBackward {
             if !self.finishes_sums() {
                 index.block_units = Address::default();
             }
-            let params = IndexParams { layout, index, first_kv_head: first as i32 };
+            let staged = self.plan.index.staged.into();
+            let params = IndexParams { layout, index, first_kv_head: first as i32, staged };
             self.index.launch(context.stream, &self.plan.index, end - first, &params)?;
             let pass = Pass { tensors, workspace, layout, index, softmax_scale };
             set.fork(context.stream, self.plan.lanes)?;

@@ -8,15 +8,14 @@ use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
 use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
 use crate::params::{AttendParams, Branch, Index, IndexParams, Layout, ReduceParams};
-use crate::plan::{ForwardPlan, PlanOptions, Problem};
+use crate::plan::ForwardPlan;
 use crate::reduce::ReduceKernel;
-use crate::source::Kernel;
 use fsa_core::{Error, Result};
 use std::sync::Arc;
 
 /// A planned forward with its kernels.
 #[derive(Debug)]
-pub struct SelectedForward {
+pub(super) struct KvOuterForward {
     kernels: Arc<Kernels>,
     set: KernelSet,
     plan: ForwardPlan,
@@ -36,18 +35,12 @@ struct Pass<'a> {
     scale_log2: f32,
 }
 
-impl SelectedForward {
-    /// Plans a call and makes its kernels ready; compiles those that this process and the cache lack.
-    ///
-    /// # Errors
-    /// The kernels do not support the problem, or cannot be had.
-    pub fn plan(kernels: &Arc<Kernels>, problem: &Problem, options: &PlanOptions) -> Result<Self> {
-        let names = [Kernel::Index, Kernel::Attend, Kernel::Reduce];
-        let specialisations =
-            problem.first_that_exists(kernels.set(), |set| names.map(|kernel| problem.specialisation(kernel, set)));
-        let facts = kernels.device().facts();
-        problem.check(facts, &specialisations)?;
-        let plan = ForwardPlan::new(problem, facts, options);
+impl KvOuterForward {
+    /// Makes the kernels of a plan ready; compiles those that this process and the cache lack.
+    pub(super) fn new(kernels: &Arc<Kernels>, plan: ForwardPlan) -> Result<Self> {
+        let problem = &plan.problem;
+        let specialisations = problem.forward_kernels(kernels.set());
+        problem.check(kernels.device().facts(), &specialisations)?;
         match &kernels.get(&specialisations)?[..] {
             [Loaded::Index(index), Loaded::Attend(attend), Loaded::Reduce(reduce)] => Ok(Self {
                 kernels: Arc::clone(kernels),
@@ -62,32 +55,8 @@ impl SelectedForward {
         }
     }
 
-    /// Chunks and workspace.
-    pub fn plan_value(&self) -> &ForwardPlan {
-        &self.plan
-    }
-
-    /// Size of the workspace that a launch needs.
-    pub fn workspace_bytes(&self) -> usize {
-        self.plan.workspace.size_bytes()
-    }
-
     /// Gives the forward to the stream.
-    ///
-    /// # Errors
-    /// A tensor or the workspace is smaller than planned for; nothing was launched. Or the driver fails.
-    pub fn launch(
-        &self,
-        context: &LaunchContext<'_>,
-        batch: &DeviceBatch<'_>,
-        tensors: &ForwardTensors<'_>,
-        softmax_scale: f32,
-    ) -> Result<()> {
-        self.launch_branch(context, batch, (tensors, Branch::default()), softmax_scale)
-    }
-
-    /// The same as a branch of the whole.
-    pub(crate) fn launch_branch(
+    pub(super) fn launch_branch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
@@ -123,7 +92,8 @@ impl SelectedForward {
             let (kv_heads, heads) = self.plan.pass(first);
             let indices = &tensors.topk_indices;
             let index = self.plan.index.index(problem, indices, first, &context.workspace);
-            let params = IndexParams { layout, index, first_kv_head: first as i32 };
+            let staged = self.plan.index.staged.into();
+            let params = IndexParams { layout, index, first_kv_head: first as i32, staged };
             self.index.launch(context.stream, &self.plan.index, kv_heads, &params)?;
             let pass = Pass { tensors, context, branch, layout, index, scale_log2: scale_log2(softmax_scale) };
             self.launch_pass(&pass, heads)?;

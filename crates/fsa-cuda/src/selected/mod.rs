@@ -6,12 +6,13 @@
 //! workspace and the stream.
 
 mod backward;
+mod dense;
 mod forward;
+mod route;
 mod tensors;
 
 pub use crate::launch::{LaunchContext, TensorSpan};
-pub use backward::SelectedBackward;
-pub use forward::SelectedForward;
+pub use route::{SelectedBackward, SelectedForward};
 pub use tensors::{BackwardTensors, ForwardTensors};
 
 /// Kernels of a call from which on a replay is quicker for the host than the launches.

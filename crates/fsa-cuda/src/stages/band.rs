@@ -7,7 +7,7 @@ use crate::band_backward::BandBackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale, part, scale_log2};
-use crate::params::{Band, BandBackwardParams, BandParams, Branch};
+use crate::params::{Band, BandBackwardParams, BandParams, BlockMask, Branch};
 use crate::plan::{BandBackwardPlan, BandPlan, BandProblem, BandScratch, PlanOptions, RowTiles, Sizes, Tables};
 use crate::prepare::PrepareKernel;
 use crate::source::{Kernel, Specialisation};
@@ -20,7 +20,7 @@ pub(super) fn box_keys(sizes: &Sizes) -> usize {
 }
 
 /// The kernels' view of sequences, tiles and visible keys.
-pub(super) fn band(problem: &BandProblem, tiles: &RowTiles, batch: &DeviceBatch<'_>, tables: &Tables) -> Band {
+pub(crate) fn band(problem: &BandProblem, tiles: &RowTiles, batch: &DeviceBatch<'_>, tables: &Tables) -> Band {
     let [cu_seqlens_q, cu_seqlens_kv] = batch.spans().map(|span| span.address());
     let Tables { cu_compressed, tile_base, key_tile_base } = *tables;
     let mut band = Band {
@@ -39,6 +39,7 @@ pub(super) fn band(problem: &BandProblem, tiles: &RowTiles, batch: &DeviceBatch<
         tile_heads: tiles.tile_heads as i32,
         tile_tokens: tiles.tile_tokens as i32,
         head_tiles: tiles.head_tiles as i32,
+        mask: BlockMask::default(),
     };
     problem.keys.describe(&mut band);
     band
@@ -46,7 +47,7 @@ pub(super) fn band(problem: &BandProblem, tiles: &RowTiles, batch: &DeviceBatch<
 
 /// The attention alone, for calls that fill the tables themselves.
 #[derive(Debug)]
-pub(super) struct BandStep {
+pub(crate) struct BandStep {
     pub problem: BandProblem,
     pub tiles: RowTiles,
     kernel: Arc<BandKernel>,
@@ -56,7 +57,18 @@ pub(super) struct BandStep {
 
 impl BandStep {
     pub(super) fn new(kernels: &Kernels, problem: &BandProblem, tiles: RowTiles) -> Result<Self> {
+        Self::masked(kernels, problem, tiles, None)
+    }
+
+    /// The same with a mask of blocks of that size.
+    pub(crate) fn masked(
+        kernels: &Kernels,
+        problem: &BandProblem,
+        tiles: RowTiles,
+        block_size: Option<usize>,
+    ) -> Result<Self> {
         let specialisation = problem.sizes.specialisation(Kernel::Band, kernels.set(), 64);
+        let specialisation = block_size.map_or(specialisation, |size| specialisation.with_block_mask(size));
         let (kernel, multiprocessors) = (kernels.one(&specialisation)?, kernels.device().facts().multiprocessors);
         Ok(Self { problem: *problem, tiles, kernel, specialisation, multiprocessors })
     }
@@ -66,6 +78,18 @@ impl BandStep {
         stream: &Stream,
         batch: &DeviceBatch<'_>,
         tables: &Tables,
+        work: (&AttentionTensors<'_>, Branch),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        self.launch_masked(stream, batch, (tables, BlockMask::default()), work, softmax_scale)
+    }
+
+    /// The same where the kernel takes a mask.
+    pub(crate) fn launch_masked(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        (tables, mask): (&Tables, BlockMask),
         (tensors, branch): (&AttentionTensors<'_>, Branch),
         softmax_scale: f32,
     ) -> Result<()> {
@@ -76,7 +100,7 @@ impl BandStep {
         let keys = [self.problem.total_keys(), sizes.num_kv_heads];
         let boxes = [self.tiles.tile_tokens, self.tiles.tile_heads];
         let params = BandParams {
-            band: band(&self.problem, &self.tiles, batch, tables),
+            band: Band { mask, ..band(&self.problem, &self.tiles, batch, tables) },
             query: tensors.query.device(),
             key: tensors.key.device(),
             value: tensors.value.device(),
@@ -152,16 +176,20 @@ impl BandForward {
 
 /// How the gradients of a branch become those of a call; by default the attention is the call.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct BranchGrads<'a> {
+pub(crate) struct BranchGrads<'a> {
     /// Statistics of all rows, with the gates: `out`, `lse` and `grad_lse` are not read then.
     pub row_stats: Option<DeviceSpan<'a>>,
     /// `grad_query` is added to.
     pub accumulate: bool,
+    /// `grad_key` and `grad_value` are added to.
+    pub accumulate_keys: bool,
+    /// Which blocks the rows see, where the kernels take a mask.
+    pub mask: BlockMask,
 }
 
 /// The gradients alone, for calls that fill the tables themselves.
 #[derive(Debug)]
-pub(super) struct BandBackwardStep {
+pub(crate) struct BandBackwardStep {
     pub plan: BandBackwardPlan,
     kernels: Arc<BandBackwardKernels>,
     specialisation: Specialisation,
@@ -170,13 +198,19 @@ pub(super) struct BandBackwardStep {
 
 impl BandBackwardStep {
     pub(super) fn new(kernels: &Kernels, plan: BandBackwardPlan) -> Result<Self> {
+        Self::masked(kernels, plan, None)
+    }
+
+    /// The same with a mask of blocks of that size.
+    pub(crate) fn masked(kernels: &Kernels, plan: BandBackwardPlan, block_size: Option<usize>) -> Result<Self> {
         let specialisation = plan.problem.sizes.specialisation(Kernel::BandBackward, kernels.set(), 64);
+        let specialisation = block_size.map_or(specialisation, |size| specialisation.with_block_mask(size));
         let multiprocessors = kernels.device().facts().multiprocessors;
         Ok(Self { plan, kernels: kernels.one(&specialisation)?, specialisation, multiprocessors })
     }
 
     /// `workspace` is what the plan's scratch lies in.
-    pub(super) fn launch(
+    pub(crate) fn launch(
         &self,
         stream: &Stream,
         batch: &DeviceBatch<'_>,
@@ -189,6 +223,8 @@ impl BandBackwardStep {
             let own = tensors.kv_heads_from(heads.start, sizes);
             let mut params = self.params(batch, (tables, workspace), &own, heads.len(), softmax_scale)?;
             params.accumulate = branch.accumulate.into();
+            params.accumulate_keys = branch.accumulate_keys.into();
+            params.band.mask = branch.mask.kv_heads_from(heads.start, sizes.total_q);
             match &branch.row_stats {
                 Some(stats) => {
                     let skipped = heads.start * sizes.gqa_group_size();
@@ -235,7 +271,9 @@ impl BandBackwardStep {
             num_tiles: tiles.num_tiles as i32,
             num_key_tiles: *num_key_tiles as i32,
             splits: *splits as i32,
+            resident: self.multiprocessors as i32,
             accumulate: 0,
+            accumulate_keys: 0,
             query_map: query.map(set, rows, row_boxes, &sizes)?,
             grad_out_map: tensors.grad_out.map(set, rows, row_boxes, &sizes)?,
             key_map: key.map(set, keys, key_boxes, &sizes)?,

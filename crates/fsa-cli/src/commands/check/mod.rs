@@ -6,9 +6,10 @@ mod scope;
 use super::Context;
 use crate::failure::{Failure, Outcome};
 use crate::gpu::Gpu;
-use crate::options::{self, Chosen, DeviceFlags, float_dtype};
+use crate::options::{self, Chosen, Device, DeviceFlags, float_dtype};
 use crate::progress::Progress;
 use clap::Args;
+use fsa::cuda::plan::Routing;
 use fsa::{DType, Engine, Stage};
 use fsa_oracle::suite::{self, CaseOutcome, STAGES, Trial};
 use fsa_oracle::{Case, Pass};
@@ -22,7 +23,8 @@ use scope::Scope;
 /// written, and if a second call gives the same bits. A failed case is printed as a line that --case repeats.
 ///
 /// With --device cuda the stages and dtypes that CUDA has are run, and what is left out is named. Every case runs on the
-/// CPU backend too, which must pass as well; the greatest difference of the two is shown, in units of the bound.
+/// CPU backend too, which must pass as well; the greatest difference of the two is shown, in units of the bound. Half of
+/// the cases of stage `selected` and of the whole take one route, half the other, unless --route names one.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub struct Flags {
@@ -82,7 +84,11 @@ impl Tested {
         if flags.repeat < 2 {
             return Err(Failure::misuse("--repeat", "at least 2", flags.repeat));
         }
-        let chosen = options::engine(&flags.device, context.threads)?;
+        let mut device = flags.device;
+        if device.device == Device::Cuda && fsa::cuda::Environment::read()?.routing == Routing::Fastest {
+            device.route = device.route.or(Some(Routing::Both));
+        }
+        let chosen = options::engine(&device, context.threads)?;
         let other = match flags.compare_threads {
             Some(0) => return Err(Failure::misuse("--compare-threads", "at least 1", 0)),
             Some(_) if chosen.cuda.is_some() => {

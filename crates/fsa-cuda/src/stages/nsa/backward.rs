@@ -6,7 +6,7 @@ use super::tensors::NsaBackwardTensors;
 use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
-use crate::plan::{NsaBackwardPlan, NsaProblem, PlanOptions, Sizes, Slot, Tables};
+use crate::plan::{self, Lists, NsaBackwardPlan, NsaProblem, PlanOptions, SelectedBackwardPlan, Sizes, Slot, Tables};
 use crate::prepare::PrepareKernel;
 use crate::selected::{BackwardTensors, SelectedBackward};
 use crate::source::Kernel;
@@ -64,18 +64,23 @@ impl NsaBackward {
         let (facts, set) = (kernels.device().facts(), kernels.set());
         check_rope(problem, rope.is_some())?;
         problem.check(facts)?;
-        let plan = NsaBackwardPlan::new(problem, set, facts, options);
+        let options = kernels.routed(&problem.selected(), plan::Pass::Backward, options);
+        let plan = NsaBackwardPlan::new(problem, set, facts, &options);
         let pass = plan.pass();
-        kernels.get(&pass.kernels(set, &[Kernel::Combine, Kernel::BandBackward]))?;
+        let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
+        let selected =
+            SelectedBackwardPlan::with_lists(&pass.selected(), (set, facts), &options, Lists::Selected, true);
+        let mut all = pass.kernels(set, &[Kernel::Combine, Kernel::BandBackward]);
+        all.extend(selected.kernels(set));
+        kernels.get(&all)?;
         let [compressed, window] = plan.attention.clone();
         let [key, value] = pass.compress();
-        let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..*options };
         Ok(Self {
             kernels: Arc::clone(kernels),
             prepare: kernels.one(&pass.specialisation(Kernel::Prepare, set))?,
             combine: CombineStep::new(kernels, &problem.sizes)?,
             compressed: BandBackwardStep::new(kernels, compressed)?,
-            selected: SelectedBackward::plan(kernels, &pass.selected(), &options)?,
+            selected: SelectedBackward::of(kernels, selected)?,
             window: BandBackwardStep::new(kernels, window)?,
             rope: rope.map(|(rope, dim)| RopeTurn::plan(kernels, &pass.sizes, rope, dim)).transpose()?,
             compress: [
@@ -196,12 +201,12 @@ impl NsaBackward {
             through(2, [key, tensors.value], [tensors.grad_key, tensors.grad_value]),
         ];
         let [of_compressed, of_selected, of_window] = row_stats.map(Some);
-        let first = BranchGrads { row_stats: of_window, accumulate: false };
+        let first = BranchGrads { row_stats: of_window, accumulate: false, ..BranchGrads::default() };
         self.window.launch(stream, batch, (&tables[1], &scratch), (&window, &first), softmax_scale)?;
         let selected = selected.selected(tensors.topk_indices);
         let selected = BackwardTensors { row_stats: of_selected, accumulate: true, ..selected };
         self.selected.launch(&LaunchContext { stream, workspace: scratch }, batch, &selected, softmax_scale)?;
-        let last = BranchGrads { row_stats: of_compressed, accumulate: true };
+        let last = BranchGrads { row_stats: of_compressed, accumulate: true, ..BranchGrads::default() };
         self.compressed.launch(stream, batch, (&tables[0], &scratch), (&compressed, &last), softmax_scale)
     }
 

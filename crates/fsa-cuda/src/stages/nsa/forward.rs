@@ -5,7 +5,9 @@ use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
 use crate::params::Branch;
-use crate::plan::{ForwardTemporaries, NsaForwardPlan, NsaProblem, PlanOptions, Sizes, Slot, Tables};
+use crate::plan::{
+    self, ForwardTemporaries, Lists, NsaForwardPlan, NsaProblem, PlanOptions, SelectedPlan, Sizes, Slot, Tables,
+};
 use crate::prepare::PrepareKernel;
 use crate::selected::SelectedForward;
 use crate::source::Kernel;
@@ -67,12 +69,15 @@ impl NsaForward {
         let (facts, set) = (kernels.device().facts(), kernels.set());
         check_rope(problem, rope.is_some())?;
         problem.check(facts)?;
-        let plan = NsaForwardPlan::new(problem, set, facts, options, saves)?;
+        let options = kernels.routed(&problem.selected(), plan::Pass::Forward, options);
+        let plan = NsaForwardPlan::new(problem, set, facts, &options, saves)?;
         let pass = plan.pass();
-        let stages = [Kernel::Band, Kernel::Select, Kernel::Index, Kernel::Attend, Kernel::Reduce];
-        kernels.get(&pass.kernels(set, &stages))?;
+        let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
+        let selected = SelectedPlan::with_lists(&pass.selected(), set, facts, &options, Lists::Selected);
+        let mut all = pass.kernels(set, &[Kernel::Band, Kernel::Select]);
+        all.extend(selected.kernels(set));
+        kernels.get(&all)?;
         let [key, value] = problem.with_kv_heads(plan.compress_heads).compress();
-        let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..*options };
         Ok(Self {
             kernels: Arc::clone(kernels),
             prepare: kernels.one(&pass.specialisation(Kernel::Prepare, set))?,
@@ -83,7 +88,7 @@ impl NsaForward {
             rope: rope.map(|(rope, dim)| RopeTurn::plan(kernels, &pass.sizes, rope, dim)).transpose()?,
             compressed: BandStep::new(kernels, &pass.select().attention(), plan.attention)?,
             select: SelectStep::new(kernels, &pass.select(), plan.scores)?,
-            selected: SelectedForward::plan(kernels, &pass.selected(), &options)?,
+            selected: SelectedForward::of(kernels, selected)?,
             window: BandStep::new(kernels, &pass.window(), plan.attention)?,
             replays: Replays::default(),
             plan,

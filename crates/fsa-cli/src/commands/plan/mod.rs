@@ -1,5 +1,7 @@
 //! `fsa plan`: from shapes to tiles, workspace, operations and bytes, before there is any data.
 
+mod routes;
+
 use super::Context;
 use crate::failure::{Failure, Outcome};
 use crate::options::{ConfigFlags, float_dtype};
@@ -7,9 +9,12 @@ use crate::output::{self, Output, Report};
 use clap::Args;
 use fsa::plan::{Plan, PlanInput, StagePlan};
 use fsa::{AttentionArgs, AttentionShape, AttentionStage, Batch, DType, NsaConfig, TensorView, bf16, f16};
+use routes::{RouteFlags, Routes};
 use serde::Serialize;
 
 /// Stages, tiles, workspace, operations and bytes of the whole operation, from shapes alone
+///
+/// With --device cuda or --gpu it says how stage `selected` goes in each pass: the route, the times of every way and why.
 #[derive(Debug, Args)]
 pub struct Flags {
     /// Tokens of each sequence, such as 65536 or 1000,200,3000
@@ -30,9 +35,9 @@ pub struct Flags {
     /// Elements of a value vector [as --head-dim]
     #[arg(long, value_name = "N")]
     value_dim: Option<usize>,
-    /// Element type: f32, bf16 or f16
-    #[arg(long, value_name = "DTYPE", default_value = "f32", value_parser = float_dtype)]
-    dtype: DType,
+    /// Element type: f32, bf16 or f16 [f32; bf16 with a GPU]
+    #[arg(long, value_name = "DTYPE", value_parser = float_dtype)]
+    dtype: Option<DType>,
     /// Plan with a rotary embedding
     #[arg(long)]
     rope: bool,
@@ -44,6 +49,8 @@ pub struct Flags {
     regions: bool,
     #[command(flatten)]
     config: ConfigFlags,
+    #[command(flatten)]
+    routes: RouteFlags,
 }
 
 #[derive(Debug, Serialize)]
@@ -55,6 +62,8 @@ struct Planned {
     backward_flops: f64,
     forward_workspace_bytes: usize,
     backward_workspace_bytes: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    routes: Option<Routes>,
     #[serde(skip)]
     regions: bool,
 }
@@ -62,8 +71,10 @@ struct Planned {
 pub fn run(flags: &Flags, context: &Context) -> Outcome {
     let config = flags.config.resolve()?;
     let batch = flags.batch()?;
+    let shape = flags.shape(&batch)?;
+    let routes = flags.routes.explain(&shape, &batch, &config)?;
     let input = PlanInput {
-        shape: flags.shape(&batch)?,
+        shape,
         batch: &batch,
         config: &config,
         linear_compression: flags.linear,
@@ -73,7 +84,8 @@ pub fn run(flags: &Flags, context: &Context) -> Outcome {
     let plan = Plan::new(&input)?;
     let cost = plan.cost();
     context.output.report(&Planned {
-        dtype: flags.dtype,
+        dtype: flags.dtype(),
+        routes,
         forward_flops: cost.forward_flops,
         backward_flops: cost.backward_flops,
         forward_workspace_bytes: plan.forward_workspace_bytes(),
@@ -96,6 +108,10 @@ fn prefix_sums(flag: &str, lengths: &[usize]) -> Outcome<Vec<i32>> {
 }
 
 impl Flags {
+    fn dtype(&self) -> DType {
+        self.dtype.unwrap_or(if self.routes.is_gpu() { DType::Bf16 } else { DType::F32 })
+    }
+
     fn batch(&self) -> Outcome<Batch> {
         let kv_tokens = self.kv_tokens.as_ref().unwrap_or(&self.tokens);
         let (q, kv) = (prefix_sums("--tokens", &self.tokens)?, prefix_sums("--kv-tokens", kv_tokens)?);
@@ -107,7 +123,7 @@ impl Flags {
         // One element, repeated by strides of 0, stands for tensors of any size.
         let view = |name: &str, rows: usize, heads: usize, dim: usize| {
             let (shape, strides) = ([rows, heads, dim], [0; 3]);
-            match self.dtype {
+            match self.dtype() {
                 DType::Bf16 => TensorView::strided(name, &[bf16::ZERO], &shape, &strides),
                 DType::F16 => TensorView::strided(name, &[f16::ZERO], &shape, &strides),
                 _ => TensorView::strided(name, &[0.0f32], &shape, &strides),
@@ -184,6 +200,9 @@ impl Report for Planned {
         output.table(&table)?;
         if self.regions {
             self.show_regions(output)?;
+        }
+        if let Some(routes) = &self.routes {
+            routes.show(output)?;
         }
         let dense = plan.dense.cost;
         output.line(format!(

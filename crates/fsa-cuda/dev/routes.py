@@ -1,0 +1,150 @@
+"""The routes of stage `selected` side by side: routes.py COMMAND...
+
+check     attention to all blocks with a mask, against float64 and with the hostile lists of run.py
+bench     both routes at the shapes of bench/records/h200/*-routes.json, medians of graph replays, one JSON object a line
+FSA_DEV_SET=sm80: the portable kernels
+"""
+import json, math, sys
+import torch
+import band, cases
+from band import Shape, HOPPER
+from band_bench import time_graph
+from band_params import BlockMask, BlockMaskParams
+from driver import Module
+from selected import Selected, SelectedBackward
+
+DEVICE = "cuda"
+
+
+class Masked(Shape):
+    """All earlier keys, of which a row sees those of the blocks that it lists."""
+
+    def __init__(self, cu_q, cu_kv, hq, hk, d, topk_indices, block_size, **options):
+        self.mask, self.ids, self.block_size = BlockMask(), topk_indices, block_size
+        super().__init__(cu_q, cu_kv, hq, hk, **options)
+        step = (128 if HOPPER else 64) if d <= 128 else (64 if HOPPER else 32)
+        words, self.step = -(-cu_kv[-1] // (32 * block_size)), step
+        max_steps = -(-cu_kv[-1] // step)
+        i32 = lambda *shape: torch.full(shape, -1, dtype=torch.int32, device=DEVICE)
+        self.scratch = i32(hk, cu_q[-1], words), i32(hk, self.num_tiles, max_steps), i32(hk, self.num_tiles)
+        self.mask = BlockMask(*(x.data_ptr() for x in self.scratch), words, max_steps, self.num_tiles)
+
+    def band(self):
+        b = super().band()
+        b.mask = self.mask
+        return b
+
+    def defines(self, d, dtype):
+        return dict(band.defines(d, dtype, self.block_size), FSA_BLOCK_MASK=1)
+
+    def build(self):
+        p = BlockMaskParams(self.band(), self.ids.data_ptr(), self.ids.shape[2], self.step)
+        Module.get("block_mask.cuh", band.defines(128, block_size=self.block_size)).launch("block_mask", (self.num_tiles, self.hk, 1), 512, 0, p)
+
+    def forward(self, q, k, v, out, lse, scale):
+        self.prepare()
+        self.build()
+        band.forward(self, q, k, v, out, lse, scale)
+
+    def backward(self, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1):
+        self.prepare()
+        self.build()
+        band.backward(self, q, k, v, out, lse, grad_out, grads, scale, grad_lse, splits)
+
+
+def check_case(name, cu_q, cu_kv, hq, hk, d=128, dtype=torch.bfloat16, block_size=64, topk=16, kind="random", twist=None, rows=None, splits=1, backward=True):
+    q, k, v = band.make(Shape(cu_q, cu_kv, hq, hk), d, dtype)
+    ids = cases.select(cu_q, cu_kv, hk, topk, block_size, kind)
+    if twist:
+        q, k, v, ids = twist(q, k, v, ids)
+    s = Masked(cu_q, cu_kv, hq, hk, d, ids, block_size)
+    out, lse, scale = torch.full_like(q, 7.0), torch.full((hq, cu_q[-1]), 7.0, device=DEVICE), d ** -0.5
+    s.forward(q, k, v, out, lse, scale)
+    torch.cuda.synchronize()
+    rows = torch.arange(cu_q[-1]) if rows is None else torch.tensor(sorted({int(x) for x in torch.randint(0, cu_q[-1], (rows,))} | {0, 1, cu_q[-1] - 1}))
+    want, want_lse = cases.reference_rows(q, k, v, ids, block_size, cu_q, cu_kv, rows, scale)
+    ok = cases.compare(f"{name} out", out[rows.cuda()], want, 6e-3 if dtype == torch.bfloat16 else 1e-3)
+    ok &= cases.compare(f"{name} lse", lse.T[rows.cuda()], want_lse, 1e-4)
+    if not backward or HOPPER and d > 128:
+        return ok
+    grad_out, grad_lse = torch.randn(q.shape).to(dtype).to(DEVICE), torch.randn(lse.shape).to(DEVICE)
+    grads = [torch.full_like(x, 7.0) for x in (q, k, v)]
+    s.backward(q, k, v, out, lse, grad_out, grads, scale, grad_lse, splits)
+    torch.cuda.synchronize()
+    want = cases.reference_gradients(q, k, v, ids, block_size, cu_q, cu_kv, scale, grad_out, grad_lse)
+    return all([cases.compare(f"{name} grad_{which}", got, w.cpu().numpy(), 1e-2 if dtype == torch.bfloat16 else 2e-3) for which, got, w in zip("qkv", grads, want)]) & ok
+
+
+def check():
+    hostile = lambda q, k, v, ids: (q, k, v, cases.hostile(ids))
+    packed_q, packed_kv = [0, 1, 1, 130, 391, 456, 777], [0, 1, 1, 190, 451, 516, 1016]
+
+    def unseen_nan(q, k, v, ids):
+        ids = torch.where(ids == 3, -1, ids)            # nobody lists block 3
+        k[192:256] = float("nan"); v[192:256] = float("nan")
+        v[600, :, 5] = float("nan"); k[650] = float("nan"); v[610, :, 7] = float("inf")    # seen by later rows only
+        return q, k, v, ids.contiguous()
+
+    def some_nan(q, k, v, ids):                         # a block that half of the rows list
+        ids[:, ::2] = torch.where(ids[:, ::2] == 2, -1, ids[:, ::2])
+        v[130:140] = float("nan"); v[150, :, 3] = float("inf"); k[160] = float("nan")
+        return q, k, v, ids.contiguous()
+
+    def nothing(q, k, v, ids):                          # rows without keys, whole tiles of them
+        ids[:, 200:600] = -1
+        ids[:, 700] = 2**31 - 1
+        return q, k, v, ids
+
+    def twice(q, k, v, ids):
+        ids[:, :, 1] = ids[:, :, 0]
+        return q, k, v, ids
+    ok = check_case("tiny", [0, 40], [0, 40], 2, 1, topk=2)
+    ok &= check_case("700 g 2", [0, 700], [0, 700], 2, 1, topk=6)
+    ok &= check_case("unlisted block", [0, 700], [0, 700], 2, 1, topk=6, twist=lambda q, k, v, ids: (q, k, v, torch.where(ids == 3, -1, ids).contiguous()))
+    ok &= check_case("1000 g 3", [0, 1000], [0, 1000], 3, 1, topk=8, splits=2)
+    ok &= check_case("hostile", [0, 900], [0, 900], 2, 2, topk=8, twist=hostile)
+    ok &= check_case("packed hostile", packed_q, packed_kv, 5, 1, topk=5, twist=hostile)
+    ok &= check_case("packed block 32", packed_q, packed_kv, 2, 1, topk=9, block_size=32, twist=hostile)
+    ok &= check_case("block 16 topk 40", [0, 900], [0, 900], 2, 1, topk=40, block_size=16)
+    ok &= check_case("block 128 f16", [0, 1500], [0, 1500], 4, 2, topk=4, block_size=128, dtype=torch.float16)
+    ok &= check_case("block 256", [0, 2000], [0, 2000], 2, 1, topk=4, block_size=256, rows=200)
+    ok &= check_case("unseen NaN", [0, 700], [0, 700], 2, 1, topk=6, twist=unseen_nan, backward=False)
+    ok &= check_case("NaN seen by some", [0, 700], [0, 700], 2, 1, topk=16, twist=some_nan, backward=False)
+    ok &= check_case("rows without keys", [0, 900], [0, 900], 2, 1, topk=6, twist=nothing)
+    ok &= check_case("ids twice", [0, 900], [0, 900], 2, 1, topk=6, twist=twice)
+    for d in (64, 96, 192, 256):
+        ok &= check_case(f"head_dim {d}", [0, 700], [0, 700], 2, 1, d=d, topk=6)
+    ok &= check_case("group of 160", [0, 300], [0, 300], 160, 1, topk=3)
+    print("routes all ok" if ok else "ROUTES SOME FAILED", flush=True)
+
+
+def times(n, g, hq=32, d=128, block_size=64, topk=16, kind="random"):
+    """Milliseconds of both routes at one shape, one sequence of n tokens: {(pass, route): ms}."""
+    hk, cu, scale = hq // g, [0, n], d ** -0.5
+    q, k, v = band.make(Shape(cu, cu, hq, hk), d, torch.bfloat16)
+    ids = cases.select(cu, cu, hk, topk, block_size, kind)
+    out, lse = torch.empty_like(q), torch.empty(hq, n, device=DEVICE)
+    grad_out, grads = torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]
+    masked, op, back = Masked(cu, cu, hq, hk, d, ids, block_size), Selected(q, k, v, ids, block_size), SelectedBackward(q, k, v, ids, block_size)
+    enough = 2 * band.MULTIPROCESSORS / (masked.num_key_tiles * hk)      # as plan/band.rs has it
+    splits = min(32, 1 << max(0, math.ceil(math.log2(max(enough, 1)))))
+    ways = {("forward", "kv_outer"): lambda: op.forward(out, lse), ("forward", "dense_masked"): lambda: masked.forward(q, k, v, out, lse, scale),
+            ("backward", "kv_outer"): lambda: back.backward(out, lse, grad_out, grads), ("backward", "dense_masked"): lambda: masked.backward(q, k, v, out, lse, grad_out, grads, scale, splits=splits)}
+    first = {key: time_graph(way) for key, way in ways.items()}
+    return {key: min(first[key], time_graph(way)) for key, way in ways.items()}      # the second round after all of the first
+
+
+SHAPES = [(n, g, 32, 128, 64, 16) for n in (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384) for g in (1, 4, 16)] + [(n, 4, 32, 128, 128, 8) for n in (1024, 2048, 4096, 8192)] + [
+    (n, 4, 32, 64, 64, 16) for n in (1024, 4096, 8192)] + [(n, 4, 8, 128, 64, 16) for n in (2048, 8192)]
+
+
+def bench():
+    for shape in SHAPES:
+        n, g, hq, d, block_size, topk = shape
+        for (which, route), ms in times(*shape).items():
+            print(json.dumps({"n": n, "g": g, "hq": hq, "d": d, "bk": block_size, "T": topk, "pass": which, "route": route, "ms": round(ms, 4)}), flush=True)
+
+
+if __name__ == "__main__":
+    for command in sys.argv[1:] or ["check"]:
+        globals()[command]()

@@ -1,0 +1,80 @@
+// WHAT   From lists of blocks to masks (struct BlockMask): the blocks of every row as bits, and for every tile of rows the steps of keys of which some row lists
+//        a block. Any i32 in a list is safe: ids that the sequence does not have are no blocks. An id that comes twice counts once.
+// GRID   (tiles of tokens, kv heads), from shapes; a cta without a tile leaves.
+// ROLES  A warp per row, its lanes have the ids; then the first warp finds the steps, one per lane.
+// SMEM   What any row of the tile lists, and what every row does.
+// SYNC   Two barriers.
+#include "block/listed_blocks.cuh"
+
+constexpr int MASK_THREADS = 512, MASK_WARPS = MASK_THREADS / 32, MAX_WORDS = 64;      // no more words than ids in a row
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+// Bits of the word that an id belongs to.
+FSA_DEVICE u32 bit_of(int id, int word) { return id >> 5 == word ? 1u << (id & 31) : 0u; }
+
+struct TileBlocks {
+    u32 any[MAX_WORDS], all[MAX_WORDS];
+};
+
+// Of the rows of a warp: their bits to memory. Lane i has the words i and i + 32.
+FSA_DEVICE void find_blocks(const BlockMaskParams& p, const BandTile& t, int kv_head, TileBlocks& tile) {
+    const BlockMask& mask = p.band.mask;
+    const int lane = threadIdx.x & 31, blocks = ceil_div(t.keys, BLOCK_SIZE);
+    const i64 first_row = (i64)kv_head * p.band.total_q + t.token;
+    auto id = [&](int token, int place) {
+        const int id = token < t.tokens && place < p.topk ? p.topk_indices[(first_row + token) * p.topk + place] : -1;
+        return id < blocks ? id : -1;
+    };
+    u32 any[2] = {0, 0}, all[2] = {~0u, ~0u};
+    int token = threadIdx.x / 32, next = id(token, lane);
+    FSA_NO_UNROLL for (; token < t.tokens; token += MASK_WARPS) {
+        const int first = next, second = p.topk > 32 ? id(token, lane + 32) : -1;
+        next = id(token + MASK_WARPS, lane);
+        FSA_UNROLL for (int half = 0; half < 2; ++half) {
+            u32 mine = 0;
+            FSA_NO_UNROLL for (int word = 32 * half; word < min_i(mask.words, 32 * half + 32); ++word) {
+                const u32 bits = __reduce_or_sync(ALL_LANES, bit_of(first, word) | bit_of(second, word));
+                if (lane == word - 32 * half) mine = bits;
+            }
+            if (lane + 32 * half < mask.words) mask.rows[(first_row + token) * mask.words + lane + 32 * half] = mine;
+            any[half] |= mine;
+            all[half] &= mine;
+        }
+    }
+    FSA_UNROLL for (int half = 0; half < 2; ++half) {
+        atomicOr(&tile.any[lane + 32 * half], any[half]);
+        atomicAnd(&tile.all[lane + 32 * half], all[half]);
+    }
+}
+
+// The first warp.
+FSA_DEVICE void find_steps(const BlockMaskParams& p, const BandTile& t, i64 list, const TileBlocks& tile) {
+    const BlockMask& mask = p.band.mask;
+    const int lane = threadIdx.x & 31, blocks_of_step = max_i(1, p.step_keys / BLOCK_SIZE);
+    const u32 whole = (1u << blocks_of_step) - 1;
+    int count = 0;
+    FSA_NO_UNROLL for (int last = ceil_div(band_interval(p.band, t).end, p.step_keys) - 1; last >= 0; last -= 32) {
+        const int key = max_i(last - lane, 0) * p.step_keys, block = key / BLOCK_SIZE;
+        const bool listed = lane <= last && (tile.any[block >> 5] >> (block & 31) & whole) != 0;
+        const bool by_all = (tile.all[block >> 5] >> (block & 31) & whole) == whole;
+        const u32 votes = __ballot_sync(ALL_LANES, listed);
+        if (listed) mask.steps[list * mask.max_steps + count + __popc(votes & ((1u << lane) - 1))] = key | !by_all;
+        count += __popc(votes);
+    }
+    if (lane == 0) mask.step_counts[list] = count;
+}
+
+extern "C" __global__ void __launch_bounds__(MASK_THREADS) block_mask(const __grid_constant__ BlockMaskParams p) {
+    __shared__ TileBlocks tile;
+    const int number = blockIdx.x * p.band.head_tiles, kv_head = blockIdx.y;        // all tiles of these tokens list the same
+    const BandTile t = find_band_tile(p.band, number, kv_head);
+    if (t.tokens == 0) return;
+    if (threadIdx.x < MAX_WORDS) {
+        tile.any[threadIdx.x] = 0;
+        tile.all[threadIdx.x] = ~0u;
+    }
+    __syncthreads();
+    find_blocks(p, t, kv_head, tile);
+    __syncthreads();
+    if (threadIdx.x < 32) find_steps(p, t, listed_steps(p.band, number, kv_head), tile);
+}

@@ -1,0 +1,166 @@
+//! The plans of stage `selected` by either route.
+
+use super::route::{self, Pass, Route};
+use super::{BackwardPlan, DenseBackwardPlan, DensePlan, ForwardPlan, Lists, PlanOptions, Problem, Workspace};
+use crate::arch::KernelSet;
+use crate::driver::DeviceFacts;
+use crate::source::Specialisation;
+use serde::Serialize;
+use std::fmt;
+
+/// Chunks, or tiles, and workspace of a forward.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SelectedPlan {
+    /// Block by block, over the inverse index.
+    KvOuter(ForwardPlan),
+    /// All earlier keys, with a mask.
+    DenseMasked(DensePlan),
+}
+
+impl SelectedPlan {
+    /// Plans a checked problem for the kernels of `set`: by the route of the options, else by the one that is predicted to be
+    /// faster. Where the dense route has no room, there is one route.
+    pub fn new(problem: &Problem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Self {
+        Self::with_lists(problem, set, facts, options, Lists::Given)
+    }
+
+    /// The same where it is known where the lists come from.
+    pub(crate) fn with_lists(
+        problem: &Problem,
+        set: KernelSet,
+        facts: &DeviceFacts,
+        options: &PlanOptions,
+        lists: Lists,
+    ) -> Self {
+        let chosen = options.route.unwrap_or_else(|| route::faster(problem, Pass::Forward, facts, lists));
+        let dense = (chosen == Route::DenseMasked).then(|| DensePlan::new(problem, set, options, lists)).flatten();
+        dense.map_or_else(|| Self::KvOuter(ForwardPlan::new(problem, facts, options)), Self::DenseMasked)
+    }
+
+    /// Which it is.
+    pub fn route(&self) -> Route {
+        match self {
+            Self::KvOuter(_) => Route::KvOuter,
+            Self::DenseMasked(_) => Route::DenseMasked,
+        }
+    }
+
+    /// The kernels that it launches.
+    pub(crate) fn kernels(&self, set: KernelSet) -> Vec<Specialisation> {
+        match self {
+            Self::KvOuter(plan) => plan.problem.forward_kernels(set).to_vec(),
+            Self::DenseMasked(plan) => plan.kernels(set),
+        }
+    }
+
+    /// Scratch memory.
+    pub fn workspace(&self) -> &Workspace {
+        match self {
+            Self::KvOuter(plan) => &plan.workspace,
+            Self::DenseMasked(plan) => &plan.workspace,
+        }
+    }
+
+    /// Kernels that a call launches.
+    pub fn launches(&self) -> usize {
+        match self {
+            Self::KvOuter(plan) => plan.launches(),
+            Self::DenseMasked(plan) => plan.launches(),
+        }
+    }
+}
+
+impl fmt::Display for SelectedPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::KvOuter(plan) => plan.fmt(f),
+            Self::DenseMasked(plan) => plan.fmt(f),
+        }
+    }
+}
+
+/// Chunks, or tiles, and workspace of a backward.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SelectedBackwardPlan {
+    /// Block by block, over the inverse index.
+    KvOuter(BackwardPlan),
+    /// All earlier keys, with a mask.
+    DenseMasked(DenseBackwardPlan),
+}
+
+impl SelectedBackwardPlan {
+    /// Plans a checked problem for the kernels of `set`; see [`SelectedPlan::new`].
+    pub fn new(problem: &Problem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Self {
+        Self::with_lists(problem, (set, facts), options, Lists::Given, false)
+    }
+
+    /// The same where it is known where the lists come from, and whether the caller has the statistics of all rows.
+    pub(crate) fn with_lists(
+        problem: &Problem,
+        (set, facts): (KernelSet, &DeviceFacts),
+        options: &PlanOptions,
+        lists: Lists,
+        gives_stats: bool,
+    ) -> Self {
+        let chosen = options.route.unwrap_or_else(|| route::faster(problem, Pass::Backward, facts, lists));
+        let dense = || DenseBackwardPlan::new(problem, (set, facts), options, lists, gives_stats);
+        let dense = (chosen == Route::DenseMasked).then(dense).flatten();
+        dense.map_or_else(|| Self::KvOuter(BackwardPlan::new(problem, facts, options)), Self::DenseMasked)
+    }
+
+    /// Which it is.
+    pub fn route(&self) -> Route {
+        match self {
+            Self::KvOuter(_) => Route::KvOuter,
+            Self::DenseMasked(_) => Route::DenseMasked,
+        }
+    }
+
+    /// The plan of the KV-outer route, if it is that.
+    pub fn kv_outer(&self) -> Option<&BackwardPlan> {
+        match self {
+            Self::KvOuter(plan) => Some(plan),
+            Self::DenseMasked(_) => None,
+        }
+    }
+
+    /// Ranges of keys that take turns.
+    pub(crate) fn key_ranges(&self) -> usize {
+        self.kv_outer().map_or(1, |plan| plan.key_ranges().count())
+    }
+
+    /// The kernels that it launches.
+    pub(crate) fn kernels(&self, set: KernelSet) -> Vec<Specialisation> {
+        match self {
+            Self::KvOuter(plan) => plan.problem.backward_kernels(set, plan.deterministic).to_vec(),
+            Self::DenseMasked(plan) => plan.kernels(set),
+        }
+    }
+
+    /// Scratch memory.
+    pub fn workspace(&self) -> &Workspace {
+        match self {
+            Self::KvOuter(plan) => &plan.workspace,
+            Self::DenseMasked(plan) => &plan.workspace,
+        }
+    }
+
+    /// Kernels and fills that a call gives to the device.
+    pub fn launches(&self) -> usize {
+        match self {
+            Self::KvOuter(plan) => plan.launches(),
+            Self::DenseMasked(plan) => plan.launches(),
+        }
+    }
+}
+
+impl fmt::Display for SelectedBackwardPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::KvOuter(plan) => plan.fmt(f),
+            Self::DenseMasked(plan) => plan.fmt(f),
+        }
+    }
+}

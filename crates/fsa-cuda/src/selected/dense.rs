@@ -1,0 +1,168 @@
+//! Stage `selected` as attention to all earlier keys, with a mask of the blocks that a row lists.
+
+use super::{BackwardTensors, ForwardTensors};
+use crate::block_mask::BlockMaskKernel;
+use crate::driver::DeviceBatch;
+use crate::kernels::Kernels;
+use crate::launch::{LaunchContext, check_batch, check_scale};
+use crate::params::{Band, BlockMask, BlockMaskParams, Branch};
+use crate::plan::{BandProblem, DenseBackwardPlan, DensePlan, MaskPlan, Problem, RowTiles, Tables};
+use crate::prepare::PrepareKernel;
+use crate::source::Kernel;
+use crate::stages::{AttentionGradTensors, AttentionTensors, BandBackwardStep, BandStep, BranchGrads, band};
+use fsa_core::{Error, Result};
+use std::sync::Arc;
+
+/// What makes masks; nothing where every row lists all its blocks.
+#[derive(Debug)]
+struct MaskStep {
+    kernel: Option<(Arc<BlockMaskKernel>, MaskPlan)>,
+    problem: BandProblem,
+    topk: usize,
+}
+
+impl MaskStep {
+    fn new(kernels: &Kernels, problem: &Problem, band: BandProblem, mask: Option<MaskPlan>) -> Result<Self> {
+        let specialisation = problem.sizes().specialisation(Kernel::BlockMask, kernels.set(), problem.block_size);
+        let kernel = match mask {
+            None => None,
+            Some(mask) => Some((kernels.one(&specialisation)?, mask)),
+        };
+        Ok(Self { kernel, problem: band, topk: problem.topk })
+    }
+
+    /// Fills the mask.
+    fn launch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        (tiles, tables): (&RowTiles, &Tables),
+        tensors: &ForwardTensors<'_>,
+    ) -> Result<BlockMask> {
+        let Some((kernel, plan)) = &self.kernel else { return Ok(BlockMask::default()) };
+        let mask = plan.device(&context.workspace);
+        let params = BlockMaskParams {
+            band: Band { mask, ..band(&self.problem, tiles, batch, tables) },
+            topk_indices: tensors.topk_indices.address(),
+            topk: self.topk as i32,
+            step_keys: plan.step_keys as i32,
+        };
+        kernel.launch(context.stream, self.problem.sizes.num_kv_heads, &params)?;
+        Ok(mask)
+    }
+}
+
+/// A planned forward with its kernels.
+#[derive(Debug)]
+pub(super) struct DenseForward {
+    kernels: Arc<Kernels>,
+    plan: DensePlan,
+    prepare: Arc<PrepareKernel>,
+    mask: MaskStep,
+    step: BandStep,
+}
+
+impl DenseForward {
+    /// Makes the kernels of a plan ready; compiles those that this process and the cache lack.
+    pub(super) fn new(kernels: &Arc<Kernels>, plan: DensePlan) -> Result<Self> {
+        let (problem, set) = (&plan.problem, kernels.set());
+        let used = plan.kernels(set);
+        problem.check(kernels.device().facts(), &used)?;
+        kernels.get(&used)?;
+        let masked = plan.mask.map(|_| problem.block_size);
+        Ok(Self {
+            kernels: Arc::clone(kernels),
+            prepare: kernels.one(&used[0])?,
+            mask: MaskStep::new(kernels, problem, plan.band(), plan.mask)?,
+            step: BandStep::masked(kernels, &plan.band(), plan.tiles, masked)?,
+            plan,
+        })
+    }
+
+    /// Gives the forward to the stream.
+    pub(super) fn launch_branch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        (tensors, branch): (&ForwardTensors<'_>, Branch),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let (stream, workspace, problem) = (context.stream, &context.workspace, &self.plan.problem);
+        check_scale(softmax_scale)?;
+        check_batch(batch, &problem.sizes())?;
+        tensors.check(problem)?;
+        self.plan.workspace.check(workspace)?;
+        if problem.total_q == 0 {
+            return Ok(());
+        }
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        self.prepare.launch(stream, &self.plan.tables.params(batch, workspace))?;
+        let tables = self.plan.tables.tables(workspace);
+        let mask = self.mask.launch(context, batch, (&self.plan.tiles, &tables), tensors)?;
+        let work = (&attention(tensors), branch);
+        self.step.launch_masked(stream, batch, (&tables, mask), work, softmax_scale)
+    }
+}
+
+/// The tensors that stage `dense` has too.
+fn attention<'a>(tensors: &ForwardTensors<'a>) -> AttentionTensors<'a> {
+    let ForwardTensors { query, key, value, out, lse, .. } = *tensors;
+    AttentionTensors { query, key, value, out, lse }
+}
+
+/// A planned backward with its kernels. Equal bits for equal input.
+#[derive(Debug)]
+pub(super) struct DenseBackward {
+    kernels: Arc<Kernels>,
+    plan: DenseBackwardPlan,
+    prepare: Arc<PrepareKernel>,
+    mask: MaskStep,
+    step: BandBackwardStep,
+}
+
+impl DenseBackward {
+    /// Makes the kernels of a plan ready; compiles those that this process and the cache lack.
+    pub(super) fn new(kernels: &Arc<Kernels>, plan: DenseBackwardPlan) -> Result<Self> {
+        let (problem, set) = (&plan.problem, kernels.set());
+        let used = plan.kernels(set);
+        problem.check(kernels.device().facts(), &used)?;
+        kernels.get(&used)?;
+        let masked = plan.mask.map(|_| problem.block_size);
+        Ok(Self {
+            kernels: Arc::clone(kernels),
+            prepare: kernels.one(&used[0])?,
+            mask: MaskStep::new(kernels, problem, plan.attention.problem, plan.mask)?,
+            step: BandBackwardStep::masked(kernels, plan.attention.clone(), masked)?,
+            plan,
+        })
+    }
+
+    /// Gives the backward to the stream.
+    pub(super) fn launch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &BackwardTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let (problem, attention_plan) = (&self.plan.problem, &self.plan.attention);
+        check_scale(softmax_scale)?;
+        check_batch(batch, &problem.sizes())?;
+        tensors.check(problem)?;
+        self.plan.workspace.check(&context.workspace)?;
+        if problem.total_kv == 0 {
+            return Ok(());
+        }
+        let (stream, scratch) = (context.stream, self.plan.scratch.span(&context.workspace));
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        self.prepare.launch(stream, &attention_plan.tables.params(batch, &scratch))?;
+        let tables = attention_plan.tables.tables(&scratch);
+        let mask = self.mask.launch(context, batch, (&attention_plan.tiles, &tables), &tensors.forward)?;
+        let BackwardTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value, row_stats, accumulate } =
+            *tensors;
+        let forward = attention(&forward);
+        let of_attention = AttentionGradTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value };
+        let branch = BranchGrads { row_stats, accumulate, accumulate_keys: accumulate, mask };
+        self.step.launch(stream, batch, (&tables, &scratch), (&of_attention, &branch), softmax_scale)
+    }
+}
