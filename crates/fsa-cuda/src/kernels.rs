@@ -82,6 +82,7 @@ pub struct Kernels {
     set: KernelSet,
     loaded: RwLock<HashMap<Specialisation, Loaded>>,
     lanes: Lanes,
+    sides: Lanes,
     routing: Routing,
     measured: MeasuredRoutes,
 }
@@ -96,11 +97,11 @@ impl Kernels {
         let own = device.facts().arch.kernels();
         // Kernels for newer devices than this one cannot be had; older ones can.
         let set = environment.kernels.map_or(own, |asked| asked.min(own));
-        let lanes = Lanes::new(&device)?;
+        let (lanes, sides) = (Lanes::new(&device)?, Lanes::new(&device)?);
         let compiler = Compiler::new(environment);
         let measured = MeasuredRoutes::new(environment.cache_dir.clone(), &device.facts().name, set);
         let (loaded, routing) = (RwLock::default(), environment.routing);
-        Ok(Arc::new(Self { device, compiler, set, loaded, lanes, routing, measured }))
+        Ok(Arc::new(Self { device, compiler, set, loaded, lanes, sides, routing, measured }))
     }
 
     /// The device.
@@ -140,6 +141,11 @@ impl Kernels {
 
     pub(crate) fn lanes(&self) -> &Lanes {
         &self.lanes
+    }
+
+    /// Streams beside those of [`lanes`](Self::lanes), for a stage that runs beside one that has these. A call takes them first.
+    pub(crate) fn sides(&self) -> &Lanes {
+        &self.sides
     }
 
     fn find(&self, specialisation: &Specialisation) -> Option<Loaded> {

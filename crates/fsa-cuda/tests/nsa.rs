@@ -1,13 +1,13 @@
 //! The whole operation on device tensors, on a GPU: passes of heads, recorded and repeated calls, what is refused.
 
 use fsa_core::{Batch, DType, Error, NsaConfig, Rope, bf16};
-use fsa_cuda::CudaBackend;
 use fsa_cuda::driver::{DeviceBuffer, Graph, Stream, UploadedBatch};
 use fsa_cuda::plan::{CompressionKind, NsaProblem, PlanOptions, Sizes};
 use fsa_cuda::stages::{
     Gates, LaunchContext, NsaBackward, NsaBackwardTensors, NsaForward, NsaForwardTensors, NsaParameters,
     NsaSavedTensors, Recompute, TensorSpan,
 };
+use fsa_cuda::{CudaBackend, KernelSet};
 
 const HEADS: [usize; 2] = [8, 4];
 const DIM: usize = 64;
@@ -29,7 +29,7 @@ fn problem() -> NsaProblem {
         head_dim: DIM,
         dtype: DType::Bf16,
     };
-    let config = NsaConfig { block_size: 16, topk: 5, window_size: 40, ..NsaConfig::default() };
+    let config = NsaConfig { block_size: 16, topk: 5, window_size: 8, ..NsaConfig::default() };
     NsaProblem::new(&sizes, &config, [CompressionKind::Weighted, CompressionKind::Linear { position: true }], true)
 }
 
@@ -124,8 +124,11 @@ impl Call {
     }
 
     fn plan_forward(&self, budget_bytes: usize, saves: bool) -> NsaForward {
-        let options = PlanOptions { budget_bytes, deterministic: true, ..PlanOptions::default() };
-        NsaForward::plan(self.backend.kernels(), &problem(), Some((&Rope::default(), DIM)), &options, saves)
+        self.plan_forward_with(&PlanOptions { budget_bytes, ..PlanOptions::default() }, saves)
+    }
+
+    fn plan_forward_with(&self, options: &PlanOptions, saves: bool) -> NsaForward {
+        NsaForward::plan(self.backend.kernels(), &problem(), Some((&Rope::default(), DIM)), options, saves)
             .expect("plans")
     }
 
@@ -188,9 +191,24 @@ impl Saved {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn passes_of_heads_recorded_and_repeated_calls_give_the_same_bits() {
+    same_bits(PlanOptions::default().beside_rows);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn branches_that_share_the_device_give_the_same_bits() {
+    same_bits(0);
+}
+
+fn same_bits(beside_rows: usize) {
     let call = Call::new();
     let (outputs, saved) = (call.outputs(), Saved::new(&call));
-    let whole = call.plan_forward(256 << 20, true);
+    let plan = |budget_bytes, saves| {
+        call.plan_forward_with(&PlanOptions { budget_bytes, beside_rows, ..PlanOptions::default() }, saves)
+    };
+    let whole = plan(256 << 20, true);
+    let shares = beside_rows == 0 && call.backend.kernels().set() == KernelSet::Sm90;
+    assert_eq!(whole.plan_value().window_multiprocessors.is_some(), shares, "{}", whole.plan_value());
     let workspace = call.memory(whole.workspace_bytes());
     let tensors = call.forward_tensors(&outputs, Some(&saved));
     let launch = || whole.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE);
@@ -209,7 +227,7 @@ fn passes_of_heads_recorded_and_repeated_calls_give_the_same_bits() {
     // All heads at once, one a pass, and one a pass after the compression of all.
     let compressed = problem().total_compressed() * HEADS[1] * DIM * 2;
     for (budget_bytes, heads) in [(256 << 20, [HEADS[1]; 2]), (0, [1, 1]), (16 * compressed, [1, HEADS[1]])] {
-        let part = call.plan_forward(budget_bytes, false);
+        let part = plan(budget_bytes, false);
         assert_eq!([part.plan_value().kv_heads, part.plan_value().compress_heads], heads, "{}", part.plan_value());
         let (outputs, workspace) = (call.outputs(), call.memory(part.workspace_bytes()));
         let tensors = call.forward_tensors(&outputs, None);

@@ -194,6 +194,9 @@ fn require(holds: bool, constraint: &str, got: &dyn fmt::Display, supported: &st
     Err(Error::Unsupported { constraint: constraint.into(), got: got.to_string(), supported: supported.into() })
 }
 
+/// Default of [`PlanOptions::beside_rows`]: below, launches are too short to share a device.
+const DEFAULT_BESIDE_ROWS: usize = 1 << 20;
+
 /// What a caller may choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PlanOptions {
@@ -203,11 +206,13 @@ pub struct PlanOptions {
     pub deterministic: bool,
     /// How stage `selected` goes; none leaves it to the plan. A route that has no room is not taken.
     pub route: Option<Route>,
+    /// Whole operation: rows of all query heads from which on branches share the device instead of following one another.
+    pub beside_rows: usize,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        Self { budget_bytes: DEFAULT_BUDGET_BYTES, deterministic: false, route: None }
+        Self { budget_bytes: DEFAULT_BUDGET_BYTES, deterministic: false, route: None, beside_rows: DEFAULT_BESIDE_ROWS }
     }
 }
 

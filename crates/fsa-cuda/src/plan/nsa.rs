@@ -116,6 +116,22 @@ impl NsaProblem {
         2 * compressed <= options.budget_bytes / 8
     }
 
+    /// Multiprocessors that attend to the window of one half of the heads while the others attend to the selected blocks of the other
+    /// half: these wait for memory, the window for tensor cores, and it should keep a small part of the device busy for as long.
+    fn window_multiprocessors(&self, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Option<usize> {
+        let Sizes { total_q, num_q_heads, num_kv_heads, head_dim, .. } = self.sizes;
+        let rows = total_q.saturating_mul(num_q_heads);
+        if set != KernelSet::Sm90 || head_dim > 128 || !num_kv_heads.is_multiple_of(2) || rows < options.beside_rows {
+            return None;
+        }
+        // A tile of rows sees the masked ends of its window, too.
+        let window = self.window_size.saturating_add(64).min(total_q).saturating_mul(WINDOW_KEY_COST);
+        let selected = (self.topk * self.block_size).div_ceil(64).saturating_mul(SELECTED_BLOCK_COST);
+        // Beside the others, who keep L2 busy, the window takes about twice as long as this says (56 to 72 of 132 are equally good).
+        let share = (facts.multiprocessors.saturating_mul(2 * window) / selected.max(1)).max(1);
+        (share <= facts.multiprocessors / 2).then_some(share)
+    }
+
     /// Numbers of kv heads of a pass, most first. All passes have as many.
     fn passes(&self) -> impl Iterator<Item = usize> + use<> {
         let heads = self.sizes.num_kv_heads;
@@ -162,6 +178,11 @@ impl fmt::Display for NsaProblem {
 /// What the kernels of a pass besides those of stage `selected` count: there are few, but most of them end with idle multiprocessors.
 const OTHER_LAUNCHES: usize = 16;
 
+/// What a multiprocessor takes, in picoseconds, for a key of the window of a row, and for a selected block of 64 keys (H200, head_dim 128,
+/// 64K tokens: 1.35 ms for 576 keys and 5.85 ms for 16 blocks, of 2 M rows). Only their ratio counts.
+const WINDOW_KEY_COST: usize = 148;
+const SELECTED_BLOCK_COST: usize = 23_000;
+
 /// What a pass of a forward keeps where the caller wants no state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct ForwardTemporaries {
@@ -181,6 +202,9 @@ pub struct NsaForwardPlan {
     pub saves: bool,
     /// kv heads of a pass.
     pub kv_heads: usize,
+    /// Multiprocessors for the window, where it is attended to beside the selected blocks of the other half of the heads: in a call of
+    /// one pass. In one of several, too, the window comes first in the second half, so that sums are rounded in the same order.
+    pub window_multiprocessors: Option<usize>,
     /// kv heads that are compressed at a time: those of a pass, or all before the first one.
     pub compress_heads: usize,
     /// Tiles of compressed and of window attention.
@@ -214,8 +238,11 @@ impl NsaForwardPlan {
     ) -> Result<Self> {
         let most = options.budget_bytes + problem.topk_indices_bytes();
         let with = |kv_heads| Self::with(problem, set, facts, options, (saves, kv_heads));
-        // What is saved has room for all heads.
-        let passes = problem.passes().take(if saves { 1 } else { usize::MAX });
+        // What is saved has room for all heads. No pass has heads of both halves, unless it has all.
+        let halves = problem.window_multiprocessors(set, facts, options).is_some();
+        let heads = problem.sizes.num_kv_heads;
+        let passes = problem.passes().filter(|pass| !halves || *pass == heads || (heads / 2).is_multiple_of(*pass));
+        let passes = passes.take(if saves { 1 } else { usize::MAX });
         let plans = passes.map(with).collect::<Result<Vec<_>>>()?.into_iter();
         // Few passes, but not at any price: where stage `selected` has less memory, it takes more and smaller chunks.
         let best = choose(most, plans, |plan| plan.workspace.size_bytes(), |plan| plan.launches);
@@ -243,13 +270,17 @@ impl NsaForwardPlan {
         let mut before = Workspace::default();
         let temporaries = (!saves).then(|| ForwardTemporaries::new(&pass, at_once, &mut workspace, &mut before));
         let compress_heads = at_once.sizes.num_kv_heads;
+        let window_multiprocessors = problem.window_multiprocessors(set, facts, options);
         let options = left(options, &workspace);
-        let plan = SelectedPlan::with_lists(&pass.selected(), set, facts, &options, Lists::Selected);
+        let halves = if window_multiprocessors.is_some() && kv_heads == problem.sizes.num_kv_heads { 2 } else { 1 };
+        let part = problem.with_kv_heads(kv_heads / halves);
+        let plan = SelectedPlan::with_lists(&part.selected(), set, facts, &options, Lists::Selected);
         let scratch = workspace.add("scratch", plan.workspace().size_bytes().max(before.size_bytes()));
         Ok(Self {
             problem: *problem,
             saves,
             kv_heads,
+            window_multiprocessors,
             compress_heads,
             attention,
             tables,
@@ -258,7 +289,7 @@ impl NsaForwardPlan {
             temporaries,
             scratch,
             stage_budget_bytes: options.budget_bytes,
-            launches: (problem.sizes.num_kv_heads / kv_heads.max(1)) * (plan.launches() + OTHER_LAUNCHES),
+            launches: (problem.sizes.num_kv_heads / kv_heads.max(1)) * (halves * plan.launches() + OTHER_LAUNCHES),
             workspace,
         })
     }
@@ -266,6 +297,21 @@ impl NsaForwardPlan {
     /// One pass.
     pub(crate) fn pass(&self) -> NsaProblem {
         self.problem.with_kv_heads(self.kv_heads)
+    }
+
+    /// Whether the window of one half of the heads runs beside the selected blocks of the other.
+    pub(crate) fn is_halved(&self) -> bool {
+        self.window_multiprocessors.is_some() && self.kv_heads == self.problem.sizes.num_kv_heads
+    }
+
+    /// Whether the window comes before the selected blocks in the pass that starts at a kv head.
+    pub(crate) fn window_first(&self, first: usize) -> bool {
+        self.window_multiprocessors.is_some() && first >= self.problem.sizes.num_kv_heads / 2
+    }
+
+    /// The heads whose selected blocks, and whose window, are attended to at a time.
+    pub(crate) fn part(&self) -> NsaProblem {
+        self.problem.with_kv_heads(if self.is_halved() { self.kv_heads / 2 } else { self.kv_heads })
     }
 }
 

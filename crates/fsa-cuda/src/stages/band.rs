@@ -52,7 +52,8 @@ pub(crate) struct BandStep {
     pub tiles: RowTiles,
     kernel: Arc<BandKernel>,
     specialisation: Specialisation,
-    multiprocessors: usize,
+    /// Those that it may use.
+    pub multiprocessors: usize,
 }
 
 impl BandStep {

@@ -73,11 +73,15 @@ impl NsaForward {
         let plan = NsaForwardPlan::new(problem, set, facts, &options, saves)?;
         let pass = plan.pass();
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
-        let selected = SelectedPlan::with_lists(&pass.selected(), set, facts, &options, Lists::Selected);
+        let selected = SelectedPlan::with_lists(&plan.part().selected(), set, facts, &options, Lists::Selected);
         let mut all = pass.kernels(set, &[Kernel::Band, Kernel::Select]);
         all.extend(selected.kernels(set));
         kernels.get(&all)?;
         let [key, value] = problem.with_kv_heads(plan.compress_heads).compress();
+        let mut window = BandStep::new(kernels, &plan.part().window(), plan.attention)?;
+        if let (true, Some(multiprocessors)) = (plan.is_halved(), plan.window_multiprocessors) {
+            window.multiprocessors = multiprocessors;
+        }
         Ok(Self {
             kernels: Arc::clone(kernels),
             prepare: kernels.one(&pass.specialisation(Kernel::Prepare, set))?,
@@ -89,7 +93,7 @@ impl NsaForward {
             compressed: BandStep::new(kernels, &pass.select().attention(), plan.attention)?,
             select: SelectStep::new(kernels, &pass.select(), plan.scores)?,
             selected: SelectedForward::of(kernels, selected)?,
-            window: BandStep::new(kernels, &pass.window(), plan.attention)?,
+            window,
             replays: Replays::default(),
             plan,
         })
@@ -190,7 +194,7 @@ impl NsaForward {
             if !first {
                 self.compress(pass, &own, &state.compressed, plan.kv_heads)?;
             }
-            self.launch_pass(pass, &own, &state)
+            self.launch_pass(pass, heads.start, &own, &state)
         })
     }
 
@@ -219,30 +223,84 @@ impl NsaForward {
         rope.launch_on(stream, batch, &rows, (&compressed[0], &compressed[0], heads), false)
     }
 
-    fn launch_pass(&self, pass: &Pass<'_>, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>) -> Result<()> {
+    /// All stages after the compression for the kv heads from `first` on, of which tensors and state are.
+    fn launch_pass(
+        &self,
+        pass: &Pass<'_>,
+        first: usize,
+        tensors: &NsaForwardTensors<'_>,
+        state: &NsaSavedTensors<'_>,
+    ) -> Result<()> {
         let Pass { stream, workspace, batch, ref tables, softmax_scale, recompute } = *pass;
         self.rotate(pass, tensors, state)?;
-        let [query, key] = state.rotated.unwrap_or([tensors.query, tensors.key]);
-        let attention =
-            |b: usize, key, value| AttentionTensors { query, key, value, out: state.branches[b], lse: state.lse[b] };
-        let branch = |b: usize| Branch {
-            sum: tensors.out.device(),
-            gates: tensors.gates.device(),
-            number: b as i32,
-            accumulate: (b > 0).into(),
-            discards: (!self.plan.saves).into(),
-        };
-        let compressed = attention(0, state.compressed[0], state.compressed[1]);
-        self.compressed.launch(stream, batch, tables, (&compressed, branch(0)), softmax_scale)?;
+        let [key, value] = state.compressed;
+        let compressed = attention(0, [key, value], tensors, state);
+        let branch = self.branch(0, tensors);
+        self.compressed.launch(stream, batch, tables, (&compressed, branch), softmax_scale)?;
         if recompute.is_none() {
             let scores = score_tables(&self.plan.scores, tables, &workspace);
             self.select.launch(stream, batch, &scores, (&compressed, &tensors.topk_indices), softmax_scale)?;
         }
-        let selected = attention(1, key, tensors.value).selected(tensors.topk_indices);
-        let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
-        self.selected.launch_branch(&context, batch, (&selected, branch(1)), softmax_scale)?;
-        let window = attention(2, key, tensors.value);
-        self.window.launch(stream, batch, tables, (&window, branch(2)), softmax_scale)
+        if !self.plan.is_halved() {
+            if self.plan.window_first(first) {
+                self.launch_window(pass, stream, tensors, state)?;
+                return self.launch_selected(pass, stream, tensors, state);
+            }
+            self.launch_selected(pass, stream, tensors, state)?;
+            return self.launch_window(pass, stream, tensors, state);
+        }
+        let part = self.plan.part().sizes.num_kv_heads;
+        let halves = [0, part].map(|first| {
+            let problem = &self.plan.problem;
+            (tensors.heads_from(first, problem), state.heads_from(first, &problem.sizes))
+        });
+        let sides = self.kernels.sides().take(stream)?;
+        for half in 0..2 {
+            let ((tensors, state), (others, state_of_others)) = (&halves[half], &halves[1 - half]);
+            sides.fork(stream, 1)?;
+            // First, because each of its CTAs needs a whole multiprocessor.
+            self.launch_window(pass, &sides.lanes[0], others, state_of_others)?;
+            self.launch_selected(pass, stream, tensors, state)?;
+            sides.join(stream, 1)?;
+        }
+        Ok(())
+    }
+
+    fn branch(&self, number: i32, tensors: &NsaForwardTensors<'_>) -> Branch {
+        Branch {
+            sum: tensors.out.device(),
+            gates: tensors.gates.device(),
+            number,
+            accumulate: (number > 0).into(),
+            discards: (!self.plan.saves).into(),
+        }
+    }
+
+    /// Selected attention of the first heads of the tensors.
+    fn launch_selected(
+        &self,
+        pass: &Pass<'_>,
+        stream: &Stream,
+        tensors: &NsaForwardTensors<'_>,
+        state: &NsaSavedTensors<'_>,
+    ) -> Result<()> {
+        let selected = attention(1, [rotated(tensors, state)[1], tensors.value], tensors, state);
+        let selected = (&selected.selected(tensors.topk_indices), self.branch(1, tensors));
+        let context = LaunchContext { stream, workspace: self.plan.scratch.span(&pass.workspace) };
+        self.selected.launch_branch(&context, pass.batch, selected, pass.softmax_scale)
+    }
+
+    /// The window of the first heads of the tensors.
+    fn launch_window(
+        &self,
+        pass: &Pass<'_>,
+        stream: &Stream,
+        tensors: &NsaForwardTensors<'_>,
+        state: &NsaSavedTensors<'_>,
+    ) -> Result<()> {
+        let window = attention(2, [rotated(tensors, state)[1], tensors.value], tensors, state);
+        let branch = self.branch(2, tensors);
+        self.window.launch(stream, pass.batch, &pass.tables, (&window, branch), pass.softmax_scale)
     }
 
     /// Query and key beside those of the call.
@@ -280,6 +338,22 @@ impl NsaForward {
             lse: [temporaries.lse.span(&scratch); 3],
         }
     }
+}
+
+/// Query and key as attention reads them.
+fn rotated<'a>(tensors: &NsaForwardTensors<'a>, state: &NsaSavedTensors<'a>) -> [TensorSpan<'a>; 2] {
+    state.rotated.unwrap_or([tensors.query, tensors.key])
+}
+
+/// What a branch reads and writes.
+fn attention<'a>(
+    branch: usize,
+    [key, value]: [TensorSpan<'a>; 2],
+    tensors: &NsaForwardTensors<'a>,
+    state: &NsaSavedTensors<'a>,
+) -> AttentionTensors<'a> {
+    let [query, _] = rotated(tensors, state);
+    AttentionTensors { query, key, value, out: state.branches[branch], lse: state.lse[branch] }
 }
 
 /// Compressed keys and values of all heads of `sizes`, in the workspace or in its scratch.
