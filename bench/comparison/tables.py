@@ -44,7 +44,7 @@ def nsa(rows: Rows) -> str:
         _times(rows, ("nsa",), names, whole, key),
         "\n".join(_break_evens(rows)),
         "\n".join(_memory(rows)),
-        _times(rows, ("branch",), names, (*PEERS, OURS), key),
+        _times(rows, ("branch",), names, (*PEERS, OURS, GRAPH), key),
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -48,7 +48,13 @@ const KINDS: [Kind; 3] = [
         section: "branch",
         region: "stages",
         words: &[("stage", "/what")],
-        columns: &[("NSA-ref", "NSA"), ("SFNSA", "SFNSA"), ("FA2", "FlashAttention 2"), (OURS, "fsa")],
+        columns: &[
+            ("NSA-ref", "NSA"),
+            ("SFNSA", "SFNSA"),
+            ("FA2", "FlashAttention 2"),
+            (OURS, "fsa"),
+            ("fsa_rs-graph", "fsa in a graph"),
+        ],
     },
 ];
 const DENSE: &str = "CUDNN_ATTENTION";
