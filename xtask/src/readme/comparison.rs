@@ -240,7 +240,7 @@ mod tests {
         assert_eq!((&*nsa.region, &*stages.region), ("nsa", "stages"));
         let whole = "| 65536 | 32/8 | mean | both |  | 40.00 | 20.00 | 5.00 |  | 8.00 |\n";
         assert!(nsa.text.ends_with(whole), "{}", nsa.text);
-        let window = "| 65536 | 32/8 | window | both |  |  | 2.50 | 1.00 | 2.50 |\n";
+        let window = "| 65536 | 32/8 | window | both |  |  | 2.50 | 1.00 |  | 2.50 |\n";
         assert!(stages.text.ends_with(window), "{}", stages.text);
     }
 
