@@ -133,7 +133,7 @@ def _memory(rows: Rows) -> Iterable[str]:
     steps = [row for row in rows if row["section"] == "nsa" and row.get("beyond_mb") is not None]
     theirs = {(row["N"], row["g"], row["what"]): row["beyond_mb"] for row in steps if row["impl"] == "FSA"}
     for row in steps:
-        key = (row["N"], row["g"], row["what"].split(", recompute ")[0])
+        key = (row["N"], row["g"], row["what"])
         if row["impl"] == OURS and key in theirs:
             shape = f"{row['N']} tokens, g = {row['g']}, {row['what']}"
             shares = f"{row['beyond_mb']:.0f} MB, FSA {theirs[key]:.0f} MB: {_ratio(row['beyond_mb'], theirs[key])}"

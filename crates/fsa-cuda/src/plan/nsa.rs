@@ -111,7 +111,7 @@ impl NsaProblem {
 
     /// Whether all heads are compressed before the first pass: one head alone keeps few multiprocessors busy with a matrix product. Not
     /// where that would take more than an eighth of the budget.
-    fn compresses_first(&self, options: &PlanOptions) -> bool {
+    fn compresses_at_once(&self, options: &PlanOptions) -> bool {
         let [_, _, compressed] = self.row_bytes();
         2 * compressed <= options.budget_bytes / 8
     }
@@ -130,6 +130,12 @@ impl NsaProblem {
         // Beside the others, who keep L2 busy, the window takes about twice as long as this says (56 to 72 of 132 are equally good).
         let share = (facts.multiprocessors.saturating_mul(2 * window) / selected.max(1)).max(1);
         (share <= facts.multiprocessors / 2).then_some(share)
+    }
+
+    /// Parts of a pass whose heads are attended to one after the other: two halves, where the window of one runs beside the selected
+    /// blocks of the other.
+    fn parts(&self, kv_heads: usize, window_multiprocessors: Option<usize>) -> usize {
+        if window_multiprocessors.is_some() && kv_heads == self.sizes.num_kv_heads { 2 } else { 1 }
     }
 
     /// Numbers of kv heads of a pass, most first. All passes have as many.
@@ -265,15 +271,15 @@ impl NsaForwardPlan {
         let tables = TablePlan::new(spec, pass.sizes.sequences, &mut workspace);
         let kernel = pass.select().kernel(set);
         let scores = ScorePlan::new(&pass.select(), &kernel, facts, &attention, &mut workspace)?;
-        let at_once = if problem.compresses_first(options) { problem } else { &pass };
+        let at_once = if problem.compresses_at_once(options) { problem } else { &pass };
         let compress = at_once.compress().map(|compress| CompressScratch::forward(&compress, &mut workspace));
         let mut before = Workspace::default();
         let temporaries = (!saves).then(|| ForwardTemporaries::new(&pass, at_once, &mut workspace, &mut before));
         let compress_heads = at_once.sizes.num_kv_heads;
         let window_multiprocessors = problem.window_multiprocessors(set, facts, options);
         let options = left(options, &workspace);
-        let halves = if window_multiprocessors.is_some() && kv_heads == problem.sizes.num_kv_heads { 2 } else { 1 };
-        let part = problem.with_kv_heads(kv_heads / halves);
+        let parts = problem.parts(kv_heads, window_multiprocessors);
+        let part = problem.with_kv_heads(kv_heads / parts);
         let plan = SelectedPlan::with_lists(&part.selected(), set, facts, &options, Lists::Selected);
         let scratch = workspace.add("scratch", plan.workspace().size_bytes().max(before.size_bytes()));
         Ok(Self {
@@ -289,7 +295,7 @@ impl NsaForwardPlan {
             temporaries,
             scratch,
             stage_budget_bytes: options.budget_bytes,
-            launches: (problem.sizes.num_kv_heads / kv_heads.max(1)) * (halves * plan.launches() + OTHER_LAUNCHES),
+            launches: (problem.sizes.num_kv_heads / kv_heads.max(1)) * (parts * plan.launches() + OTHER_LAUNCHES),
             workspace,
         })
     }
@@ -301,7 +307,7 @@ impl NsaForwardPlan {
 
     /// Whether the window of one half of the heads runs beside the selected blocks of the other.
     pub(crate) fn is_halved(&self) -> bool {
-        self.window_multiprocessors.is_some() && self.kv_heads == self.problem.sizes.num_kv_heads
+        self.problem.parts(self.kv_heads, self.window_multiprocessors) == 2
     }
 
     /// Whether the window comes before the selected blocks in the pass that starts at a kv head.
@@ -311,7 +317,7 @@ impl NsaForwardPlan {
 
     /// The heads whose selected blocks, and whose window, are attended to at a time.
     pub(crate) fn part(&self) -> NsaProblem {
-        self.problem.with_kv_heads(if self.is_halved() { self.kv_heads / 2 } else { self.kv_heads })
+        self.problem.with_kv_heads(self.kv_heads / self.problem.parts(self.kv_heads, self.window_multiprocessors))
     }
 }
 

@@ -33,12 +33,6 @@ def _inputs(call: Call, arguments: tuple[Any, ...]) -> tuple[Any, list[Parameter
     return (call.packed(arguments[:5]), described(gates), key, value), parameters
 
 
-def allocate_state(arguments: tuple[Any, ...], save: bool, recompute: str) -> Tensor:
-    """Room for what a forward keeps, or a tensor of nothing."""
-    q: Tensor = arguments[0]
-    return Layout(arguments, recompute).allocate(q) if save else q.new_empty((0,), dtype=torch.uint8)
-
-
 def nsa(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``out``, ``topk_indices`` and, if the last argument but one asks for it, the state for the backward."""
     (q, k, v), sizes = arguments[:3], arguments[10]
@@ -48,11 +42,12 @@ def nsa(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = _nsa_call(arguments, saves, False)
     out = call.like(q)
     topk_indices = q.new_empty((k.shape[1], q.shape[0], sizes[3]), dtype=torch.int32)
-    state, saved = allocate_state(arguments, saves, recompute), None
+    state, saved = q.new_empty((0,), dtype=torch.uint8), None
     if saves:
         layout = Layout(arguments, recompute)
-        call.kept.append(layout.allocate(q, again=True))
-        saved = layout.described(state, call.kept[-1])
+        state, rest = layout.allocate(q), layout.allocate(q, again=True)
+        call.kept.append(rest)
+        saved = layout.described(state, rest)
     inputs, _ = _inputs(call, arguments)
     outputs = (described(out), described(topk_indices))
     _native.cuda_nsa(call.plan, call.context(), abs(call.scale), inputs, outputs, saved, None)

@@ -34,7 +34,8 @@ def _allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     sizes, save, recompute = arguments[10], *arguments[14:]
     shape = (*q.shape[:-1], *v.shape[-1:])
     topk_indices = q.new_empty((*k.shape[1:2], *q.shape[:1], sizes[3]), dtype=torch.int32)
-    return q.new_empty(shape), topk_indices, _torch_cuda_nsa.allocate_state(arguments, save, recompute)
+    state = Layout(arguments, recompute).allocate(q) if save else q.new_empty((0,), dtype=torch.uint8)
+    return q.new_empty(shape), topk_indices, state
 
 
 def _nsa(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
