@@ -98,8 +98,8 @@ FSA_DEVICE PartialRows partial_rows(const AttendParams& p, const AttendUnit& u, 
     const i64 head_slots = (i64)blockIdx.y * p.layout.chunk_tiles * TILE_ROWS * p.index.slots;
     if ((lane & 3) == 0) {
         f32* partial_lse = p.partial_lse + head_slots;
-        if (keep_low) partial_lse[slot_low] = low.max + log2_fast(sum_low);
-        if (keep_high) partial_lse[slot_high] = high.max + log2_fast(sum_high);
+        if (keep_low) store_kept(partial_lse + slot_low, low.max + log2_fast(sum_low));
+        if (keep_high) store_kept(partial_lse + slot_high, high.max + log2_fast(sum_high));
     }
     char* partials = (char*)p.partial + head_slots * ROW_BYTES;
     return {fragment_rows(partials, slot_low, keep_low), fragment_rows(partials, slot_high, keep_high),

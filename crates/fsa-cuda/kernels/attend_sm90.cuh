@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, ATTEND_CTAS) attend(cons
         // One store for the 16 rows of the warp: lane 0 of a quad writes the low row's, lane 1 the high row's.
         const bool is_high = lane & 1;
         const f32 row_lse = (is_high ? state_high.max : state_low.max) + log2_fast(is_high ? sum_high : sum_low);
-        if ((lane & 2) == 0 && (is_high ? keep_high : keep_low)) partial_lse[is_high ? slot_high : slot_low] = row_lse;
+        if ((lane & 2) == 0 && (is_high ? keep_high : keep_low)) store_kept(partial_lse + (is_high ? slot_high : slot_low), row_lse);
         const FragmentRows rows_low = fragment_rows(partials, slot_low, keep_low), rows_high = fragment_rows(partials, slot_high, keep_high);
         entry = next_entry;
         next_entry = tile_entry((tile + 2) * TILE_ROWS);

@@ -24,6 +24,12 @@ FSA_DEVICE void store_global(void* pointer, Vec4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 FSA_DEVICE void store_global8(void* pointer, u32 x, u32 y) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(pointer), "r"(x), "r"(y) : "memory"); }
+// A word that stands alone in its sector and that a kernel after this one reads: kept in L2, because a sector that leaves it half written costs
+// memory a read and two writes.
+FSA_DEVICE void store_kept(f32* pointer, f32 v) {
+    asm volatile("{ .reg .b64 keep; createpolicy.fractional.L2::evict_last.b64 keep, 1.0; st.global.L2::cache_hint.f32 [%0], %1, keep; }" ::"l"(pointer), "f"(v)
+                 : "memory");
+}
 FSA_DEVICE Vec4 as_words(f32 x, f32 y, f32 z, f32 w) { return {__float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w)}; }
 FSA_DEVICE void store_shared(u32 address, u32 word) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory"); }
 FSA_DEVICE void store_shared(u32 address, Vec4 v) {
@@ -67,6 +73,18 @@ template <int OFFSET>
 FSA_DEVICE void add_global(f32* pointer, f32 a, f32 b, f32 c, f32 d) {
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0 + %5], {%1, %2, %3, %4};" ::"l"(pointer), "f"(a), "f"(b), "f"(c), "f"(d), "n"(OFFSET) : "memory");
 }
+// The same for four pairs of f16. Tiny ones stay what they are.
+template <int OFFSET>
+FSA_DEVICE void add_global_f16(void* pointer, Vec4 v) {
+    asm volatile("red.relaxed.gpu.global.add.noftz.v4.f16x2 [%0 + %5], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "n"(OFFSET) : "memory");
+}
+// A word that other ctas of the launch raise.
+FSA_DEVICE u32 load_relaxed(const u32* pointer) {
+    u32 word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(pointer) : "memory");
+    return word;
+}
+FSA_DEVICE void max_global(u32* pointer, u32 word) { asm volatile("red.relaxed.gpu.global.max.u32 [%0], %1;" ::"l"(pointer), "r"(word) : "memory"); }
 
 // Programmatic dependent launch. The next kernel of the stream may start once all ctas of this one have said so or are done; what
 // it does before `wait_for_previous` overlaps this one. After that, everything of the kernels before is done and visible. A cta
