@@ -8,7 +8,7 @@ import ctypes, math, sys
 import torch
 import sets
 from driver import Module, cuda
-from band_params import Band, BandBackwardParams, BandParams, PrepareParams, SelectParams, TensorMap, aligned
+from band_params import Band, BandBackwardParams, BandParams, BandSelectParams, PrepareParams, SelectParams, TensorMap, aligned
 from params import Tensor
 
 DEVICE = "cuda"
@@ -71,6 +71,12 @@ class Shape:
     def defines(self, d, dtype):
         return defines(d, dtype)
 
+    def of_64_rows(self):
+        """The same in tiles of 64 rows."""
+        if "half" not in self.__dict__:
+            self.half = Shape(self.cu_q, self.cu_kv, self.hq, self.hk, self.window, (self.kernel_size, self.kernel_stride) if self.compressed else None, rows=64)
+        return self.half
+
     def persistent(self, heads):
         return (max(1, min(self.num_tiles * self.head_tiles * heads, MULTIPROCESSORS)), 1, 1) if HOPPER else (self.num_tiles * self.head_tiles, heads, 1)
 
@@ -82,20 +88,43 @@ def defines(d, dtype=torch.bfloat16, block_size=64):
 LOG2_E = 1.4426950408889634
 
 
+def fill_forward(p, s, q, k, v, out, lse, scale, step, every=1):
+    p.band, p.query, p.key, p.value, p.out, p.lse = s.band(), tensor(q), tensor(k), tensor(v), tensor(out), lse.data_ptr()
+    p.scale_log2, p.num_tiles, p.num_kv_heads = scale * LOG2_E, s.num_tiles, s.hk
+    p.query_map, p.key_map, p.value_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(k, step, 1, every), tensor_map(v, step, 1, every)
+
+
+CHOICE_BYTES = 4 * 13760    # of the warps that choose
+
+
+def forward_select(s, q, k, v, out, lse, ids, scale, block_size=64, init=1, local=2):
+    """Compressed attention and the choice of blocks in one pass: 2, 4, 8 or 16 heads a group, blocks of four compressed keys."""
+    p, grid = aligned(BandSelectParams), s.persistent(s.hk)
+    fill_forward(p.attention, s, q, k, v, out, lse, scale, 128, 4)
+    c = p.choice
+    c.max_steps = -(-max(b - a for a, b in zip(s.cu_kv, s.cu_kv[1:])) // (32 * block_size * 4)) * 4
+    words = grid[0] * 2 * 128 * 33 * c.max_steps
+    if "slots" not in s.__dict__:
+        s.slots = torch.full((words,), math.nan, device=DEVICE)
+    c.scores, c.topk_indices, c.topk, c.init_blocks, c.local_blocks = s.slots.data_ptr(), ids.data_ptr(), ids.shape[2], init, local
+    shared = -(-q.shape[2] // 64) * 128 * (128 + 4 * 128) + CHOICE_BYTES
+    Module.get("band_sm90.cuh", dict(defines(q.shape[2], q.dtype, block_size), FSA_BLOCK_SCORES=1)).launch("band", grid, 512, shared, p)
+
+
 def forward(s, q, k, v, out, lse, scale):
     d = q.shape[2]
     step = 128 if d <= 128 else 64
     p = aligned(BandParams)
-    p.band, p.query, p.key, p.value, p.out, p.lse = s.band(), tensor(q), tensor(k), tensor(v), tensor(out), lse.data_ptr()
-    p.scale_log2, p.num_tiles, p.num_kv_heads = scale * LOG2_E, s.num_tiles, s.hk
-    p.query_map, p.key_map, p.value_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(k, step, 1), tensor_map(v, step, 1)
+    fill_forward(p, s, q, k, v, out, lse, scale, step)
     halves = -(-d // 64)
     shared = halves * 128 * (128 + 4 * step) if HOPPER else (64 + 2 * (64 if d <= 128 else 32)) * halves * 128
     Module.get(sets.file("band"), s.defines(d, q.dtype)).launch("band", s.persistent(s.hk), 384 if HOPPER else 128, shared, p)
 
 
-def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1, only=None):
+def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1, only=None, one_pass=False):
+    """In two passes, or in one; `only` is one of the kernels by its last word."""
     d = q.shape[2]
+    s = s.of_64_rows() if one_pass else s
     gq, gk, gv = grads
     p = aligned(BandBackwardParams)
     p.band = s.band()
@@ -106,18 +135,33 @@ def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits
     p.scale_log2, p.scale, p.num_kv_heads, p.num_tiles, p.num_key_tiles, p.splits, p.resident = scale * LOG2_E, scale, s.hk, s.num_tiles, s.num_key_tiles, splits, MULTIPROCESSORS
     p.query_map, p.grad_out_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(grad_out, s.tile_tokens, s.tile_heads)
     p.key_map, p.value_map = tensor_map(k, 128, 1), tensor_map(v, 128, 1)
-    m = Module.get(sets.file("band_backward"), s.defines(d, q.dtype))
+    m = Module.get("band_sums_sm90.cuh" if one_pass else sets.file("band_backward"), s.defines(d, q.dtype))
     halves = -(-d // 64)
     shared = halves * 128 * 128 * 6 if HOPPER else halves * 128 * (2 * 64 + 3 * 64)
     threads = 384 if HOPPER else 128
+    if one_pass:
+        bounds = s.__dict__.setdefault("bounds", torch.zeros(4, dtype=torch.int32, device=DEVICE))
+        p.key_bounds, p.row_bounds = bounds.data_ptr(), bounds.data_ptr() + 8
+        p.sums_map = tensor_map(gq.view(torch.float16), s.tile_tokens, s.tile_heads)
+        targets, of_bounds = -(-gq.numel() * 2 // 16384), -(-s.cu_keys[-1] // 64) * s.hk
+        if only is None:
+            bounds.zero_()
     if only in (None, "delta"):
-        m.launch("band_delta", (-(-s.cu_q[-1] // 8), s.hq, 1), 256, 0, p)
-    if only in (None, "queries"):
-        m.launch("band_backward_queries", s.persistent(s.hk), threads, shared, p)
-    if only in (None, "keys"):
-        m.launch("band_backward_keys", (s.num_key_tiles, s.hk, splits), threads, shared, p)
-        if splits > 1:
-            m.launch("band_backward_merge", (-(-k.numel() // 1024), 1, 1), 256, 0, p)
+        m.launch("band_delta", (-(-s.cu_q[-1] // 8) * -(-s.hq // 8), 1, 1), 256, 0, p)
+    if one_pass:
+        if only in (None, "open"):
+            m.launch("band_sums_open", (max(targets, of_bounds), 1, 1), 256, 0, p)
+        if only in (None, "sums"):
+            m.launch("band_sums", (s.num_key_tiles, s.hk, splits), threads, 13 * 16384, p)
+        if only in (None, "finish"):
+            m.launch("band_sums_finish", (targets, 1, 1), 256, 0, p)
+    else:
+        if only in (None, "queries"):
+            m.launch("band_backward_queries", s.persistent(s.hk), threads, shared, p)
+        if only in (None, "keys"):
+            m.launch("band_backward_keys", (s.num_key_tiles, s.hk, splits), threads, shared, p)
+    if only in (None, "keys", "sums") and splits > 1:
+        m.launch("band_backward_merge", (-(-k.numel() // 1024), 1, 1), 256, 0, p)
 
 
 SELECT_CONSUMERS = 3    # warpgroups of 64 rows
@@ -212,11 +256,13 @@ def check_case(name, cu_q, cu_kv, hq, hk, d=128, dtype=torch.bfloat16, splits=1,
     if "backward" not in phases or HOPPER and d > 128:
         return ok
     grad_out, grad_lse = torch.randn(q.shape).to(dtype).to(DEVICE), torch.randn(lse.shape).to(DEVICE)
-    grads = [torch.full_like(x, 7.0) for x in (q, k, v)]
-    backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse, splits)
-    sync()
-    for which, got, want in zip("qkv", grads, reference(s, q, k, v, scale, grad_out, grad_lse)):
-        ok &= compare(f"{name} grad_{which}", got, want, 3 * tolerance)
+    wanted = reference(s, q, k, v, scale, grad_out, grad_lse)
+    for one_pass in (False, True) if HOPPER and d == 128 and dtype == torch.bfloat16 else (False,):
+        grads = [torch.full_like(x, 7.0) for x in (q, k, v)]
+        backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse, splits, one_pass=one_pass)
+        sync()
+        for which, got, want in zip("qkv", grads, wanted):
+            ok &= compare(f"{name}{' one pass' if one_pass else ''} grad_{which}", got, want, 3 * tolerance)
     return ok
 
 
@@ -237,14 +283,20 @@ def reference_scores(s, q, k, lse, scale, block_size, n):
     return scores
 
 
-def check_select(name, cu_q, cu_kv, hq, hk, compressed=(32, 16), block_size=64, topk=16, init=1, local=2, d=128):
+def check_select(name, cu_q, cu_kv, hq, hk, compressed=(32, 16), block_size=64, topk=16, init=1, local=2, d=128, one_pass=False):
     s = Shape(cu_q, cu_kv, hq, hk, compressed=compressed)
     q, k, v = make(s, d, torch.bfloat16)
     scale = d ** -0.5
     out, lse = torch.empty_like(q), torch.empty(hq, cu_q[-1], device=DEVICE)
     forward(s, q, k, v, out, lse, scale)
     ids = torch.full((hk, cu_q[-1], topk), 77, dtype=torch.int32, device=DEVICE)
-    select(s, q, k, lse, ids, scale, block_size, init, local)
+    same = True
+    if one_pass:
+        apart, apart_lse, out, lse = out, lse, torch.full_like(out, 7.0), torch.full_like(lse, 7.0)
+        forward_select(s, q, k, v, out, lse, ids, scale, block_size, init, local)
+        same = compare(f"{name} out", out, apart.cpu().double(), 1.5e-2) & compare(f"{name} lse", lse, apart_lse.cpu().double(), 1e-4)
+    else:
+        select(s, q, k, lse, ids, scale, block_size, init, local)
     sync()
     wrong = close = 0
     for n in range(len(cu_q) - 1):
@@ -269,8 +321,8 @@ def check_select(name, cu_q, cu_kv, hq, hk, compressed=(32, 16), block_size=64, 
                         wrong += 1
                         if wrong < 3:
                             print("   row", n, h, t, got, want)
-    print(f"{'ok  ' if wrong == 0 else 'FAIL'} select {name}: {wrong} wrong, {close} within rounding", flush=True)
-    return wrong == 0
+    print(f"{'ok  ' if wrong == 0 else 'FAIL'} select {name}{' in one pass' if one_pass else ''}: {wrong} wrong, {close} within rounding", flush=True)
+    return same and wrong == 0
 
 
 def sync():
@@ -296,6 +348,10 @@ def check():
     ok &= check_select("g 1", [0, 1300], [0, 1300], 2, 2, topk=8)
     ok &= check_select("block 128 g 5", [0, 2500], [0, 2500], 5, 1, block_size=128, topk=8)
     ok &= check_select("16/16 packed", [0, 5, 5, 700, 1500], [0, 90, 90, 1000, 2000], 2, 1, compressed=(16, 16), topk=6)
+    if HOPPER:
+        ok &= check_select("default", [0, 1500], [0, 1500], 4, 2, one_pass=True)
+        ok &= check_select("16/16 packed", [0, 5, 5, 700, 1500], [0, 90, 90, 1000, 2000], 4, 1, compressed=(16, 16), topk=6, one_pass=True)
+        ok &= check_select("g 16, last tokens", [0, 100], [0, 20000], 16, 1, one_pass=True)
     print("band all ok" if ok else "BAND SOME FAILED", flush=True)
 
 

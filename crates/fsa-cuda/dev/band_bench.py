@@ -2,7 +2,7 @@
 import statistics
 import torch
 import band
-from band import Shape, backward, forward, select
+from band import Shape, backward, forward, forward_select, select
 
 
 def time_graph(fn, repeats=10):
@@ -46,11 +46,15 @@ def stage(n, hk, kind, hq=32, d=128, block_size=64, topk=16, phases=("forward", 
     if "select" in phases and s.compressed:
         ids = torch.empty(hk, n, topk, dtype=torch.int32, device="cuda")
         row.append(f"select {time_graph(lambda: select(s, q, k, lse, ids, scale, block_size)):7.3f}")
+        if band.HOPPER and hq // hk in (2, 4, 8, 16):
+            row.append(f"both in one {time_graph(lambda: forward_select(s, q, k, v, out, lse, ids, scale, block_size)):7.3f}")
     if "backward" in phases:
         grad_out, grads = torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]
         for splits in (1, 2, 4, 8) if s.num_key_tiles * hk < 600 else (1,):
-            parts = {only: time_graph(lambda: backward(s, q, k, v, out, lse, grad_out, grads, scale, splits=splits, only=only)) for only in ("delta", "queries", "keys")}
-            row.append(f"splits {splits} backward {sum(parts.values()):7.3f} = " + " + ".join(f"{name} {ms:.3f}" for name, ms in parts.items()))
+            for kernels in (("delta", "queries", "keys"), ("delta", "open", "sums", "finish"))[:1 + band.HOPPER]:
+                run = lambda only: backward(s, q, k, v, out, lse, grad_out, grads, scale, splits=splits, only=only, one_pass="sums" in kernels)
+                parts = {only: time_graph(lambda: run(only)) for only in kernels}
+                row.append(f"splits {splits} backward {sum(parts.values()):7.3f} = " + " + ".join(f"{name} {ms:.3f}" for name, ms in parts.items()))
     print(text, "; ".join(row), flush=True)
 
 

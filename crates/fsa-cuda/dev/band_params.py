@@ -51,11 +51,21 @@ class BandParams(ctypes.Structure):
         (n, TensorMap) for n in ("query_map", "key_map", "value_map")])
 
 
+class BlockChoice(ctypes.Structure):
+    _fields_ = [("scores", ptr), ("topk_indices", ptr)] + [(n, i32) for n in ("max_steps", "topk", "init_blocks", "local_blocks")]
+
+
+class BandSelectParams(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("attention", BandParams), ("choice", BlockChoice), ("_end", ctypes.c_char * (-ctypes.sizeof(BlockChoice) % 64))]
+
+
 class BandBackwardParams(ctypes.Structure):
     _pack_ = 1
-    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats")] + [
+    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats", "row_bounds", "key_bounds")] + [
         (n, Tensor) for n in ("grad_query", "grad_key", "grad_value")] + [("partial_keys", ptr), ("scale_log2", f32), ("scale", f32)] + [
-        (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits", "resident", "accumulate", "accumulate_keys")] + [(n, TensorMap) for n in ("query_map", "grad_out_map", "key_map", "value_map")])
+        (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits", "resident", "accumulate", "accumulate_keys")] + [
+        (n, TensorMap) for n in ("query_map", "grad_out_map", "key_map", "value_map", "sums_map")])
 
 
 class SelectParams(ctypes.Structure):

@@ -13,7 +13,7 @@ import faulthandler, statistics, sys, time
 import nvrtc, sets
 
 
-STAGES = {"index.cuh": [{}], sets.file("attend"): [{}], sets.file("reduce"): [{}], sets.file("backward"): [{}, {"FSA_QUERY_PARTIALS": 1}]}
+STAGES = {"index.cuh": [{}], sets.file("attend"): [{}], sets.file("reduce"): [{}], sets.file("backward"): [{}, {"FSA_QUERY_PARTIALS": 1}] + [{"FSA_SCALED_SUMS": 1}] * (sets.SET == "sm90")}
 
 
 def compile_all():

@@ -160,29 +160,33 @@ class Selected:
 class SelectedBackward(Selected):
     """Head by head: row statistics, one KV-major pass, grad_query to 16 bit; grad_key and grad_value per kv head."""
 
-    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=None, buffers=2, query_partials=0, defines=None, **options):
+    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=None, buffers=2, query_partials=0, scaled_sums=1, heads=None, unit_heads=None, defines=None, **options):
         d, topk = query.shape[2], topk_indices.shape[2]
         query_partials = query_partials if sets.has_partials(block_size, d) else 0
         unit_entries = unit_entries or max(32 * block_size, 3072)
-        row_bytes = topk * d * 2 if query_partials else d * 4
+        self.scaled_sums = int(scaled_sums and not query_partials and sets.has_scaled_sums(d, query.dtype == torch.bfloat16))
+        row_bytes = topk * d * 2 if query_partials else d * (2 if self.scaled_sums else 4)
         budget = (128 if query_partials else 32) * MIB
         chunk_tokens = chunk_tokens or budget // row_bytes
         super().__init__(query, key, value, topk_indices, block_size, *args, has_dense=0, ordered=query_partials, chunk_tokens=chunk_tokens, unit_entries=unit_entries, buffers=buffers,
-                         defines=dict(FSA_QUERY_PARTIALS=query_partials, **(defines or {})), **options)
+                         defines=dict(FSA_QUERY_PARTIALS=query_partials, FSA_SCALED_SUMS=self.scaled_sums, **(defines or {})), **options)
         p, f32 = self.plan, dict(dtype=torch.float32, device=query.device)
         self.query_partials, self.rows = query_partials, min(p.chunk_tiles * TILE, query.shape[0])
         # Heads of one launch: their grad_query stays within the budget, and so do the sums of their kv heads.
         group, kv_bytes = self.hq // self.hk, key.shape[0] * d * 8
-        heads = max(1, budget // (self.rows * row_bytes))
+        turns = [n for n in (4, 2) if self.scaled_sums and self.rows >= 32768 and group % n == 0 and n * self.rows * row_bytes <= 64 * MIB]
+        self.unit_heads = unit_heads or (turns + [1])[0]       # heads that a unit takes in turn
+        heads = heads or (self.unit_heads if self.unit_heads > 1 else max(1, budget // (self.rows * row_bytes)) if self.rows < 65536 or query_partials else 1)
         self.kv_heads = max(1, min(heads // group, 64 * MIB // kv_bytes, self.hk))
         self.heads = min(heads, group) if heads < group else group * self.kv_heads
-        self.owns_sums = self.heads == 1 or group == 1
+        self.owns_sums = unit_heads == min(self.heads, group)
         self.finishes_sums = self.owns_sums and p.num_chunks == 1 and sets.finishes_sums(d, query_partials)
         if self.finishes_sums:
             self.scratch["block_units"] = torch.empty(self.hk * p.max_blocks, dtype=torch.int32, device=query.device)
             self.index.block_units = self.scratch["block_units"].data_ptr()
         self.row_stats = [torch.empty(self.heads, self.rows, 2, **f32) for _ in range(buffers)]
         self.acc_query = [torch.empty(self.heads, self.rows, row_bytes // 4, **f32) for _ in range(buffers)]
+        self.bounds = torch.empty(2 * (self.hk + self.hq), **f32)      # of keys, then of rows: see block/query_sums.cuh
         self.acc_kv = [torch.empty(2, self.kv_heads, key.shape[0], d, **f32) for _ in range(buffers)]
 
     @property
@@ -194,9 +198,10 @@ class SelectedBackward(Selected):
         main = torch.cuda.current_stream()
         threads, parts, shared = sets.backward_main(self.block_size, self.d, self.query_partials)
         total_kv = self.k.shape[0]
+        wait_index = self.index_ahead(main)
+        self.bounds.zero_()
         for stream in self.side:
             stream.wait_stream(main)
-        wait_index = self.index_ahead(main)
 
         def clear(buffer, stream):
             with torch.cuda.stream(stream):
@@ -217,17 +222,20 @@ class SelectedBackward(Selected):
                         clear(self.acc_query[b], stream)
                     a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
                                          grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, *(tensor(x) for x in grads),
-                                         self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(), total_kv, self.scale * math.log2(math.e), self.scale, group,
-                                         chunk, head, self.rows, int(self.owns_sums and chunk == 0 and head % group == 0),
+                                         self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(),
+                                         self.bounds.data_ptr() + 8 * self.hk, self.bounds.data_ptr(), total_kv, self.scale * math.log2(math.e), self.scale, group,
+                                         chunk, head, self.unit_heads, self.rows, int(self.owns_sums and chunk == 0 and head % group == 0),
                                          int(self.finishes_sums and (head + heads) % group == 0), 0, total_kv, 0, 0, 0)
                     if self.finishes_sums and head == kv_head * group:
                         module.launch("backward_clear", (p.max_blocks, kv_heads, 1), 256, 0, a, stream)
+                    if self.scaled_sums and head == kv_head * group and chunk == 0:
+                        module.launch("backward_bounds", (p.max_blocks, kv_heads, 1), 256, 0, a, stream)
                     module.launch("backward_delta", (ceil_div(self.rows, 64), heads, 1), 256, 0, a, stream)
-                    module.launch("backward", (p.full_units + p.max_blocks, parts, heads), threads, shared, a, stream)
+                    module.launch("backward", (p.full_units + p.max_blocks, parts, heads // self.unit_heads), threads, shared, a, stream)
                     if self.query_partials:
                         module.launch("backward_merge", (ceil_div(self.rows, 256 // (self.d // 8)), heads, 1), 256, 0, a, stream)
                     else:
-                        module.launch("backward_convert", (ceil_div(self.rows * self.d // 4, 256), heads, 1), 256, 0, a, stream)
+                        module.launch("backward_convert", (ceil_div(self.rows * self.d // (8 if self.scaled_sums else 4), 256), heads, 1), 256, 0, a, stream)
             a.first_head = kv_head * group
             module.launch("backward_finish", (p.max_blocks, kv_heads, 2), 256, 0, a, stream)
         for stream in self.side + [self.index_stream]:

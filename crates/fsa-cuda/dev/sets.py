@@ -42,6 +42,11 @@ def finishes_sums(head_dim, query_partials):
     return SET == "sm90" and not (head_dim == 256 and not query_partials)
 
 
+def has_scaled_sums(head_dim, is_bf16):
+    """Whether the sums of grad_query can be scaled f16."""
+    return SET == "sm90" and is_bf16 and head_dim < 256
+
+
 def backward_main(block_size, head_dim, query_partials):
     """(threads, parts of a block, shared bytes) of the main kernel."""
     if SET == "sm80":

@@ -15,7 +15,7 @@ constexpr int NARROW_WARP_ROWS = TILE_ROWS / (NARROW_THREADS / 32);
 constexpr int NARROW_CTAS = HEAD_DIM <= 128 ? 2 : 1;
 typedef f32 NarrowScores[NARROW_ROWS / 2];
 typedef f32 NarrowSums[NARROW_COLUMNS / 2];
-static_assert(!QUERY_PARTIALS, "partials: see the wide kernel");
+static_assert(!QUERY_PARTIALS && !SCALED_SUMS, "see the wide kernel");
 static_assert(HEAD_DIM == 64 || HEAD_DIM % 128 == 0, "half of the columns starts at a half tile or stays inside one");
 
 // Adds a thread's two rows of sums to f32 rows in fragment order; the pointers include column and lane.
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(NARROW_THREADS, NARROW_CTAS) backwa
     };
     auto query_row = [&](u32 entry, int row) {  // padding rows add their zeros to a row that differs from unit to unit
         const u32 target = entry != NO_ENTRY ? entry & 0xffffffu : (u32)(unit.entry_begin + row) % (u32)chunk_rows;
-        return p.grad_query + (head_row + target) * HEAD_DIM + half * NARROW_COLUMNS + (lane & 3) * 4;
+        return (f32*)p.grad_query + (head_row + target) * HEAD_DIM + half * NARROW_COLUMNS + (lane & 3) * 4;
     };
 
     const u32 first_entry = gather_entry(0);

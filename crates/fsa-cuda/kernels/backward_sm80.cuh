@@ -217,8 +217,8 @@ FSA_DEVICE void query_gradients(const BackwardParams& p, const Tiles& tiles, int
         partial_low = fragment_rows(partials, target_low, target_low != NO_ROW);
         partial_high = fragment_rows(partials, target_high, target_high != NO_ROW);
     } else {
-        sums_low = sum_rows(p.grad_query + head_row * HEAD_DIM, target_low);
-        sums_high = sum_rows(p.grad_query + head_row * HEAD_DIM, target_high);
+        sums_low = sum_rows((f32*)p.grad_query + head_row * HEAD_DIM, target_low);
+        sums_high = sum_rows((f32*)p.grad_query + head_row * HEAD_DIM, target_high);
     }
     FSA_UNROLL for (int i = 0; i < PIECES / QUERY_SPLIT; ++i) {
         const int piece = w.piece + i;

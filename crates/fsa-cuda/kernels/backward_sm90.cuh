@@ -1,7 +1,8 @@
 // WHAT   Selected attention backward, KV-major, five products in one pass: scores and probabilities are computed again, keys as
 //        rows, so that P^T and dS^T stay in registers as A operands of grad_value += P^T dO and grad_key += dS^T Q;
-//        only dS goes through shared memory, for grad_query = dS K, which is added to f32 rows in L2.
-// GRID   (units of the chunk, parts of a block of 128 keys, query heads). As many heads per launch as keep their f32 grad_query in L2.
+//        only dS goes through shared memory, for grad_query = dS K, which is added to f32 or scaled f16 rows in L2.
+// GRID   (units of the chunk, parts of a block of 128 keys, query heads / heads that a unit takes in turn). As many heads per launch as keep their sums of grad_query in L2.
+//        A unit goes through its rows once for each of its heads: keys come once, sums of keys leave once.
 // ROLES  One warpgroup per 64 keys; all share the gathered query and grad_out tiles; each computes its share of the
 //        columns of grad_query over all keys of the cta.
 // SMEM   key and value tiles, two stages of query and grad_out tiles with row statistics, one dS tile per warpgroup.
@@ -25,12 +26,14 @@ typedef SwizzledTile<TILE_ROWS> RowTile;
 constexpr int DS_BYTES = 64 * 128;
 constexpr int STAGE_BYTES = 2 * RowTile::BYTES;
 constexpr u32 NO_ENTRY = 0xffffffffu;
-// grad_query of a (row, block) pair: 0 adds it to f32 rows in L2 (unordered), 1 stores it as a 16-bit partial in the row's slot,
+// grad_query of a (row, block) pair: 0 adds it to rows in L2 (unordered), 1 stores it as a 16-bit partial in the row's slot,
 // summed in slot order by backward_merge.
 #ifndef FSA_QUERY_PARTIALS
 #define FSA_QUERY_PARTIALS 0
 #endif
 constexpr bool QUERY_PARTIALS = FSA_QUERY_PARTIALS != 0;
+constexpr int QUERY_SUM_BYTES = HEAD_DIM * (SCALED_SUMS ? 2 : 4);      // of a row
+static_assert(!(QUERY_PARTIALS && SCALED_SUMS), "partials are not added up in memory");
 static_assert(!QUERY_PARTIALS || BLOCK_SIZE <= 128, "the two parts of a block of 256 would share a slot");
 constexpr int BACKWARD_CTAS = GROUPS == 1 ? 2 : 1;
 // dV while dS is computed, dK while dQ leaves: needs the fragments of P beside dP. Wider rows have no registers left for that.
@@ -94,7 +97,8 @@ FSA_DEVICE void finish_row(char* row, const Sums& acc, f32 scale, bool accumulat
 // Where the thread adds or stores its rows of grad_query. Two quads write one 128-byte line of one row, then of the other
 // (block/rows.cuh): that is 3 % of the pass with additions, too.
 struct QueryRows {
-    f32* sums;                                      // with this lane's offset
+    char* sums;                                     // with this lane's offset
+    f32 scale;                                      // only with SCALED_SUMS
     const u32* targets;                             // of the quad with an even number and of the next one, and 8 rows on
     FragmentRows partial_low, partial_high;         // only with QUERY_PARTIALS
 };
@@ -118,6 +122,20 @@ FSA_DEVICE void add_piece(f32* even, f32* odd, const Piece& acc) {
     }
 }
 
+// The same for f16 rows: all columns of a piece at once.
+template <int PIECE, bool HIGH>
+FSA_DEVICE void add_scaled_piece(char* even, char* odd, const Piece& acc, f32 scale) {
+    const bool is_odd = threadIdx.x & 4;
+    const Vec4 first = pack_group_sums<HIGH>(acc, 0, scale);
+    if constexpr (PIECE_GROUPS == 2) {
+        const Vec4 second = pack_group_sums<HIGH>(acc, 1, scale), received = swap_with_neighbour(is_odd ? first : second);
+        add_global_f16<PIECE * 128>(even, is_odd ? received : first);
+        add_global_f16<PIECE * 128>(odd, is_odd ? second : received);
+    } else {
+        add_global_f16<PIECE * 64>(is_odd ? odd : even, first);
+    }
+}
+
 template <int PIECE>
 FSA_DEVICE void start_query_gradients(Piece& acc, u32 ds_tiles, u32 key_tile) {
     wgmma_fence();
@@ -132,9 +150,14 @@ FSA_DEVICE void finish_query_gradients(Piece& acc, const QueryRows& rows) {
         store_fragment<false>(rows.partial_low, PIECE, acc, 1.0f);
         store_fragment<true>(rows.partial_high, PIECE, acc, 1.0f);
     } else {
-        auto sums = [&](int row) { return rows.sums + (u64)rows.targets[row] * HEAD_DIM; };
-        add_piece<PIECE * PIECE_COLUMNS, false>(sums(0), sums(1), acc);
-        add_piece<PIECE * PIECE_COLUMNS, true>(sums(8), sums(9), acc);
+        auto sums = [&](int row) { return rows.sums + (u64)rows.targets[row] * QUERY_SUM_BYTES; };
+        if constexpr (SCALED_SUMS) {
+            add_scaled_piece<PIECE, false>(sums(0), sums(1), acc, rows.scale);
+            add_scaled_piece<PIECE, true>(sums(8), sums(9), acc, rows.scale);
+        } else {
+            add_piece<PIECE * PIECE_COLUMNS, false>((f32*)sums(0), (f32*)sums(1), acc);
+            add_piece<PIECE * PIECE_COLUMNS, true>((f32*)sums(8), (f32*)sums(9), acc);
+        }
     }
 }
 
@@ -170,17 +193,21 @@ FSA_DEVICE u32 padding_row(const BackwardParams& p, int number) {
 }
 // The launch's kv head that the cta's sums are of; computed when it is asked for.
 FSA_DEVICE int sums_head(const BackwardParams& p) {
-    int launch_head = blockIdx.z;
+    int launch_head = blockIdx.z * p.unit_heads;
     asm volatile("" : "+r"(launch_head));
     return (p.first_head + launch_head) / p.group_size - p.first_head / p.group_size;
 }
 
 // What a unit is about: in shared memory, because sums and scores leave no registers for what is used once per tile.
 struct Work {
-    const char *queries, *grads;    // of the chunk's first row
+    const char *queries, *grads;    // of the chunk's first row, of the head whose rows are gathered
     const RowStats* stats;          // the same
+    int heads;                      // whose rows were not gathered to the end
+    int adds_head;                  // of the launch, whose grad_query is added to
+    f32 scale;                      // of it
     const u32* entries;
     int count;                      // entries
+    int tiles;                      // of one head
     int first_token;                // that sees the part's first key, relative to the chunk
     int kv_row, keys;               // the part's keys
     bool alone;                     // no other unit has keys of the block
@@ -193,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     __shared__ u32 targets[2][TILE_ROWS];     // row of grad_query, or slot of the partial
     __shared__ Work work;
     const Index& index = p.index;
-    const int head = p.first_head + blockIdx.z, kv_head = head / p.group_size;
+    const int launch_head = blockIdx.z * p.unit_heads, head = p.first_head + launch_head, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
     const Unit* record = find_unit(index, list, blockIdx.x);
     if (record == nullptr || !in_range(p, record->kv_row)) return;
@@ -206,13 +233,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     const u32 key_tile = shared_address(shared), value_tile = key_tile + KeyTile::BYTES, stages = value_tile + KeyTile::BYTES;
     const u32 ds_tiles = stages + 2 * STAGE_BYTES;
 
-    const i64 head_row = (i64)blockIdx.z * p.rows;
     copy_rows<CTA_KEYS, THREADS>(key_tile, p.key, kv_head, unit.kv_row + part, keys);
     copy_rows<CTA_KEYS, THREADS>(value_tile, p.value, kv_head, unit.kv_row + part, keys);
     if (threadIdx.x == 0) {
         work.queries = tensor_row(p.query, chunk_token, head);
         work.grads = tensor_row(p.grad_out, chunk_token, head);
-        work.stats = row_stats_at(p, blockIdx.z, 0);
+        work.stats = row_stats_at(p, launch_head, 0);
+        work.heads = p.unit_heads;
+        work.adds_head = launch_head - 1;
+        work.tiles = ceil_div(unit.entry_count, TILE_ROWS);
         work.entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
         work.count = unit.entry_count;
         work.first_token = unit.first_token + part - chunk_token;
@@ -246,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     };
 
     const u32 first_entry = tile_entry(0);
-    u32 next_entry = tile_entry(TILE_ROWS);
+    u32 next_entry = tile_entry(work.tiles > 1 ? TILE_ROWS : 0);
     bool masked = start_tile(0, first_entry), keys_clean = false;
     const int key_low = group * 64 + (warp & 3) * 16 + lane / 4;
     Sums grad_key, grad_value;
@@ -254,15 +283,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     const u32 my_keys = key_tile + group * 64 * 128, my_values = value_tile + group * 64 * 128;
     // The row of 8 x 8 matrices of dS whose address this lane gives.
     const u32 ds_row = ds_tiles + group * DS_BYTES + ((warp & 3) * 16 + (lane & 15)) * 128 + (((lane >> 4) ^ (lane & 7)) << 4);
-    f32* grad_query = p.grad_query + head_row * HEAD_DIM;
-    char* partials = (char*)p.partial + head_row * index.slots * ROW_BYTES;
-    const int tiles = ceil_div(unit.entry_count, TILE_ROWS);
 
-    FSA_NO_UNROLL for (int tile = 0; tile < tiles; ++tile) {
-        const int stage = tile & 1;
+    int tile = 0, stage = 0;
+    __syncthreads();    // the first tile may end its head
+    FSA_NO_UNROLL while (true) {
         const u32 query_tile = stages + stage * STAGE_BYTES, grad_tile = query_tile + RowTile::BYTES;
         copy_wait<0>();
         fence_async_proxy();
+        const bool ends_head = tile + 1 == work.tiles;
+        if (ends_head && threadIdx.x == 0) {    // what is gathered from now on is the next head's
+            work.heads -= 1;
+            work.queries += p.query.head_stride * ELEMENT_BYTES;
+            work.grads += p.grad_out.head_stride * ELEMENT_BYTES;
+            work.stats += p.given_stats ? p.layout.total_q : p.rows;
+        }
         masked |= p.given_stats && lane < WARP_ROWS && is_negative(stats[stage][warp * WARP_ROWS + lane]);
         const bool any_masked = __syncthreads_or(masked);
         if (any_masked && !keys_clean) {
@@ -273,6 +307,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
             fence_async_proxy();
             __syncthreads();
         }
+        if (tile == 0 && threadIdx.x == 0) {
+            const int adds_head = work.adds_head + 1;
+            work.adds_head = adds_head;
+            if (SCALED_SUMS) work.scale = launch_scale(p, adds_head).scale;
+        }
+        const bool ends = ends_head && work.heads == 0;
         f32 s[32], dp[32];
         wgmma_fence();
         FSA_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k)
@@ -281,9 +321,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         FSA_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k)
             Wgmma<64>::shared_shared<0, 0>(dp, over_columns<CTA_KEYS>(my_values, k), over_columns<TILE_ROWS>(grad_tile, k), k != 0);
         wgmma_commit();
-        if (tile + 1 < tiles) {
+        if (!ends) {
             masked = start_tile(stage ^ 1, next_entry);
-            next_entry = tile_entry((tile + 2) * TILE_ROWS);
+            int ahead = tile + 2;
+            if (ahead >= work.tiles) ahead -= work.tiles;
+            if (ahead >= work.tiles) ahead = 0;
+            next_entry = tile_entry(ahead * TILE_ROWS);
         }
         wgmma_wait<1>();
         wgmma_pin(s);
@@ -321,14 +364,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
 
         const int row = (warp & 3) * 16 + lane / 4;
         QueryRows rows;
+        const i64 head_row = (i64)work.adds_head * p.rows;
         if constexpr (QUERY_PARTIALS) {
+            char* partials = (char*)p.partial + head_row * index.slots * ROW_BYTES;
             const u32 target_low = targets[stage][row], target_high = targets[stage][row + 8];
             rows.partial_low = fragment_rows(partials, target_low, target_low != NO_ENTRY);
             rows.partial_high = fragment_rows(partials, target_high, target_high != NO_ENTRY);
         } else {
             // A row that does not exist has probability zero and adds zeros to some row, another one for every unit (the same row for
             // all made the pass 1.6x slower): cheaper than a branch around every addition.
-            rows.sums = grad_query + (lane & 7) * 4;
+            rows.sums = (char*)p.grad_query + head_row * QUERY_SUM_BYTES + (SCALED_SUMS && PIECE_GROUPS == 1 ? lane & 3 : lane & 7) * 16;
+            if (SCALED_SUMS) rows.scale = work.scale;
             rows.targets = &targets[stage][row & ~1];
         }
         auto last = [&]() {
@@ -344,6 +390,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         wgmma_wait<0>();
         wgmma_pin(grad_key);
         wgmma_pin(grad_value);
+        if (ends) break;
+        tile = ends_head ? 0 : tile + 1;
+        stage ^= 1;
     }
 
     const int thread = thread_number(), first_key = thread / 32 * 16, my_key = first_key + (thread & 31) / 4, row = work.kv_row, all_keys = work.keys;

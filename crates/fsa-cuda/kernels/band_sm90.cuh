@@ -1,14 +1,22 @@
 // WHAT   Attention of rows to an interval of keys (window, compressed, dense) on Hopper: online softmax over steps of keys, out and the natural-log
 //        lse. A row without a key gets 0 and -inf. With FSA_BLOCK_MASK to those keys of blocks that the row lists; steps that no row of a tile lists are
-//        left out.
+//        left out. With FSA_BLOCK_SCORES of compressed attention: chooses blocks by the way (stage select), where all heads of a group vote, 2, 4, 8 or 16
+//        of them, kernel_size is kernel_stride or twice that, and a block has four compressed keys.
 // GRID   As many ctas as there are multiprocessors, at most one per tile; each takes every gridDim.x-th tile of all heads, those with the most keys first.
 // ROLES  Two warpgroups of 64 rows consume, a thread of a third produces, its other warps check values. A consumer computes the next scores beside the
 //        current values' product, and the two consumers take turns to start products, so that the softmax of one runs under the products of the other.
-// SMEM   Query tile of 128 rows, two stages of keys and of values (128 rows each; 64 above head_dim 128). Boxes land swizzled as wgmma reads them.
-// SYNC   An mbarrier pair per stage and for the queries, another barrier per stage for values that were checked; named barriers for the turns.
+//        With FSA_BLOCK_SCORES keys and values come every fourth at a time, first steps first; consumers pool the probabilities of a step and leave the sums
+//        in memory (block/score_slots.cuh), and the warps of a fourth warpgroup choose for a tile's tokens (block/choice.cuh) while the next is attended to.
+// SMEM   Query tile of 128 rows, two stages of keys and of values (128 rows each; 64 above head_dim 128). Boxes land swizzled as wgmma reads them. Behind
+//        them what the warps that choose need.
+// SYNC   An mbarrier pair per stage and for the queries, another barrier per stage for values that were checked; named barriers for the turns. An mbarrier
+//        pair per slot of scores.
 #include "block/band_pipeline.cuh"
 #include "block/branch_rows.cuh"
 #include "block/softmax.cuh"
+#if FSA_BLOCK_SCORES
+#include "block/choice.cuh"
+#endif
 
 constexpr int STAGES = 2;
 constexpr int SMEM_BYTES = RowTile::BYTES + 2 * STAGES * KeyTile::BYTES;
@@ -23,19 +31,32 @@ struct BandMemory {
     FSA_DEVICE u32 value(u32 n) const { return values + Ring<STAGES>::place(n) * KeyTile::BYTES; }
 };
 
-FSA_DEVICE void produce(const BandParams& p, const BandMemory& m, int total) {
+#if FSA_BLOCK_SCORES
+typedef BandSelectParams KernelParams;
+FSA_DEVICE const BandParams& attention_of(const KernelParams& p) { return p.attention; }
+FSA_DEVICE void load_step(u32 tile, const TensorMap* map, u32 barrier, int head, int row) { load_groups(tile, map, barrier, head, row); }
+#else
+typedef BandParams KernelParams;
+FSA_DEVICE const BandParams& attention_of(const KernelParams& p) { return p; }
+FSA_DEVICE void load_step(u32 tile, const TensorMap* map, u32 barrier, int head, int row) { load_tile<STEP_KEYS>(tile, map, barrier, head, row); }
+#endif
+
+// Numbers of tiles end here.
+FSA_DEVICE int total_tiles(const BandParams& p) { return p.num_tiles * p.band.head_tiles * p.num_kv_heads; }
+
+FSA_DEVICE void produce(const BandParams& p, const BandMemory& m) {
     u32 step = 0, tile = 0;
     prefetch_map(&p.query_map);
     prefetch_map(&p.key_map);
     prefetch_map(&p.value_map);
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number += gridDim.x) {
+    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number += gridDim.x) {
         const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
         if (w.steps == 0) continue;
         load_tile<CTA_ROWS>(m.query, &p.query_map, m.query_ring.start(tile++, row_tile_bytes(p.band)), w.tile.first_head, w.tile.token);
         FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
             const int row = w.tile.key_row + w.key(n);
-            load_tile<STEP_KEYS>(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, row);
-            load_tile<STEP_KEYS>(m.value(step), &p.value_map, m.value_ring.start(step, KeyTile::BYTES), w.kv_head, row);
+            load_step(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, row);
+            load_step(m.value(step), &p.value_map, m.value_ring.start(step, KeyTile::BYTES), w.kv_head, row);
         }
     }
 }
@@ -67,16 +88,25 @@ struct Consumer {
 
     Columns out;
     RowState low, high;
+#if FSA_BLOCK_SCORES
+    ScoreWriter scores;
+#endif
 
     FSA_DEVICE void take_turn() const { named_sync(TURN + group, CONSUMER_THREADS); }
     FSA_DEVICE void give_turn() const { named_arrive(TURN + (group ^ 1), CONSUMER_THREADS); }
 
     // Probabilities of a step as fragments; the factors for what was summed before.
     FSA_DEVICE void softmax(Scores& s, const BandWork& w, const RowLimits& limits, ListedBlocks blocks, int n, f32& carry_low, f32& carry_high) {
-        if (w.has_end(n)) mask_scores(s, limits.from(w.key(n)), neg_inf());
+        const RowLimits seen = limits.from(w.key(n));
+#if FSA_BLOCK_SCORES
+        if (w.has_end(n)) mask_groups(s, seen.end_low, seen.end_high, neg_inf());
+        scores.leave(s, low, high, p.scale_log2, p.band.kernel_size != p.band.kernel_stride, carry_low, carry_high);
+#else
+        if (w.has_end(n)) mask_scores(s, seen, neg_inf());
         if (w.has_gaps(n)) mask_blocks(s, blocks, neg_inf());
         carry_low = softmax_step<STEP_KEYS, false, false>(s, low, p.scale_log2, false, NO_LIMIT);
         carry_high = softmax_step<STEP_KEYS, true, false>(s, high, p.scale_log2, false, NO_LIMIT);
+#endif
     }
     // Waits for the values of step n; true if NaN or infinity was cleared of them.
     FSA_DEVICE bool wait_for_values(const BandWork& w, int n) {
@@ -136,21 +166,64 @@ struct Consumer {
         if (dirty) add_nonfinite(out, p, w, w.key(w.steps - 1), limits, lists.from(w.key(w.steps - 1)));
     }
 
+    // Log2-sum-exp of a row.
+    FSA_DEVICE static f32 log2_of(const RowState& state, f32 sum) { return (state.max == neg_inf() ? 0.0f : state.max) + log2_fast(sum); }
     // Where a row goes; writes its lse.
     FSA_DEVICE BranchRow finish(const BandTile& t, int row, const RowState& state) const {
         const f32 sum = quad_sum(state.sum);
         if (!t.exists(row)) return no_row();
-        if (p.lse != nullptr && (threadIdx.x & 3) == 0)
-            p.lse[t.plane_index(row, p.band.total_q)] = ((state.max == neg_inf() ? 0.0f : state.max) + log2_fast(sum)) * LN_2;
+        if (p.lse != nullptr && (threadIdx.x & 3) == 0) p.lse[t.plane_index(row, p.band.total_q)] = log2_of(state, sum) * LN_2;
         return branch_row(p.out, p.branch, t.token + t.token_of(row), t.first_head + t.head_of(row), sum);
     }
     FSA_DEVICE void store(const BandTile& t, int row) const { store_branch(p.branch, finish(t, row, low), finish(t, row + 8, high), out); }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_constant__ BandParams p) {
+#if FSA_BLOCK_SCORES
+// What consumers and those who choose share besides the slots.
+struct HandOver {
+    f32 references[SLOTS * CTA_ROWS];
+    u64 barriers[2 * SLOTS];
+
+    FSA_DEVICE ScoreSlots slots(const BlockChoice& choice) {
+        f32* scores = choice.scores + (i64)blockIdx.x * SLOTS * CTA_ROWS * (GROUPS + 1) * choice.max_steps;
+        return {Ring<SLOTS>::at(shared_address(barriers)), references, scores, choice.max_steps};
+    }
+};
+
+// Hands the scores of a tile over to those who choose: thread's rows `row` and `row` + 8.
+FSA_DEVICE void hand_over(const ScoreSlots& slots, u32 n, int row, const RowState& low, const RowState& high) {
+    const f32 low_reference = Consumer::log2_of(low, quad_sum(low.sum)), high_reference = Consumer::log2_of(high, quad_sum(high.sum));
+    f32* references = slots.references_of(n) + row;
+    if ((threadIdx.x & 3) == 0) {
+        references[0] = fabsf(low_reference) < -neg_inf() ? low_reference : -neg_inf();
+        references[8] = fabsf(high_reference) < -neg_inf() ? high_reference : -neg_inf();
+    }
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(slots.ring.full + 8 * Ring<SLOTS>::place(n));
+}
+
+// Chooses blocks for the tokens of a tile while the consumers attend to the next one.
+FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const ScoreSlots& slots, ChoiceMemory* memory) {
+    Chooser c = {choice, slots, memory[__shfl_sync(ALL_LANES, Chooser::warp(), 0)], p.band.tile_heads};
+    u32 tile = 0;
+    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number += gridDim.x) {
+        const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
+        if (w.tile.tokens == 0) continue;
+        slots.ring.wait(tile);
+        c.choose(tile, w.tile, w.steps, choice.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token) * choice.topk);
+        slots.ring.release(tile++);
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_constant__ KernelParams all) {
+    const BandParams& p = attention_of(all);
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) u64 barriers[2 + 6 * STAGES];
     __shared__ i32 dirty[STAGES];
+#if FSA_BLOCK_SCORES
+    __shared__ HandOver handover;
+#endif
     BandMemory m;
     m.query = shared_address(shared);
     m.keys = m.query + RowTile::BYTES;
@@ -164,27 +237,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         m.key_ring.open();
         m.value_ring.open(CHECKED_READERS);
         m.checked.ring.open(0, CHECKERS);
+#if FSA_BLOCK_SCORES
+        handover.slots(all.choice).ring.open(CHOOSERS, CONSUMER_THREADS / 32);
+#endif
         barriers_ready();
     }
     __syncthreads();
-    const int total = p.num_tiles * p.band.head_tiles * p.num_kv_heads;
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
         registers_shrink<PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMER_THREADS) produce(p, m, total);
-        if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(p.band, p.num_kv_heads, total, m.value_ring, [&](u32 step) { return m.value(step); });
+        if (threadIdx.x == CONSUMER_THREADS) produce(p, m);
+        if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(p.band, p.num_kv_heads, total_tiles(p), m.value_ring, [&](u32 step) { return m.value(step); });
         return;
     }
+#if FSA_BLOCK_SCORES
+    if (group > CONSUMERS) {
+        registers_shrink<CHOOSER_REGISTERS>();
+        choose(p, all.choice, handover.slots(all.choice), (ChoiceMemory*)(shared + SMEM_BYTES));
+        return;
+    }
+    u32 slot = 0;
+#endif
     registers_grow<CONSUMER_REGISTERS>();
     Consumer c = {p, m, group, 0, 0, 0};
     if (group == 1) c.give_turn();      // the first goes first
     const int row = first_row_of_thread();
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number += gridDim.x) {
+    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number += gridDim.x) {
         const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
         if (w.tile.tokens == 0) continue;
         clear(c.out);
         c.low = c.high = {neg_inf(), 0.0f};
+#if FSA_BLOCK_SCORES
+        const ScoreSlots slots = handover.slots(all.choice);
+        slots.ring.wait_free(slot);
+        c.scores.open(slots, slot, row);
+#endif
         if (w.steps > 0) c.attend(w, RowLimits::of(p.band, w.tile, row), RowLists::of(p.band, w.tile, w.kv_head, row));
+#if FSA_BLOCK_SCORES
+        hand_over(slots, slot++, row, c.low, c.high);
+#endif
         c.store(w.tile, row);
     }
 }

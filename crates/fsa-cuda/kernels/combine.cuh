@@ -1,12 +1,13 @@
 // WHAT   Stage combine: out = sum over the branches of gate * branch, in f32 and rounded once, and its gradients: grad_branch = gate * grad_out,
 //        grad_gate = branch . grad_out, summed over the heads where they share a gate. combine_statistics is what stage nsa does instead of the latter:
-//        the gradients of the gates, and the statistics with which the attentions read grad_out as it is (block/row_stats.cuh). Memory-bound.
+//        the gradients of the gates, the statistics with which the attentions read grad_out as it is (block/row_stats.cuh), and their bounds. Memory-bound.
 // GRID   (groups of 4 rows).
 // ROLES  64 threads a row: a thread has a 16-byte piece of every few heads.
 // SMEM   Sums of the gates' gradients of a row's phases, where heads share a gate.
 // SYNC   combine: none; each element is read and written by one thread, so out may be one of the branches. The others: sums within a head by
 //        shuffles; over the heads each phase in their order, then one barrier and the phases in theirs.
 #include "block/gates.cuh"
+#include "block/query_sums.cuh"
 #include "block/row_stats.cuh"
 
 constexpr int CTA_THREADS = 256, CTA_ROWS = 4, ROW_THREADS = CTA_THREADS / CTA_ROWS, BRANCHES = 3;
@@ -117,6 +118,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 3) combine_statistics(
     GateGrads gates = {p.grad_gates, f.rows, f.heads, f.gates.head_stride != 0, 0.0f};
     const f32* lse = lane == 0 ? p.lse[0] : lane == 1 ? p.lse[1] : p.lse[2];
     RowStats* row_stats = lane >= BRANCHES ? nullptr : lane == 0 ? p.row_stats[0] : lane == 1 ? p.row_stats[1] : p.row_stats[2];
+    u32 grad_bound = 0, delta_bound = 0;
     FSA_NO_UNROLL for (int first = phase; first < f.heads + phase; first += AHEAD * PHASES) {
         Vec4 grads[AHEAD], v[AHEAD][BRANCHES];      // loads that are under way together
         f32 gate[AHEAD], row_lse[AHEAD];
@@ -135,8 +137,18 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 3) combine_statistics(
             Eight grad;
             widen(grad, grads[a]);
             const f32 delta = gates.add(v[a], grad, row, head, lane, present && wanted);
-            if (present && row_stats != nullptr) row_stats[head * (i64)f.rows + row] = gated_row_stats(row_lse[a], delta, gate[a]);
+            const f32 size = sum_lanes(sum_sizes(grads[a]));
+            if (!present || row_stats == nullptr) continue;
+            row_stats[head * (i64)f.rows + row] = gated_row_stats(row_lse[a], delta, gate[a]);
+            if (row_lse[a] == neg_inf()) continue;      // sees no key
+            grad_bound = max_u(grad_bound, bound_bits(gate[a] * size));
+            delta_bound = max_u(delta_bound, bound_bits(gate[a] * delta));
         }
+    }
+    FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) {
+        if (p.row_bounds[b] == nullptr) break;
+        raise_bound(&p.row_bounds[b]->grad, lane == b ? grad_bound : 0);
+        raise_bound(&p.row_bounds[b]->delta, lane == b ? delta_bound : 0);
     }
     if (wanted) gates.finish(row, local, phase, lane);
 }

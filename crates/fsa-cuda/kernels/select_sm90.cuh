@@ -12,18 +12,14 @@
 //        consumers per step, when the sums of all are there.
 // Every sum has an order that depends on shapes alone. A head whose log-sum-exp is not finite does not vote.
 #define FSA_CONSUMERS 3
-#include "block/band_pipeline.cuh"
+#include "block/group_scores.cuh"
 #include "block/segments.cuh"
 
 constexpr int STAGES = 2;
-constexpr int GROUPS = STEP_KEYS / 4;           // of four keys
 constexpr int GROUP_WORDS = GROUPS + 8;         // between rows of sums: 4 rows times 8 groups fall into different banks
 constexpr int SETTLE_SHARE = 3;                 // after a third of the steps before, all warps settle again
 constexpr int SUM_BUFFERS = 2, SUM_WORDS = CTA_ROWS * GROUP_WORDS, WARPS = CONSUMER_THREADS / 32;
 constexpr int SMEM_BYTES = RowTile::BYTES + STAGES * KeyTile::BYTES + sizeof(Candidates);     // and candidates of the tokens, and segments or sums
-// Key 4 q + e of a step is row GROUPS e + q of its tile: column 8 i + 2 t + c of the scores, in lane t of a quad, is key 4 (8 (i % OCTETS) + 2 t + c) + i / OCTETS.
-constexpr int OCTETS = GROUPS / 8;
-typedef f32 GroupSums[2 * OCTETS];              // of a row: groups 8 j + 2 t, 8 j + 2 t + 1
 struct alignas(8) SumPair { f32 even, odd; };
 
 // A tile of tokens, and the steps of keys that count in blocks which compete for a place, first to last.
@@ -67,13 +63,6 @@ struct SelectMemory {
     FSA_DEVICE u32 key(u32 n) const { return keys + Ring<STAGES>::place(n) * KeyTile::BYTES; }
 };
 
-// The keys of a step, every fourth one at a time: the boxes of the map skip three rows after each.
-FSA_DEVICE void load_keys(u32 tile, const TensorMap* map, u32 barrier, int head, int row) {
-    FSA_UNROLL for (int e = 0; e < 4; ++e)
-        FSA_UNROLL for (int half = 0; half < KeyTile::HALVES; ++half)
-            load_box(tile + half * KeyTile::HALF_BYTES + e * GROUPS * 128, map, barrier, half * 64, head, row + e);
-}
-
 FSA_DEVICE void produce(const SelectParams& p, const SelectMemory& m, int total) {
     u32 step = 0, tile = 0;
     FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number += gridDim.x) {
@@ -81,7 +70,7 @@ FSA_DEVICE void produce(const SelectParams& p, const SelectMemory& m, int total)
         if (w.steps == 0) continue;
         load_tile<CTA_ROWS>(m.query, &p.query_map, m.query_ring.start(tile++, row_tile_bytes(p.band)), w.tile.first_head, w.tile.token);
         FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step)
-            load_keys(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head(p), w.tile.key_row + w.key(n));
+            load_groups(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head(p), w.tile.key_row + w.key(n));
     }
 }
 
@@ -131,21 +120,13 @@ struct SelectConsumer {
     template <bool HIGH>
     FSA_DEVICE void pool(GroupSums& sums, const Scores& s, f32& carry, bool overlap) const {
         constexpr int E = HIGH ? 2 : 0;
-        const int lane = threadIdx.x & 31, left = (lane & ~3) | ((lane + 3) & 3);
         const f32 inner = overlap ? 2.0f : 1.0f;
-        FSA_UNROLL for (int j = 0; j < OCTETS; ++j) {
+        FSA_UNROLL for (int j = 0; j < OCTETS; ++j)
             FSA_UNROLL for (int c = 0; c < 2; ++c) {
                 const f32 a = s[4 * j + E + c], b = s[4 * (OCTETS + j) + E + c], third = s[4 * (2 * OCTETS + j) + E + c];
                 sums[2 * j + c] = fmaf(inner, a + b + third, s[4 * (3 * OCTETS + j) + E + c]);
             }
-            if (overlap) {
-                const f32* last = &s[4 * (3 * OCTETS + j) + E];
-                const f32 before = __shfl_sync(ALL_LANES, last[1], left);     // lane 0 gets that of the next eight groups
-                sums[2 * j + 1] += last[0];
-                sums[2 * j] += (lane & 3) == 0 ? carry : before;
-                carry = before;
-            }
-        }
+        if (overlap) add_overlap<HIGH>(sums, s, carry, 1.0f);
     }
 
     FSA_DEVICE void probabilities(Scores& s, const Voter& low, const Voter& high, int key, bool masked) const {
@@ -155,12 +136,7 @@ struct SelectConsumer {
                 s[4 * i + 2 + c] = exp2_fast(fmaf(s[4 * i + 2 + c], p.scale_log2, -high.reference));
             }
         if (!masked) return;
-        FSA_UNROLL for (int i = 0; i < STEP_KEYS / 8; ++i)
-            FSA_UNROLL for (int c = 0; c < 2; ++c) {
-                const int at = key + 4 * (8 * (i % OCTETS) + 2 * (threadIdx.x & 3) + c) + i / OCTETS;
-                if (at >= low.end) s[4 * i + c] = 0.0f;
-                if (at >= high.end) s[4 * i + 2 + c] = 0.0f;
-            }
+        mask_groups(s, low.end - key, high.end - key, 0.0f);
     }
 
     // The thread's first row; the other is 8 more.

@@ -13,7 +13,7 @@ use crate::arch::KernelSet;
 use crate::driver::{Device, DeviceBuffer, Stream};
 use crate::environment::Environment;
 use crate::kernels::Kernels;
-use crate::plan::Sizes;
+use crate::plan::{PlanOptions, Sizes};
 use crate::source::{HEAD_DIMS, Kernel, Specialisation};
 use crate::stages::TensorSpan;
 use fsa_core::{
@@ -30,6 +30,8 @@ pub struct CudaBackend {
     kernels: Arc<Kernels>,
     /// Calls run one after another: each has the device's memory to itself.
     stream: Mutex<Stream>,
+    /// Sums of a backward have one order.
+    deterministic: bool,
 }
 
 fn unsupported_dtype<T>(dtype: DType) -> Result<T> {
@@ -121,9 +123,21 @@ impl CudaBackend {
     /// # Errors
     /// Those of [`CudaBackend::new`].
     pub fn with(environment: &Environment) -> Result<Self> {
-        let kernels = Kernels::open(environment)?;
+        Self::over(Kernels::open(environment)?, true)
+    }
+
+    fn over(kernels: Arc<Kernels>, deterministic: bool) -> Result<Self> {
         let stream = Mutex::new(Stream::new(kernels.device())?);
-        Ok(Self { kernels, stream })
+        Ok(Self { kernels, stream, deterministic })
+    }
+
+    /// The same with backwards whose sums may come in any order, as callers get them who do not ask for `deterministic`: faster,
+    /// with other bits at every call. A backend of its own, because results of this one never depend on chance.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if the driver makes no stream.
+    pub fn unordered(&self) -> Result<Arc<Self>> {
+        Self::over(self.kernels.clone(), false).map(Arc::new)
     }
 
     /// The device's kernels.
@@ -157,6 +171,10 @@ impl CudaBackend {
             Err(missing) if compiler.cache().last_compiler().is_none() => Err(missing.into()),
             _ => Ok(()),
         }
+    }
+
+    fn options(&self) -> PlanOptions {
+        PlanOptions { deterministic: self.deterministic, ..PlanOptions::default() }
     }
 
     fn device(&self) -> &Arc<Device> {

@@ -7,11 +7,12 @@ use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::{BackwardParams, TILE_ROWS};
 use crate::plan::{IndexPlan, tile_bytes};
-use crate::source::Specialisation;
+use crate::source::{QuerySums, Specialisation};
 use std::sync::Arc;
 
 /// Kernels of the file and what they take.
 pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
+    ("backward_bounds", "BackwardParams"),
     ("backward_delta", "BackwardParams"),
     ("backward", "BackwardParams"),
     ("backward_merge", "BackwardParams"),
@@ -28,7 +29,7 @@ const MAX_CTA_KEYS: usize = 128;
 const WARPGROUP: usize = 128;
 /// Rows that a CTA of `backward_delta` takes.
 const DELTA_ROWS: usize = 64;
-/// Elements that a thread of `backward_merge` and of `backward_convert` takes.
+/// Elements that a thread of `backward_merge`, and of `backward_convert` where they are f32, takes.
 const MERGE_ELEMENTS: usize = 8;
 const CONVERT_ELEMENTS: usize = 4;
 /// Threads of the small kernels.
@@ -52,7 +53,8 @@ struct Main {
 
 impl Main {
     fn of(specialisation: &Specialisation) -> Self {
-        let Specialisation { set, head_dim, block_size, query_partials, .. } = *specialisation;
+        let Specialisation { set, head_dim, block_size, query_sums, .. } = *specialisation;
+        let query_partials = query_sums == QuerySums::Partials;
         if set == KernelSet::Sm80 {
             // Where there are partials, a CTA takes the parts in turn: they share a slot.
             let cta_keys = if head_dim <= 128 { TILE_KEYS } else { TILE_KEYS / 2 };
@@ -95,6 +97,7 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
 /// The loaded kernels.
 #[derive(Debug)]
 pub(crate) struct BackwardKernels {
+    bounds: Function<BackwardParams>,
     delta: Function<BackwardParams>,
     backward: Function<BackwardParams>,
     merge: Function<BackwardParams>,
@@ -107,6 +110,7 @@ pub(crate) struct BackwardKernels {
 impl BackwardKernels {
     pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
         Ok(Self {
+            bounds: module.function("backward_bounds")?,
             delta: module.function("backward_delta")?,
             backward: module.function("backward")?,
             merge: module.function("backward_merge")?,
@@ -136,17 +140,33 @@ impl BackwardKernels {
         if params.given_stats == 0 {
             self.delta.launch(stream, small(rows.div_ceil(DELTA_ROWS)), params)?;
         }
-        let Specialisation { head_dim, query_partials, .. } = self.specialisation;
+        let Specialisation { head_dim, query_sums, .. } = self.specialisation;
         let main = Main::of(&self.specialisation);
-        let grid = [plan.max_units() as u32, main.parts as u32, heads];
+        let grid = [plan.max_units() as u32, main.parts as u32, heads / params.unit_heads as u32];
         let smem_bytes = smem_bytes(&self.specialisation) as u32;
         self.backward.launch(stream, LaunchDims { smem_bytes, ..dims(grid, main.threads) }, params)?;
-        if query_partials {
-            let rows_per_cta = SMALL_THREADS / (head_dim / MERGE_ELEMENTS);
-            self.merge.launch(stream, small(rows.div_ceil(rows_per_cta)), params)
-        } else {
-            self.convert.launch(stream, small((rows * head_dim).div_ceil(CONVERT_ELEMENTS * SMALL_THREADS)), params)
+        let convert = |elements: usize| {
+            self.convert.launch(stream, small((rows * head_dim).div_ceil(elements * SMALL_THREADS)), params)
+        };
+        match query_sums {
+            QuerySums::F32 => convert(CONVERT_ELEMENTS),
+            QuerySums::Scaled => convert(MERGE_ELEMENTS),
+            QuerySums::Partials => {
+                let rows_per_cta = SMALL_THREADS / (head_dim / MERGE_ELEMENTS);
+                self.merge.launch(stream, small(rows.div_ceil(rows_per_cta)), params)
+            }
         }
+    }
+
+    /// What the scale of sums has to know of the keys of some kv heads.
+    pub(crate) fn bounds(
+        &self,
+        stream: &Stream,
+        plan: &IndexPlan,
+        kv_heads: usize,
+        params: &BackwardParams,
+    ) -> Result<()> {
+        self.bounds.launch(stream, dims([plan.max_blocks as u32, kv_heads as u32, 1], SMALL_THREADS), params)
     }
 
     /// Zeros for the sums of blocks with several units, before the first launch of their kv heads.

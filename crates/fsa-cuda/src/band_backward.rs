@@ -1,30 +1,55 @@
 //! Backward of the attention whose rows see an interval of keys: row statistics where the caller has none, then gradients of
-//! queries tile of rows by tile of rows and of keys and values tile of keys by tile of keys. No sum depends on chance.
+//! queries tile of rows by tile of rows and of keys and values tile of keys by tile of keys. No sum depends on chance. Or, with
+//! scaled sums, all of them tile of keys by tile of keys: gradients of queries are added up in memory.
 //!
-//! Kernel files: `kernels/band_backward_sm90.cuh`, `kernels/band_backward_sm80.cuh`.
+//! Kernel files: `kernels/band_backward_sm90.cuh`, `kernels/band_backward_sm80.cuh`, `kernels/band_sums_sm90.cuh`.
 
 use crate::arch::KernelSet;
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::{BandBackwardParams, TILE_ROWS};
 use crate::plan::{RowTiles, tile_bytes};
-use crate::source::Specialisation;
+use crate::source::{QuerySums, Specialisation};
 use std::sync::Arc;
 
-/// Kernels of the file and what they take.
-pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
-    ("band_delta", "BandBackwardParams"),
-    ("band_backward_queries", "BandBackwardParams"),
-    ("band_backward_keys", "BandBackwardParams"),
-    ("band_backward_merge", "BandBackwardParams"),
-];
+/// Kernels of a file and what they take.
+pub(crate) fn entry_points(specialisation: &Specialisation) -> &'static [(&'static str, &'static str)] {
+    if is_one_pass(specialisation) {
+        return &[
+            ("band_delta", "BandBackwardParams"),
+            ("band_sums_open", "BandBackwardParams"),
+            ("band_sums", "BandBackwardParams"),
+            ("band_sums_finish", "BandBackwardParams"),
+            ("band_backward_merge", "BandBackwardParams"),
+        ];
+    }
+    &[
+        ("band_delta", "BandBackwardParams"),
+        ("band_backward_queries", "BandBackwardParams"),
+        ("band_backward_keys", "BandBackwardParams"),
+        ("band_backward_merge", "BandBackwardParams"),
+    ]
+}
+
+/// Whether gradients of queries are added up in memory, in the one pass over keys.
+fn is_one_pass(specialisation: &Specialisation) -> bool {
+    specialisation.query_sums == QuerySums::Scaled
+}
 
 /// Largest vectors whose tiles and sums fit a CTA of the kernels for Hopper.
 pub(crate) const MAX_HOPPER_HEAD_DIM: usize = 128;
-/// Stages of the kernels for Hopper.
+/// The length of vectors that the one pass is made for.
+pub(crate) const SUMS_HEAD_DIM: usize = 128;
+/// Stages of the kernels for Hopper: of the two passes; of rows and of score gradients in the one.
 const STAGES: usize = 2;
-/// Rows that a CTA of `band_delta` takes, one per warp.
-const DELTA_ROWS: usize = 8;
+const SUMS_STAGES: [usize; 2] = [3, 2];
+/// Tokens and heads that a CTA of `band_delta` takes.
+const DELTA_TOKENS: usize = 8;
+const DELTA_HEADS: usize = 8;
+/// Bytes of gradients of queries that a CTA of `band_sums_open` and of `band_sums_finish` takes; keys that one of the former
+/// looks at.
+const TARGET_BYTES: usize = 16 << 10;
+const OPEN_KEYS: usize = 64;
 /// Elements that a thread of `band_backward_merge` takes.
 const MERGE_ELEMENTS: usize = 4;
 /// Threads of the small kernels.
@@ -33,8 +58,8 @@ const SMALL_THREADS: usize = 256;
 /// Rows of a tile of rows.
 pub(crate) fn tile_rows(specialisation: &Specialisation) -> usize {
     match specialisation.set {
-        KernelSet::Sm80 => TILE_ROWS,
-        KernelSet::Sm90 => 2 * TILE_ROWS,
+        KernelSet::Sm90 if !is_one_pass(specialisation) => 2 * TILE_ROWS,
+        _ => TILE_ROWS,
     }
 }
 
@@ -96,8 +121,21 @@ fn keys_smem_bytes(specialisation: &Specialisation) -> usize {
     2 * tile_bytes(keys, head_dim) + tiles_of_steps(head_dim) * tile_bytes(rows, head_dim) + scores
 }
 
-/// Shared memory of a CTA of the larger of the two main kernels.
+/// Shared memory of a CTA of `band_sums`: keys and values, the stages of rows and of score gradients, sums on their way.
+fn sums_smem_bytes(specialisation: &Specialisation) -> usize {
+    let ([row_stages, gradient_stages], head_dim) = (SUMS_STAGES, specialisation.head_dim);
+    let keys = tile_keys(specialisation);
+    2 * tile_bytes(keys, head_dim)
+        + 2 * row_stages * tile_bytes(TILE_ROWS, head_dim)
+        + gradient_stages * tile_bytes(keys, TILE_ROWS)
+        + tile_bytes(TILE_ROWS, head_dim)
+}
+
+/// Shared memory of a CTA of the largest of the main kernels.
 pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
+    if is_one_pass(specialisation) {
+        return sums_smem_bytes(specialisation);
+    }
     queries_smem_bytes(specialisation).max(keys_smem_bytes(specialisation))
 }
 
@@ -105,6 +143,17 @@ pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
     let (queries, keys) = (queries_smem_bytes(specialisation), keys_smem_bytes(specialisation));
     let (cta_keys, threads) = (tile_keys(specialisation), threads(specialisation));
+    if is_one_pass(specialisation) {
+        return vec![
+            ("SUMS_SMEM_BYTES", sums_smem_bytes(specialisation)),
+            ("CTA_KEYS", cta_keys),
+            ("THREADS", threads),
+            ("DELTA_TOKENS", DELTA_TOKENS),
+            ("DELTA_HEADS", DELTA_HEADS),
+            ("TARGET_BYTES", TARGET_BYTES),
+            ("OPEN_KEYS", OPEN_KEYS),
+        ];
+    }
     match specialisation.set {
         KernelSet::Sm80 => vec![
             ("QUERIES_SMEM_BYTES", queries),
@@ -120,28 +169,48 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
 #[derive(Debug)]
 pub(crate) struct BandBackwardKernels {
     delta: Function<BandBackwardParams>,
-    queries: Function<BandBackwardParams>,
-    keys: Function<BandBackwardParams>,
+    main: Main,
     merge: Function<BandBackwardParams>,
     specialisation: Specialisation,
 }
 
+/// The kernels for all gradients but what splits leave.
+#[derive(Debug)]
+enum Main {
+    TwoPasses {
+        queries: Function<BandBackwardParams>,
+        keys: Function<BandBackwardParams>,
+    },
+    OnePass {
+        open: Function<BandBackwardParams>,
+        sums: Function<BandBackwardParams>,
+        finish: Function<BandBackwardParams>,
+    },
+}
+
 impl BandBackwardKernels {
     pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
-        Ok(Self {
-            delta: module.function("band_delta")?,
-            queries: module.function("band_backward_queries")?,
-            keys: module.function("band_backward_keys")?,
-            merge: module.function("band_backward_merge")?,
-            specialisation: *specialisation,
-        })
+        let main = if is_one_pass(specialisation) {
+            Main::OnePass {
+                open: module.function("band_sums_open")?,
+                sums: module.function("band_sums")?,
+                finish: module.function("band_sums_finish")?,
+            }
+        } else {
+            Main::TwoPasses {
+                queries: module.function("band_backward_queries")?,
+                keys: module.function("band_backward_keys")?,
+            }
+        };
+        let (delta, merge) = (module.function("band_delta")?, module.function("band_backward_merge")?);
+        Ok(Self { delta, main, merge, specialisation: *specialisation })
     }
 
     /// The statistics of the rows of the kv heads that `params` names.
     pub(crate) fn statistics(&self, stream: &Stream, params: &BandBackwardParams) -> Result<()> {
-        let (rows, heads) =
-            ((params.band.total_q as usize).div_ceil(DELTA_ROWS), params.num_kv_heads * params.band.group_size);
-        self.delta.launch(stream, dims([rows, heads as usize, 1], SMALL_THREADS, 0), params)
+        let tokens = (params.band.total_q as usize).div_ceil(DELTA_TOKENS);
+        let ctas = tokens * query_heads(params).div_ceil(DELTA_HEADS);
+        self.delta.launch(stream, dims([ctas, 1, 1], SMALL_THREADS, 0), params)
     }
 
     /// All gradients of the kv heads that `params` names.
@@ -153,20 +222,37 @@ impl BandBackwardKernels {
         params: &BandBackwardParams,
     ) -> Result<()> {
         let (band, kv_heads) = (&params.band, params.num_kv_heads as usize);
-        let (threads, smem_bytes) = (threads(&self.specialisation), queries_smem_bytes(&self.specialisation));
-        let grid = match self.specialisation.set {
-            KernelSet::Sm80 => [tiles.ctas(), kv_heads, 1],
-            KernelSet::Sm90 => [(tiles.ctas() * kv_heads).min(multiprocessors), 1, 1],
-        };
-        self.queries.launch(stream, dims(grid, threads, smem_bytes), params)?;
-        let grid = [params.num_key_tiles as usize, kv_heads, params.splits as usize];
-        self.keys.launch(stream, dims(grid, threads, keys_smem_bytes(&self.specialisation)), params)?;
+        let threads = threads(&self.specialisation);
+        let of_keys = [params.num_key_tiles as usize, kv_heads, params.splits as usize];
+        match &self.main {
+            Main::TwoPasses { queries, keys } => {
+                let grid = match self.specialisation.set {
+                    KernelSet::Sm80 => [tiles.ctas(), kv_heads, 1],
+                    KernelSet::Sm90 => [(tiles.ctas() * kv_heads).min(multiprocessors), 1, 1],
+                };
+                queries.launch(stream, dims(grid, threads, queries_smem_bytes(&self.specialisation)), params)?;
+                keys.launch(stream, dims(of_keys, threads, keys_smem_bytes(&self.specialisation)), params)?;
+            }
+            Main::OnePass { open, sums, finish } => {
+                let row_bytes = self.specialisation.head_dim * self.specialisation.dtype().size_bytes();
+                let targets = (band.total_q as usize * query_heads(params) * row_bytes).div_ceil(TARGET_BYTES);
+                let of_bounds = (band.total_keys as usize).div_ceil(OPEN_KEYS) * kv_heads;
+                let small = |ctas: usize| dims([ctas, 1, 1], SMALL_THREADS, 0);
+                open.launch(stream, small(targets.max(of_bounds)), params)?;
+                sums.launch(stream, dims(of_keys, threads, sums_smem_bytes(&self.specialisation)), params)?;
+                finish.launch(stream, small(targets), params)?;
+            }
+        }
         if params.splits == 1 {
             return Ok(());
         }
         let threads = band.total_keys as usize * kv_heads * self.specialisation.head_dim / MERGE_ELEMENTS;
         self.merge.launch(stream, dims([threads.div_ceil(SMALL_THREADS), 1, 1], SMALL_THREADS, 0), params)
     }
+}
+
+fn query_heads(params: &BandBackwardParams) -> usize {
+    params.num_kv_heads as usize * params.band.group_size as usize
 }
 
 fn dims(grid: [usize; 3], threads: usize, smem_bytes: usize) -> LaunchDims {

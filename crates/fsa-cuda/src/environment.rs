@@ -2,17 +2,19 @@
 
 use crate::arch::{Arch, KernelSet};
 use crate::plan::Routing;
+use crate::source::QuerySums;
 use fsa_core::Result;
 use std::path::PathBuf;
 
 /// Name and meaning of every environment variable that the backend reads.
-pub const VARIABLES: [(&str, &str); 7] = [
+pub const VARIABLES: [(&str, &str); 8] = [
     ("FSA_CACHE_DIR", "folder of compiled kernels; unset: XDG_CACHE_HOME/fsa, else ~/.cache/fsa"),
     ("XDG_CACHE_HOME", "folder of the user's caches, where FSA_CACHE_DIR is not set"),
     ("FSA_DISABLE_CACHE", "1: compiled kernels are neither read from nor written to disk"),
     ("FSA_NVRTC_PATH", "the library libnvrtc, or a folder that holds it; unset: the usual places are searched"),
     ("FSA_CUDA_ARCH", "newest architecture whose kernels are used: sm_80 takes the portable ones on any device"),
     ("FSA_ROUTE", "how stage `selected` goes: kv_outer, dense_masked, both in turn, or the fastest; unset: fastest"),
+    ("FSA_QUERY_SUMS", "f32: gradients of queries in bf16 are added up in f32 on Hopper, too; unset: scaled, in f16"),
     ("FSA_CUDA_DEVICE", "number of the device of `--device cuda`; unset: 0"),
 ];
 
@@ -29,6 +31,8 @@ pub struct Environment {
     pub kernels: Option<KernelSet>,
     /// How stage `selected` goes.
     pub routing: Routing,
+    /// How gradients of queries are added up.
+    pub query_sums: Option<QuerySums>,
     /// Number of the device.
     pub device: usize,
 }
@@ -62,6 +66,10 @@ impl Environment {
             Some(text) => text.trim().parse().map_err(|error| name("FSA_ROUTE", error))?,
             None => Routing::default(),
         };
+        let query_sums = match get("FSA_QUERY_SUMS") {
+            Some(text) => Some(text.trim().parse().map_err(|error| name("FSA_QUERY_SUMS", error))?),
+            None => None,
+        };
         let device = match get("FSA_CUDA_DEVICE") {
             Some(text) => text.trim().parse().map_err(|_| {
                 fsa_core::Error::input("FSA_CUDA_DEVICE", "the number of a device", format!("{text:?}"))
@@ -71,7 +79,15 @@ impl Environment {
         let python_prefixes = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(path);
         let python_prefixes = python_prefixes.chain(home.map(|home| home.join(".local"))).collect();
         let cache_dir = cache_dir.filter(|_| !disabled);
-        Ok(Self { cache_dir, nvrtc_path: path("FSA_NVRTC_PATH"), python_prefixes, kernels, routing, device })
+        Ok(Self {
+            cache_dir,
+            nvrtc_path: path("FSA_NVRTC_PATH"),
+            python_prefixes,
+            kernels,
+            routing,
+            query_sums,
+            device,
+        })
     }
 }
 
@@ -107,7 +123,12 @@ mod tests {
     fn an_architecture_names_its_kernels_and_its_variable() {
         assert_eq!(read(&[("FSA_CUDA_ARCH", "sm_80")]).expect("valid").kernels, Some(KernelSet::Sm80));
         assert_eq!(read(&[("FSA_CUDA_ARCH", "sm_90a")]).expect("valid").kernels, Some(KernelSet::Sm90));
-        for (variable, text) in [("FSA_CUDA_ARCH", "hopper"), ("FSA_CUDA_DEVICE", "first"), ("FSA_ROUTE", "quick")] {
+        for (variable, text) in [
+            ("FSA_CUDA_ARCH", "hopper"),
+            ("FSA_CUDA_DEVICE", "first"),
+            ("FSA_ROUTE", "quick"),
+            ("FSA_QUERY_SUMS", "f8"),
+        ] {
             assert_eq!(read(&[(variable, text)]).expect_err(text).argument(), Some(variable));
         }
     }

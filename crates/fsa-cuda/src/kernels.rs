@@ -21,7 +21,7 @@ use crate::prepare::PrepareKernel;
 use crate::reduce::ReduceKernel;
 use crate::rope::RopeKernel;
 use crate::select::SelectKernel;
-use crate::source::{Kernel, Specialisation};
+use crate::source::{Kernel, QuerySums, Specialisation};
 use fsa_core::Result;
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -84,6 +84,7 @@ pub struct Kernels {
     lanes: Lanes,
     sides: Lanes,
     routing: Routing,
+    query_sums: Option<QuerySums>,
     measured: MeasuredRoutes,
 }
 
@@ -100,8 +101,8 @@ impl Kernels {
         let (lanes, sides) = (Lanes::new(&device)?, Lanes::new(&device)?);
         let compiler = Compiler::new(environment);
         let measured = MeasuredRoutes::new(environment.cache_dir.clone(), &device.facts().name, set);
-        let (loaded, routing) = (RwLock::default(), environment.routing);
-        Ok(Arc::new(Self { device, compiler, set, loaded, lanes, sides, routing, measured }))
+        let (loaded, routing, query_sums) = (RwLock::default(), environment.routing, environment.query_sums);
+        Ok(Arc::new(Self { device, compiler, set, loaded, lanes, sides, routing, query_sums, measured }))
     }
 
     /// The device.
@@ -129,14 +130,19 @@ impl Kernels {
         self.routing
     }
 
-    /// The options of a pass of stage `selected` with the route that the environment asks for, or that was measured to be faster,
-    /// unless they have one.
+    /// The options with what the environment asks for, unless they say otherwise.
+    pub(crate) fn query_sums(&self, options: &PlanOptions) -> PlanOptions {
+        PlanOptions { query_sums: options.query_sums.or(self.query_sums), ..*options }
+    }
+
+    /// The options of a pass of stage `selected` with what the environment asks for, and the route that was measured to be faster,
+    /// unless they say otherwise.
     pub(crate) fn routed(&self, problem: &Problem, pass: Pass, options: &PlanOptions) -> PlanOptions {
         let measured = || match self.routing {
             Routing::Fastest => self.measured.get(problem, pass).map(|times| times.faster()),
             routing => routing.route(problem),
         };
-        PlanOptions { route: options.route.or_else(measured), ..*options }
+        PlanOptions { route: options.route.or_else(measured), ..self.query_sums(options) }
     }
 
     pub(crate) fn lanes(&self) -> &Lanes {

@@ -179,12 +179,15 @@ device_structs! {
         grad_value_out: Tensor,
         grad_key: Address,
         grad_value: Address,
+        row_bounds: Address,
+        key_bounds: Address,
         sum_rows: i64,
         scale_log2: f32,
         scale: f32,
         group_size: i32,
         chunk: i32,
         first_head: i32,
+        unit_heads: i32,
         rows: i32,
         first_sums: i32,
         finish_sums: i32,
@@ -282,6 +285,8 @@ device_structs! {
         lse: Address,
         grad_lse: Address,
         row_stats: Address,
+        row_bounds: Address,
+        key_bounds: Address,
         grad_query: Tensor,
         grad_key: Tensor,
         grad_value: Tensor,
@@ -299,6 +304,7 @@ device_structs! {
         grad_out_map: TensorMap,
         key_map: TensorMap,
         value_map: TensorMap,
+        sums_map: TensorMap,
     }
 
     /// Parameters of `select`.
@@ -389,6 +395,7 @@ device_structs! {
         grad_out: Tensor,
         lse: [Address; 3],
         row_stats: [Address; 3],
+        row_bounds: [Address; 3],
         grad_gates: Address,
     }
 }

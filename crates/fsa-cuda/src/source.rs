@@ -1,13 +1,14 @@
 //! The kernel files, embedded in the binary, and the translation unit that is generated around one of them.
 
 use crate::arch::KernelSet;
-use crate::band_backward::MAX_HOPPER_HEAD_DIM;
+use crate::band_backward::{MAX_HOPPER_HEAD_DIM, SUMS_HEAD_DIM};
 use crate::params;
 use crate::plan::MAX_CTA_SMEM_BYTES;
 use fsa_core::config::BLOCK_SIZES;
 use fsa_core::{DType, Error};
 use serde::Serialize;
 use std::fmt::{self, Write};
+use std::str::FromStr;
 
 /// Every file of `kernels/`: its path there and its text.
 const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -49,6 +50,31 @@ pub enum Kernel {
     Rope,
     /// Stage `combine`, forward and backward.
     Combine,
+}
+
+/// How the gradients of a query through its blocks are added up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QuerySums {
+    /// In memory, in f32.
+    F32,
+    /// In memory, in f16 with a factor that keeps them in range: half the bytes. For gradients in bf16, which has three
+    /// bits less.
+    Scaled,
+    /// One partial per block, merged in order: slower, but repeatable.
+    Partials,
+}
+
+impl FromStr for QuerySums {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "f32" => Ok(Self::F32),
+            "scaled" => Ok(Self::Scaled),
+            _ => Err(Error::input("query_sums", "f32 or scaled", format!("{text:?}"))),
+        }
+    }
 }
 
 /// What a kernel file depends on, of what a call says.
@@ -133,9 +159,8 @@ pub struct Specialisation {
     pub head_dim: usize,
     /// Keys of a block.
     pub block_size: usize,
-    /// Backward only: gradients of a query are merged from one partial per block, instead of added up in f32 in memory.
-    /// Slower, but repeatable.
-    pub query_partials: bool,
+    /// Backward only; of an interval of keys: [`QuerySums::F32`] in two passes, [`QuerySums::Scaled`] in one.
+    pub query_sums: QuerySums,
     /// Attention to an interval of keys only: rows see the blocks that they list.
     pub block_mask: bool,
 }
@@ -146,7 +171,7 @@ impl Specialisation {
         let depends = kernel.depends();
         let (is_bf16, head_dim) = if depends.rows { (dtype == DType::Bf16, head_dim) } else { (true, 128) };
         let block_size = if depends.block_size { block_size } else { 64 };
-        Self { kernel, set, is_bf16, head_dim, block_size, query_partials: false, block_mask: false }
+        Self { kernel, set, is_bf16, head_dim, block_size, query_sums: QuerySums::F32, block_mask: false }
     }
 
     /// The same, or the portable kernel where the set has none of its own.
@@ -159,9 +184,9 @@ impl Specialisation {
         if self.is_bf16 { DType::Bf16 } else { DType::F16 }
     }
 
-    /// The specialisation that merges partials.
-    pub fn with_query_partials(self) -> Self {
-        Self { query_partials: true, ..self }
+    /// The specialisation that adds up gradients of queries in another way.
+    pub fn with_query_sums(self, query_sums: QuerySums) -> Self {
+        Self { query_sums, ..self }
     }
 
     /// The specialisation with a mask of blocks.
@@ -174,7 +199,11 @@ impl Specialisation {
     /// # Errors
     /// There is no such kernel for the set.
     pub fn file(&self) -> Result<&'static str, Error> {
-        let names = [format!("{}.cuh", self.kernel), format!("{}_{}.cuh", self.kernel, self.set)];
+        let stem = match (self.kernel, self.query_sums) {
+            (Kernel::BandBackward, QuerySums::Scaled) => "band_sums",
+            (kernel, _) => kernel.name(),
+        };
+        let names = [format!("{stem}.cuh"), format!("{stem}_{}.cuh", self.set)];
         let file = FILES.iter().map(|(path, _)| *path).find(|path| names.iter().any(|name| name == path));
         file.ok_or_else(|| Error::Unsupported {
             constraint: format!("kernel `{}`", self.kernel),
@@ -202,7 +231,14 @@ impl Specialisation {
     /// True if there is such a kernel, and a CTA of it has the shared memory for rows that list `topk` blocks.
     pub(crate) fn exists(&self, topk: usize) -> bool {
         let portable = self.set == KernelSet::Sm80;
-        let writes = !self.query_partials || portable || (self.block_size <= MAX_PARTIALS_BLOCK && self.head_dim < 256);
+        let writes = match self.query_sums {
+            QuerySums::F32 => true,
+            QuerySums::Scaled if self.kernel == Kernel::BandBackward => {
+                !portable && self.is_bf16 && self.head_dim == SUMS_HEAD_DIM && !self.block_mask
+            }
+            QuerySums::Scaled => !portable && self.is_bf16 && self.head_dim < 256,
+            QuerySums::Partials => portable || (self.block_size <= MAX_PARTIALS_BLOCK && self.head_dim < 256),
+        };
         let fits = self.kernel != Kernel::BandBackward || portable || self.head_dim <= MAX_HOPPER_HEAD_DIM;
         writes && fits && self.file().is_ok() && self.smem_bytes(topk) <= MAX_CTA_SMEM_BYTES
     }
@@ -216,7 +252,7 @@ impl Specialisation {
             Kernel::Backward => crate::backward::ENTRY_POINTS,
             Kernel::Prepare => crate::prepare::ENTRY_POINTS,
             Kernel::Band => crate::band::ENTRY_POINTS,
-            Kernel::BandBackward => crate::band_backward::ENTRY_POINTS,
+            Kernel::BandBackward => crate::band_backward::entry_points(self),
             Kernel::BlockMask => crate::block_mask::ENTRY_POINTS,
             Kernel::Select => crate::select::ENTRY_POINTS,
             Kernel::Compress => crate::compress::ENTRY_POINTS,
@@ -257,7 +293,9 @@ impl Specialisation {
             let _ = writeln!(text, "#define FSA_{name} {value}");
         }
         if self.kernel == Kernel::Backward {
-            let _ = writeln!(text, "#define FSA_QUERY_PARTIALS {}", u8::from(self.query_partials));
+            for (name, sums) in [("QUERY_PARTIALS", QuerySums::Partials), ("SCALED_SUMS", QuerySums::Scaled)] {
+                let _ = writeln!(text, "#define FSA_{name} {}", u8::from(self.query_sums == sums));
+            }
         }
         if self.block_mask {
             let _ = writeln!(text, "#define FSA_BLOCK_MASK 1");
@@ -296,7 +334,11 @@ impl fmt::Display for Specialisation {
         if self.block_mask {
             f.write_str(" mask")?;
         }
-        if self.query_partials { f.write_str(" partials") } else { Ok(()) }
+        match self.query_sums {
+            QuerySums::F32 => Ok(()),
+            QuerySums::Scaled => f.write_str(" scaled sums"),
+            QuerySums::Partials => f.write_str(" partials"),
+        }
     }
 }
 
@@ -315,8 +357,14 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                     let specialisation = Specialisation::new(kernel, set, dtype, head_dim, block_size);
                     all.push(specialisation);
                     match kernel {
-                        Kernel::Backward => all.push(specialisation.with_query_partials()),
-                        Kernel::Band | Kernel::BandBackward => all.push(specialisation.with_block_mask(block_size)),
+                        Kernel::Backward => all.extend(
+                            [QuerySums::Scaled, QuerySums::Partials].map(|x| specialisation.with_query_sums(x)),
+                        ),
+                        Kernel::Band => all.push(specialisation.with_block_mask(block_size)),
+                        Kernel::BandBackward => all.extend([
+                            specialisation.with_block_mask(block_size),
+                            specialisation.with_query_sums(QuerySums::Scaled),
+                        ]),
                         _ => {}
                     }
                 }
@@ -353,7 +401,7 @@ mod tests {
         assert_eq!(count(Kernel::Index), 5);
         for kernel in [Kernel::Attend, Kernel::Reduce, Kernel::Backward] {
             // Large blocks of large heads do not fit.
-            assert!((2 * 20..=2 * 45).contains(&count(kernel)), "{kernel}: {}", count(kernel));
+            assert!((2 * 20..=2 * 60).contains(&count(kernel)), "{kernel}: {}", count(kernel));
         }
         assert!(all.iter().all(|specialisation| specialisation.smem_bytes(1) <= MAX_CTA_SMEM_BYTES));
     }

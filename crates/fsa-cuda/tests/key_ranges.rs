@@ -1,9 +1,10 @@
 //! On a GPU: gradients do not depend on how many ranges of keys take turns, which the memory for their sums decides; and what the whole operation
-//! asks of this backward beside them, statistics of gated rows and gradients that are added to.
+//! asks of this backward beside them, statistics of gated rows and gradients that are added to; nor on how gradients of queries are added up,
+//! whatever the magnitudes.
 
 use fsa_core::{Batch, DType};
 use fsa_cuda::driver::{DeviceBuffer, Stream, UploadedBatch};
-use fsa_cuda::plan::{BackwardPlan, PlanOptions, Problem, Route};
+use fsa_cuda::plan::{BackwardPlan, PlanOptions, Problem, QuerySums, Route};
 use fsa_cuda::selected::{
     BackwardTensors, ForwardTensors, LaunchContext, SelectedBackward, SelectedForward, TensorSpan,
 };
@@ -26,7 +27,7 @@ fn noise(count: usize, seed: u32) -> Vec<bf16> {
 }
 
 /// Every row lists the first block, and the two up to its own.
-fn indices(topk: usize, block_size: usize) -> Vec<i32> {
+fn indices(cu_seqlens: &[usize], topk: usize, block_size: usize) -> Vec<i32> {
     let row = |position: usize| {
         let own = (position / block_size) as i32;
         let mut ids: Vec<i32> = [0, own - 1, own].into_iter().filter(|id| *id >= 0).collect();
@@ -34,7 +35,7 @@ fn indices(topk: usize, block_size: usize) -> Vec<i32> {
         ids.resize(topk, -1);
         ids
     };
-    CU_SEQLENS.windows(2).flat_map(|pair| (0..pair[1] - pair[0]).flat_map(row)).collect()
+    cu_seqlens.windows(2).flat_map(|pair| (0..pair[1] - pair[0]).flat_map(row)).collect()
 }
 
 fn uploaded(kernels: &Kernels, stream: &Stream, data: &[bf16]) -> DeviceBuffer {
@@ -62,16 +63,26 @@ struct Call {
     inputs: [DeviceBuffer; 7],
 }
 
+/// query, key, value, grad_out.
+fn noises(rows: usize) -> [Vec<bf16>; 4] {
+    let rows = rows * DIM;
+    [noise(rows * HEADS, 1), noise(rows, 2), noise(rows, 3), noise(rows * HEADS, 4)]
+}
+
 impl Call {
     fn new() -> Self {
+        Self::of(&CU_SEQLENS, &noises(CU_SEQLENS[3]))
+    }
+
+    fn of(cu_seqlens: &[usize], [query, key, value, grad_out]: &[Vec<bf16>; 4]) -> Self {
         let kernels = Arc::clone(CudaBackend::new().expect("a device").kernels());
         let device = kernels.device();
         let stream = Stream::new(device).expect("a stream");
-        let rows = CU_SEQLENS[3];
+        let rows = cu_seqlens[cu_seqlens.len() - 1];
         let problem = Problem {
             total_q: rows,
             total_kv: rows,
-            sequences: 3,
+            sequences: cu_seqlens.len() - 1,
             num_q_heads: HEADS,
             num_kv_heads: 1,
             head_dim: DIM,
@@ -82,18 +93,11 @@ impl Call {
         let of_q = rows * HEADS * DIM;
         let upload = |data: &[bf16]| uploaded(&kernels, &stream, data);
         let ids = DeviceBuffer::new(device, "topk_indices", problem.topk_indices_bytes()).expect("memory");
-        ids.upload(&indices(problem.topk, problem.block_size), &stream).expect("uploads");
+        ids.upload(&indices(cu_seqlens, problem.topk, problem.block_size), &stream).expect("uploads");
         let lse = DeviceBuffer::new(device, "lse", 4 * rows * HEADS).expect("memory");
-        let inputs = [
-            upload(&noise(of_q, 1)),
-            upload(&noise(rows * DIM, 2)),
-            upload(&noise(rows * DIM, 3)),
-            ids,
-            upload(&vec![bf16::ZERO; of_q]),
-            lse,
-            upload(&noise(of_q, 4)),
-        ];
-        let cu: Vec<i32> = CU_SEQLENS.iter().map(|end| *end as i32).collect();
+        let inputs =
+            [upload(query), upload(key), upload(value), ids, upload(&vec![bf16::ZERO; of_q]), lse, upload(grad_out)];
+        let cu: Vec<i32> = cu_seqlens.iter().map(|end| *end as i32).collect();
         let batch = Batch::from_cu_seqlens(&cu, &cu).expect("valid");
         let batch = UploadedBatch::new(device, &batch, &stream).expect("uploads");
         let call = Self { kernels, stream, problem, batch, inputs };
@@ -151,7 +155,15 @@ impl Call {
             let sign = u32::from(gate < 0.0);
             [lses[at] * std::f32::consts::LOG2_E - gate.abs().log2(), f32::from_bits(delta.to_bits() & !1 | sign)]
         });
-        let stats: Vec<f32> = stats.collect();
+        let bounds = (0..rows * HEADS).map(|at| {
+            let gate = gates[at].abs();
+            let vector = at * DIM..(at + 1) * DIM;
+            let size: f32 = grad_out[vector.clone()].iter().map(|x| x.abs()).sum();
+            let delta: f32 = out[vector.clone()].iter().zip(&grad_out[vector]).map(|(x, y)| x * y).sum();
+            [gate * size, gate * delta.abs()]
+        });
+        let bounds = bounds.fold([0f32; 2], |most, bound| [most[0].max(bound[0]), most[1].max(bound[1])]);
+        let stats: Vec<f32> = stats.chain(bounds).collect();
         let buffer = DeviceBuffer::new(self.kernels.device(), "row_stats", 4 * stats.len()).expect("memory");
         buffer.upload(&stats, &self.stream).expect("uploads");
         buffer
@@ -232,4 +244,75 @@ fn gates_in_the_statistics_of_rows_are_gates_of_grad_out_and_gradients_are_added
         let added = Given { row_stats: Some(&stats), before: Some(bf16::from_f32(3.0)), ..Given::default() };
         compare(&sum, &call.gradients(&backward, &added));
     }
+}
+
+/// Gradients of queries in scaled f16 and in f32: equal but for roundings of the largest element of a row, and what is far below the largest of all;
+/// and not finite in the same places.
+fn compare_sums(name: &str, inputs: &[Vec<bf16>; 4]) {
+    let call = Call::of(&CU_SEQLENS, inputs);
+    let [scaled, exact] = [QuerySums::Scaled, QuerySums::F32].map(|query_sums| {
+        let (query_sums, route) = (Some(query_sums), Some(Route::KvOuter));
+        let planned = call.plan_with(&PlanOptions { query_sums, route, ..PlanOptions::default() });
+        call.gradients(&planned, &Given::default()).swap_remove(0)
+    });
+    let largest = |row: &[f32]| row.iter().filter(|x| x.is_finite()).fold(0f32, |most, x| most.max(x.abs()));
+    let floor = largest(&exact) / (1 << 26) as f32;
+    for (row, (got, expected)) in scaled.chunks(DIM).zip(exact.chunks(DIM)).enumerate() {
+        let most = largest(expected) / 64.0 + floor;
+        let fits = |(x, y): (&f32, &f32)| (x - y).abs() <= most || x == y || x.is_nan() && y.is_nan();
+        let wrong = got.iter().zip(expected).position(|pair| !fits(pair));
+        assert_eq!(wrong, None, "{name}, row {row}: {:?}", wrong.map(|at| (got[at], expected[at])));
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn scaled_sums_are_those_in_f32_whatever_the_magnitudes() {
+    let factors = [
+        ("plain", [1.0; 4]),
+        ("no gradient", [1.0, 1.0, 1.0, 0.0]),
+        ("tiny gradient", [1.0, 1.0, 1.0, 1e-25]),
+        ("huge gradient", [1.0, 1.0, 1.0, 1e25]),
+        ("huge values and gradient", [1.0, 1.0, 1e15, 1e15]),
+        ("tiny values, large keys", [1e-3, 1e3, 1e-20, 1.0]),
+        ("tiny keys", [1.0, 1e-20, 1.0, 1.0]),
+        ("large logits", [30.0, 30.0, 1.0, 1.0]),
+    ];
+    for (name, factors) in factors {
+        let mut inputs = noises(CU_SEQLENS[3]);
+        for (input, factor) in inputs.iter_mut().zip(factors) {
+            input.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32() * factor));
+        }
+        compare_sums(name, &inputs);
+    }
+    // One row of grad_out and one value a thousand times as large as the others.
+    let mut inputs = noises(CU_SEQLENS[3]);
+    for (input, row) in [(3, 411 * HEADS), (2, 833)] {
+        let large = |x: &mut bf16| *x = bf16::from_f32(x.to_f32() * 1e3);
+        inputs[input][row * DIM..(row + 1) * DIM].iter_mut().for_each(large);
+    }
+    compare_sums("outliers", &inputs);
+    // What later rows see, and what rows have themselves.
+    let mut inputs = noises(CU_SEQLENS[3]);
+    inputs[1][650 * DIM + 3] = bf16::NAN;
+    inputs[2][130 * DIM] = bf16::INFINITY;
+    inputs[0][720 * HEADS * DIM + 9] = bf16::NAN;
+    inputs[3][40 * HEADS * DIM + 5] = bf16::NEG_INFINITY;
+    compare_sums("not finite", &inputs);
+    let mut inputs = noises(CU_SEQLENS[3]);
+    inputs[2][900 * DIM + 1] = bf16::from_f32(1e36);
+    compare_sums("near the end of the range", &inputs);
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn units_that_take_heads_in_turn_give_the_gradients_of_heads_one_by_one() {
+    let cu_seqlens = [0, 60, 60, 33_001];
+    let call = Call::of(&cu_seqlens, &noises(cu_seqlens[3]));
+    let [turns, alone] = [QuerySums::Scaled, QuerySums::F32].map(|query_sums| {
+        let (query_sums, route) = (Some(query_sums), Some(Route::KvOuter));
+        call.plan_with(&PlanOptions { query_sums, route, ..PlanOptions::default() })
+    });
+    assert_eq!((kv_outer(&turns).unit_heads, kv_outer(&alone).unit_heads), (HEADS, 1));
+    compare(&call.gradients(&alone, &Given::default()), &call.gradients(&turns, &Given::default()));
 }

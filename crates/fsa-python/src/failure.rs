@@ -32,6 +32,12 @@ impl From<Failure> for PyErr {
     }
 }
 
+impl From<PyErr> for Failure {
+    fn from(error: PyErr) -> Self {
+        Self(error)
+    }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Self(exception(error))

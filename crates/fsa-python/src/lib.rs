@@ -12,7 +12,7 @@
 //! | `run` | the engine, the release of the interpreter lock, panics to exceptions |
 //! | `packed` | what the calls share: packed inputs, prefix sums, parameters |
 //! | `attention`, `compress`, `nsa` | the calls on the CPU |
-//! | `cuda` | the calls on CUDA tensors: checks, plans, launches on PyTorch's stream |
+//! | `cuda` | the calls on CUDA tensors: checks, plans, outputs, launches on PyTorch's stream |
 //!
 //! A `Memory` is a plain description, made for any device; only `Memory::view` asks for host memory, and memory of
 //! another device is [`Unsupported`](fsa::Error::Unsupported) there. The stages that run on CUDA take a
@@ -43,16 +43,11 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(nsa::nsa, module)?)?;
     module.add_function(wrap_pyfunction!(nsa::check_options, module)?)?;
     module.add_function(wrap_pyfunction!(nsa::nsa_backward, module)?)?;
-    module.add_class::<cuda::CudaPlan>()?;
-    module.add_function(wrap_pyfunction!(cuda::attention::cuda_attention_plan, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::attention::cuda_attention, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::attention::cuda_attention_backward, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::select::cuda_select_plan, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::select::cuda_select, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::compress::cuda_compress_plan, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::compress::cuda_compress, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::compress::cuda_compress_backward, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::nsa::cuda_nsa_plan, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::nsa::cuda_nsa, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::nsa::cuda_nsa_backward, module)?)
 }

@@ -49,10 +49,11 @@ class Setting:
         return given if at is None else [x.to(at, getattr(torch, self.dtype)).requires_grad_() for x in given]
 
     def dense(self, q, k, v):
-        return fsa_rs.dense_attn_varlen_func(q, k, v, *self.cu, softmax_scale=self.scale, return_lse=True)
+        options = {"softmax_scale": self.scale, "deterministic": True, "return_lse": True}
+        return fsa_rs.dense_attn_varlen_func(q, k, v, *self.cu, **options)
 
     def window(self, q, k, v):
-        options = {"window_size": WINDOW, "softmax_scale": self.scale, "return_lse": True}
+        options = {"window_size": WINDOW, "softmax_scale": self.scale, "deterministic": True, "return_lse": True}
         return fsa_rs.window_attn_varlen_func(q, k, v, *self.cu, **options)
 
     def compressed(self, q, k_cmp, v_cmp):
@@ -60,7 +61,7 @@ class Setting:
         room = int(self.case.cu_k[-1]) // GEOMETRY[1] - self.rows
         k_cmp, v_cmp = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, room), value=float("nan")) for x in (k_cmp, v_cmp))
         out, lse, self.ids = fsa_rs.compressed_attn_varlen_func(
-            q, k_cmp, v_cmp, *self.cu, **SIZES, softmax_scale=self.scale
+            q, k_cmp, v_cmp, *self.cu, **SIZES, softmax_scale=self.scale, deterministic=True
         )
         assert not self.ids.requires_grad and self.ids.dtype == torch.int32
         return out, lse

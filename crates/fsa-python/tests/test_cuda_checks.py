@@ -32,9 +32,13 @@ def inputs(**changes):
     return tuple({**given, **changes}[name] for name in NAMES)
 
 
-def plan(given, block_size, backward=False):
+def call(given, block_size, backward=False):
     q, k, v, topk_indices, *cu_seqlens = given
-    return _native.cuda_attention_plan((q, k, v, *cu_seqlens), (topk_indices, block_size), backward, False)
+    stage, packed = (topk_indices, block_size, False), (q, k, v, *cu_seqlens)
+    if not backward:
+        return _native.cuda_attention(stage, packed, None)
+    forward = (described((100, 6, 64)), described((6, 100), "float32"), described((100, 6, 64)), None)
+    return _native.cuda_attention_backward(stage, packed, None, False, forward)
 
 
 ERRORS = [
@@ -86,12 +90,12 @@ ERRORS = [
 @pytest.mark.parametrize("backward", [False, True])
 def test_errors_name_the_argument(changes, kind, message, backward):
     with pytest.raises(kind, match=message):
-        plan(inputs(**changes), 64, backward)
+        call(inputs(**changes), 64, backward)
 
 
 def test_block_sizes():
     with pytest.raises(ValueError, match="block_size: expected one of 16, 32, 64, 128, 256, got 17"):
-        plan(inputs(), 17)
+        call(inputs(), 17)
 
 
 def test_a_machine_without_a_driver_says_so():
@@ -99,7 +103,7 @@ def test_a_machine_without_a_driver_says_so():
     code = """
 import test_cuda_checks as t
 try:
-    print(t.plan(t.inputs(), 64)[1])
+    print(t.call(t.inputs(), 64))
 except RuntimeError as error:
     print(error)
 """
@@ -141,22 +145,27 @@ SIZES = [32, 16, 64, 4, 1, 2, 512, 0]
 
 
 def band(stage, **changes):
-    return _native.cuda_attention_plan(packed(**changes), stage, False, False)
+    return _native.cuda_attention(stage, packed(**changes), None)
 
 
 def select(sizes=SIZES, **changes):
-    return _native.cuda_select_plan(packed(**changes), sizes)
+    return _native.cuda_select(sizes, packed(**changes), None)
 
 
 def compress(weight=None, position=None, geometry=(32, 16), name="k", **changes):
+    """Of keys, or of values beside keys that are right."""
     given = {"input": described((120, 2, 64)), "cu_seqlens_k": described((3,), "int32"), **changes}
-    return _native.cuda_compress_plan(name, geometry, tuple(given.values()), (weight, position), False)
+    inputs = (given["input"], given["input"], given["cu_seqlens_k"])
+    # A gradient for that side alone: the other one is not looked at.
+    sides = [((weight, position), described((7, 2, 64))), ((None, None), None)]
+    (keys, grad_k), (values, grad_v) = sides if name == "k" else reversed(sides)
+    return _native.cuda_compress_backward(geometry, inputs, (keys, values), (grad_k, grad_v))
 
 
-def nsa(gates=None, parameters=(None,) * 4, sizes=SIZES, rope=(), backward=False, **changes):
+def nsa(gates=None, parameters=(None,) * 4, sizes=SIZES, rope=(), **changes):
     gates = described((100, 3)) if gates is None else gates
     inputs = (packed(**changes), gates, parameters[:2], parameters[2:])
-    return _native.cuda_nsa_plan((sizes, list(rope)), inputs, False, backward, False)
+    return _native.cuda_nsa((sizes, list(rope), None), inputs, None)
 
 
 OTHER_ERRORS = [

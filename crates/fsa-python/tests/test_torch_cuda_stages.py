@@ -228,26 +228,25 @@ def test_opcheck(dim):
     q, k, v, k_cmp, v_cmp, gates, linear, position, weighted = setting.inputs(names, gpu.DEVICE)
     setting.dense(q, k, v)  # registers the operators
     ops, cu, sizes = torch.ops.fsa_rs, setting.cu, [*SIZES.values(), 1, 2, WINDOW, 0]
-    compressing = ("k", list(GEOMETRY), k, cu[1], linear, position)
+    compressing = (k, v, cu[1], linear, position, weighted, None, list(GEOMETRY))
     whole = (q, k, v, *cu, gates, linear, position, weighted, None, sizes, [THETA], -0.3, True)
     calls = [
         (ops.attention, (q, k, v, *cu, None, None, None, False)),
         (ops.attention, (q, k, v, *cu, -0.3, None, [WINDOW], False)),
         (ops.attention, (q, k_cmp, v_cmp, *cu, None, None, list(GEOMETRY), False)),
-        (ops.select, (q, k_cmp, v_cmp, *cu, None, sizes)),
+        (ops.select, (q, k_cmp, v_cmp, *cu, None, sizes, True)),
         (ops.compress, compressing),
         (ops.nsa, (*whole, True, "none")),
     ]
     with torch.no_grad():
         states = {recompute: ops.nsa(*whole, True, recompute) for recompute in ("none", "rotated", "all")}
-        compressed = ops.compress(*compressing)
+        grads = [torch.ones_like(x) for x in ops.compress(*compressing)[:2]]
 
     def detached(values):
         return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in values)
 
-    calls += [
-        (ops.compress_backward, (*detached(compressing), torch.ones_like(compressed))),
-    ]
+    calls.append((ops.compress_backward, (*detached(compressing), *grads)))
+    calls.append((ops.compress_backward, (*detached(compressing), None, grads[1])))
     for recompute, (out, ids, state) in states.items():
         calls.append((ops.nsa_backward, (*detached(whole), ids, state, torch.ones_like(out), recompute)))
     for operator, arguments in calls:

@@ -65,24 +65,25 @@ def arguments():
     sizes = [16, 8, 16, 4, 1, 2, 8, 0]
     weight, position = torch.ones(2, 256, 16) / 99, torch.ones(2, 16, 16)
     parameters = (weight.requires_grad_(), position.requires_grad_())
-    compress = ("k", [16, 8], k, CU_K, *parameters)
+    compress = (k, v, CU_K, *parameters, None, None, [16, 8])
     whole = (*packed, GATES.clone().requires_grad_(), *parameters, None, None, sizes, [1e4], None, False)
     ops = torch.ops.fsa_rs
     yield "dense", ops.attention, (*packed, None, None, None, False)
     yield "window", ops.attention, (*packed, 0.3, None, [5], False)
     yield "selected", ops.attention, (*packed, None, IDS, [16, 1], False)
     yield "compressed", ops.attention, (q, k_cmp, v_cmp, CU_Q, CU_K, None, None, [16, 8], True)
-    yield "select", ops.select, (q, k_cmp, v_cmp, CU_Q, CU_K, None, sizes)
+    yield "select", ops.select, (q, k_cmp, v_cmp, CU_Q, CU_K, None, sizes, True)
     yield "compress", ops.compress, compress
     yield "nsa", ops.nsa, (*whole, True, "none")
     with torch.no_grad():
         out, lse = ops.attention(*packed, None, IDS, [16, 0], False)
-        grad_k = torch.ones_like(ops.compress(*compress))
+        grad_k, grad_v, _ = map(torch.ones_like, ops.compress(*compress))
         states = {recompute: ops.nsa(*whole, True, recompute) for recompute in ("none", "rotated", "all")}
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in (*packed, None, IDS, [16, 0], False)]
     yield "attention_backward", ops.attention_backward, (*detached, out, lse, torch.ones_like(out), lse.exp())
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in compress]
-    yield "compress_backward", ops.compress_backward, (*detached, grad_k)
+    yield "compress_backward", ops.compress_backward, (*detached, grad_k, grad_v)
+    yield "compress_backward of values", ops.compress_backward, (*detached, None, grad_v)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in whole]
     for recompute, (result, ids, state) in states.items():
         backward = (*detached, ids, state, torch.ones_like(result), recompute)

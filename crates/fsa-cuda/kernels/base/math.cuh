@@ -6,6 +6,7 @@ FSA_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 FSA_DEVICE int min_i(int a, int b) { return a < b ? a : b; }
 FSA_DEVICE int max_i(int a, int b) { return a > b ? a : b; }
 FSA_DEVICE u32 min_u(u32 a, u32 b) { return a < b ? a : b; }
+FSA_DEVICE u32 max_u(u32 a, u32 b) { return a > b ? a : b; }
 FSA_DEVICE f32 neg_inf() { return __int_as_float(0xff800000); }
 
 // 2^x and log2 x, one instruction each, about 2 ulp; 2^-inf = 0.

@@ -4,6 +4,8 @@
 #include "base/types.cuh"
 
 struct RowStats;        // block/row_stats.cuh
+struct RowBounds;       // block/query_sums.cuh
+struct KeyBounds;
 
 // A [tokens, heads, head_dim] tensor; strides in elements, head_dim contiguous, rows 16-byte aligned.
 struct Tensor {
@@ -129,19 +131,22 @@ struct BackwardParams {
     const f32* lse;             // [num_q_heads, total_q], natural log
     const f32* grad_lse;        // the same shape, or null
     f32* row_stats;             // [heads in launch, rows] statistics of rows (block/row_stats.cuh), or [num_q_heads, total_q] given by the caller
-    f32* grad_query;            // [heads in launch, rows, HEAD_DIM] f32, fragment order, zero before the launch
+    void* grad_query;           // [heads in launch, rows, HEAD_DIM] f32 or scaled f16, fragment order, zero before the launch
     void* partial;              // [heads in launch, rows, slots, HEAD_DIM] instead, with FSA_QUERY_PARTIALS
     Tensor grad_query_out;      // targets
     Tensor grad_key_out, grad_value_out;
     f32* grad_key;              // [kv heads in launch, sum_rows, HEAD_DIM] f32, fragment order, zero before their first launch where units add; row 0 is
                                 // where that of key row 0 would be
     f32* grad_value;            // the same
+    RowBounds* row_bounds;      // [num_q_heads], or one given by the caller for all; zero before the first launch. With FSA_SCALED_SUMS
+    KeyBounds* key_bounds;      // [num_kv_heads], the same
     i64 sum_rows;               // rows of the sums, the first being that of first_key
     f32 scale_log2;
     f32 scale;
     i32 group_size;
     i32 chunk;
     i32 first_head;             // query head of the launch's first
+    i32 unit_heads;             // heads of the launch that a unit takes in turn, all of one kv head; portable kernels and partials: 1
     i32 rows;                   // rows that one head has in row_stats, grad_query and partial
     i32 first_sums;             // 1: nothing was added to grad_key and grad_value yet, and no two heads of the launch share them
     i32 finish_sums;            // 1: nothing will be, and no two heads do: a block's only unit writes rows of grad_key_out and grad_value_out
@@ -228,12 +233,28 @@ struct BandParams {
     TensorMap value_map;        // the same
 };
 
+// Compressed attention that also chooses blocks: its probabilities, pooled to scores, and what is chosen by them.
+struct BlockChoice {
+    f32* scores;                // [ctas, 2] slots of a tile: sums of groups of four keys [128, max_steps, 32], maxima of rows [128, max_steps]
+    i32* topk_indices;          // [num_kv_heads, total_q, topk]
+    i32 max_steps;              // bound on the blocks of a sequence / 32, a multiple of 4
+    i32 topk;
+    i32 init_blocks;
+    i32 local_blocks;
+};
+struct BandSelectParams {
+    BandParams attention;       // key_map, value_map: boxes of every fourth of 128 keys
+    BlockChoice choice;
+};
+
 struct BandBackwardParams {
     Band band;
     Tensor query, key, value, out, grad_out;
     const f32* lse;             // [num_q_heads, total_q], natural log
     const f32* grad_lse;        // the same shape, or null
     RowStats* row_stats;        // [num_q_heads, total_q]
+    RowBounds* row_bounds;      // of all rows, raised where row_stats are written; null where grad_query is not added up in memory
+    KeyBounds* key_bounds;      // of all keys; both zero before the first launch
     Tensor grad_query, grad_key, grad_value;
     f32* partial_keys;          // [splits, 2, total_keys, num_kv_heads, HEAD_DIM] f32 in natural order; null where splits = 1
     f32 scale_log2;
@@ -249,6 +270,7 @@ struct BandBackwardParams {
     TensorMap grad_out_map;     // the same
     TensorMap key_map;          // boxes of 128 keys of one head, of 64 above head_dim 128
     TensorMap value_map;        // the same
+    TensorMap sums_map;         // grad_query as f16, boxes of tile_tokens x tile_heads; where it is added up in memory
 };
 
 // Scores of blocks and their top-k, from the compressed keys and the log-sum-exp of compressed attention.
@@ -332,5 +354,6 @@ struct CombineStatisticsParams {
     Tensor grad_out;
     const f32* lse[3];          // [heads, rows]
     RowStats* row_stats[3];     // the same shape; null: not wanted
+    RowBounds* row_bounds[3];   // of all of them, raised; null where row_stats are
     void* grad_gates;           // contiguous, shape of gates; null: not wanted
 };

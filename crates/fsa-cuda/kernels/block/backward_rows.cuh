@@ -1,12 +1,17 @@
 // The kernels of the backward that work row by row: statistics of rows before the main pass, the sum of a row's partials or its f32 sums after it,
 // and what the sums of keys need before the first and after the last launch of the main kernel.
 #pragma once
+#include "block/query_sums.cuh"
 #include "block/row_stats.cuh"
-#include "block/rows.cuh"
 #include "block/sequence.cuh"
 #include "tile/swizzled_tile.cuh"
 
-constexpr int ROW_WORDS = HEAD_DIM / 4;     // pieces of four sums
+// Sums of grad_query: 1 takes scaled f16, 0 f32.
+#ifndef FSA_SCALED_SUMS
+#define FSA_SCALED_SUMS 0
+#endif
+constexpr bool SCALED_SUMS = FSA_SCALED_SUMS != 0;
+constexpr int ROW_WORDS = HEAD_DIM / 4;     // pieces of four f32 sums
 // In each kernel file, because the order of its sums is its own: four neighbouring columns of the 16 that a quad loaded, from what the
 // lane loaded, and the first of them.
 struct NaturalColumns {
@@ -46,11 +51,21 @@ FSA_DEVICE void store_columns(char* target, Vec4 sums, f32 scale, bool accumulat
     store_global8(target, x, y);
 }
 
+// The scale of a launch's head, the same in all kernels and ctas of the launch.
+FSA_DEVICE SumScale launch_scale(const BackwardParams& p, int launch_head) {
+    const int head = p.first_head + launch_head;
+    return sum_scale(p.row_bounds[p.given_stats ? 0 : head], p.key_bounds[head / p.group_size]);
+}
+
 FSA_DEVICE f32 dot_pairs(f32 sum, u32 a, u32 b) { return fmaf(unpack_lo(a), unpack_lo(b), fmaf(unpack_hi(a), unpack_hi(b), sum)); }
 
 // Row statistics of the launch's heads for the rows of the chunk. A lane per 16 bytes of a row, eight rows a warp whose loads are under way together.
 constexpr int DELTA_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;
 constexpr int DELTA_STEPS = 8 * DELTA_LANES / 32, DELTA_ROWS = 64;      // of a cta
+FSA_DEVICE f32 sum_lanes(f32 x) {
+    FSA_UNROLL for (int delta = DELTA_LANES / 2; delta > 0; delta /= 2) x += __shfl_xor_sync(0xffffffffu, x, delta);
+    return x;
+}
 extern "C" __global__ void __launch_bounds__(256) backward_delta(const __grid_constant__ BackwardParams p) {
     const int chunk_token = p.layout.chunk_token[p.chunk], end = p.layout.chunk_token[p.chunk + 1];
     const int lane = threadIdx.x & 31, piece = lane % DELTA_LANES, head = p.first_head + blockIdx.y;
@@ -64,18 +79,57 @@ extern "C" __global__ void __launch_bounds__(256) backward_delta(const __grid_co
             grad[step] = load_global(tensor_row(p.grad_out, token(step), head) + piece * 16);
         }
     }
+    u32 grad_bound = 0, delta_bound = 0;
     FSA_UNROLL for (int step = 0; step < DELTA_STEPS; ++step) {
         const Vec4 a = out[step], b = grad[step];
-        f32 sum = dot_pairs(dot_pairs(dot_pairs(dot_pairs(0.0f, a.x, b.x), a.y, b.y), a.z, b.z), a.w, b.w);
-        FSA_UNROLL for (int delta = DELTA_LANES / 2; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
+        f32 sum = sum_lanes(dot_pairs(dot_pairs(dot_pairs(dot_pairs(0.0f, a.x, b.x), a.y, b.y), a.z, b.z), a.w, b.w));
+        const f32 size = SCALED_SUMS ? sum_lanes(sum_sizes(b)) : 0.0f;
         if (piece == 0 && token(step) < end) {
             const i64 at = (i64)head * p.layout.total_q + token(step);
+            const f32 lse = p.lse[at];
             if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
-            *row_stats_at(p, blockIdx.y, token(step) - chunk_token) = make_row_stats(p.lse[at], sum);
+            *row_stats_at(p, blockIdx.y, token(step) - chunk_token) = make_row_stats(lse, sum);
+            if (lse == neg_inf()) continue;     // sees no key
+            grad_bound = max_u(grad_bound, bound_bits(size));
+            delta_bound = max_u(delta_bound, bound_bits(sum));
         }
+    }
+    if constexpr (SCALED_SUMS) {
+        raise_bound(&p.row_bounds[head].grad, grad_bound);
+        raise_bound(&p.row_bounds[head].delta, delta_bound);
     }
 }
 
+// A row of 16-bit words in fragment order, 16 bytes a lane, times a factor.
+FSA_DEVICE void store_words(char* target, const f32 (&sum)[8], f32 scale, bool accumulate, bool present) {
+    const Vec4 before = words_before(target, accumulate, present);
+    const u32 word[4] = {before.x, before.y, before.z, before.w};
+    u32 w[4];
+    FSA_UNROLL for (int j = 0; j < 4; ++j) w[j] = add_pair(word[j], sum[2 * j], sum[2 * j + 1], scale);
+    const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
+    if (present) store_global(target, natural);
+}
+
+#if FSA_SCALED_SUMS
+// f16 sums of the chunk's rows to rows of the storage type.
+extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ BackwardParams p) {
+    constexpr int LANES = HEAD_DIM / 8;
+    const int chunk_token = p.layout.chunk_token[p.chunk], rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
+    const i64 n = (i64)blockIdx.x * 256 + threadIdx.x, row = n / LANES;
+    const int at = (int)(n % LANES) * 16;
+    const bool present = row < rows;
+    Vec4 v = {0, 0, 0, 0};
+    if (present) v = load_global_once((const char*)p.grad_query + ((i64)blockIdx.y * p.rows + row) * ROW_BYTES + at);
+    const u32 word[4] = {v.x, v.y, v.z, v.w};
+    const f32 inverse = launch_scale(p, blockIdx.y).inverse;
+    f32 sum[8];
+    FSA_UNROLL for (int j = 0; j < 4; ++j) {
+        unpack_sums(word[j], sum[2 * j], sum[2 * j + 1]);
+        sum[2 * j] *= inverse, sum[2 * j + 1] *= inverse;
+    }
+    store_words((char*)tensor_row(p.grad_query_out, chunk_token + row, p.first_head + blockIdx.y) + at, sum, p.scale, p.accumulate, present);
+}
+#else
 // f32 sums of the chunk's rows to rows of the storage type. A quad per 16 columns of a row, a lane per 16 bytes of the source.
 extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ BackwardParams p) {
     const int chunk_token = p.layout.chunk_token[p.chunk], rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
@@ -83,12 +137,13 @@ extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_
     const int place = (int)(n % ROW_WORDS) * 4;
     const bool present = row < rows;
     Vec4 v = {0, 0, 0, 0};
-    if (present) v = load_global_once(p.grad_query + ((i64)blockIdx.y * p.rows + row) * HEAD_DIM + place);
+    if (present) v = load_global_once((const f32*)p.grad_query + ((i64)blockIdx.y * p.rows + row) * HEAD_DIM + place);
     const NaturalColumns columns = natural_columns(v);
     if (!present) return;
     char* target = (char*)tensor_row(p.grad_query_out, chunk_token + row, p.first_head + blockIdx.y);
     store_columns(target + ((place & ~15) + columns.first) * ELEMENT_BYTES, columns.sums, p.scale, p.accumulate);
 }
+#endif
 
 // Sum of a row's partials in slot order, times the softmax scale. HEAD_DIM / 8 lanes per row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(256) backward_merge(const __grid_constant__ BackwardParams p) {
@@ -112,16 +167,10 @@ extern "C" __global__ void __launch_bounds__(256) backward_merge(const __grid_co
             sum[4] += unpack_lo(v[a].z); sum[5] += unpack_hi(v[a].z); sum[6] += unpack_lo(v[a].w); sum[7] += unpack_hi(v[a].w);
         }
     }
-    char* target = (char*)tensor_row(p.grad_query_out, chunk_token + row, head) + lane * 16;
-    const Vec4 before = words_before(target, p.accumulate, present);
-    const u32 word[4] = {before.x, before.y, before.z, before.w};
-    u32 w[4];
-    FSA_UNROLL for (int j = 0; j < 4; ++j) w[j] = add_pair(word[j], sum[2 * j], sum[2 * j + 1], p.scale);
-    const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
-    if (present) store_global(target, natural);
+    store_words((char*)tensor_row(p.grad_query_out, chunk_token + row, head) + lane * 16, sum, p.scale, p.accumulate, present);
 }
 
-// The block of a cta of the two kernels below: blockIdx.x, of the launch's kv head blockIdx.y.
+// The block of a cta of the kernels below: blockIdx.x, of the launch's kv head blockIdx.y.
 struct KeyBlock {
     int row, keys;      // of key and value; no keys where the launch does not do the block
     int units;          // that add to its sums; more than one if nobody counted
@@ -136,6 +185,13 @@ FSA_DEVICE KeyBlock key_block(const BackwardParams& p) {
     const int keys = in_range(p, row) ? min_i(BLOCK_SIZE, layout.cu_seqlens_kv[s + 1] - row) : 0;
     const int units = p.index.block_units ? p.index.block_units[(i64)kv_head * p.index.max_blocks + block] : 2;
     return {row, keys, units, (blockIdx.y * p.sum_rows + row) * HEAD_DIM};
+}
+
+// Largest elements of the keys of the launch's kv heads, for the scale; where the units of a block were counted, without the blocks that no row lists.
+extern "C" __global__ void __launch_bounds__(256) backward_bounds(const __grid_constant__ BackwardParams p) {
+    const KeyBlock block = key_block(p);
+    const int kv_head = p.first_head / p.group_size + blockIdx.y;
+    if (block.units > 0) raise_key_bounds<256>(p.key_bounds + kv_head, p.key, p.value, kv_head, block.row, block.keys);
 }
 
 // Before the first launch of the main kernel, where units without others finish their sums: zeros for those of several units.

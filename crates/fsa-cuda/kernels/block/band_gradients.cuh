@@ -3,27 +3,50 @@
 #pragma once
 #include "block/band_rows.cuh"
 #include "block/listed_blocks.cuh"
+#include "block/query_sums.cuh"
 #include "block/rows.cuh"
 #include "block/score_gradients.cuh"
 
-// Statistics of rows, where the caller has none. One warp per row.
-extern "C" __global__ void __launch_bounds__(256) band_delta(const __grid_constant__ BandBackwardParams p) {
-    const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x & 31, head = blockIdx.y;
-    if (token >= p.band.total_q) return;
-    const u32* out = (const u32*)tensor_row(p.out, token, head);
-    const u32* grad = (const u32*)tensor_row(p.grad_out, token, head);
-    f32 sum = 0.0f;
-    FSA_UNROLL for (int i = 0; i < (HEAD_DIM / 2 + 31) / 32; ++i)
-        if (i * 32 + lane < HEAD_DIM / 2) {
-            const u32 a = out[i * 32 + lane], b = grad[i * 32 + lane];
-            sum += unpack_lo(a) * unpack_lo(b) + unpack_hi(a) * unpack_hi(b);
-        }
-    FSA_UNROLL for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, delta);
-    if (lane == 0) {
-        const i64 at = (i64)head * p.band.total_q + token;
-        if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
-        p.row_stats[at] = make_row_stats(p.lse[at], sum);
+// Statistics of rows, where the caller has none, and their bounds, where those are wanted. A warp has one token and reads the rows of some neighbouring
+// heads, which lie side by side in memory; the statistics leave by head.
+constexpr int DELTA_TOKENS = 8, DELTA_HEADS = 8;
+extern "C" __global__ void __launch_bounds__(DELTA_TOKENS * 32) band_delta(const __grid_constant__ BandBackwardParams p) {
+    constexpr int LANES = PIECES_PER_ROW <= 8 ? 8 : PIECES_PER_ROW <= 16 ? 16 : 32, ROWS = 32 / LANES, COPIES = DELTA_HEADS / ROWS;
+    __shared__ f32 sums[2][DELTA_HEADS][DELTA_TOKENS];      // of grad_out times out, of the sizes of grad_out
+    const int heads = p.num_kv_heads * p.band.group_size, parts = ceil_div(heads, DELTA_HEADS);
+    const int first_head = blockIdx.x % parts * DELTA_HEADS, first_token = blockIdx.x / parts * DELTA_TOKENS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, piece = lane % LANES;
+    Vec4 out[COPIES], grad[COPIES];
+    FSA_UNROLL for (int i = 0; i < COPIES; ++i) {           // all under way at once
+        const int token = first_token + warp, head = first_head + i * ROWS + lane / LANES;
+        const bool present = token < p.band.total_q && head < heads && piece < PIECES_PER_ROW;
+        out[i] = present ? load_global_once(tensor_row(p.out, token, head) + piece * 16) : Vec4{0, 0, 0, 0};
+        grad[i] = present ? load_global_once(tensor_row(p.grad_out, token, head) + piece * 16) : Vec4{0, 0, 0, 0};
     }
+    FSA_UNROLL for (int i = 0; i < COPIES; ++i) {
+        const u32 a[4] = {out[i].x, out[i].y, out[i].z, out[i].w}, b[4] = {grad[i].x, grad[i].y, grad[i].z, grad[i].w};
+        f32 product = 0.0f, size = p.row_bounds != nullptr ? sum_sizes(grad[i]) : 0.0f;
+        FSA_UNROLL for (int j = 0; j < 4; ++j) product += unpack_lo(a[j]) * unpack_lo(b[j]) + unpack_hi(a[j]) * unpack_hi(b[j]);
+        FSA_UNROLL for (int delta = LANES / 2; delta > 0; delta /= 2) {
+            product += __shfl_xor_sync(0xffffffffu, product, delta);
+            if (p.row_bounds != nullptr) size += __shfl_xor_sync(0xffffffffu, size, delta);
+        }
+        if (piece == 0) {
+            sums[0][i * ROWS + lane / LANES][warp] = product;
+            sums[1][i * ROWS + lane / LANES][warp] = size;
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x >= DELTA_TOKENS * DELTA_HEADS) return;
+    const int row = threadIdx.x / DELTA_TOKENS, column = threadIdx.x % DELTA_TOKENS, head = first_head + row, token = first_token + column;
+    const bool present = head < heads && token < p.band.total_q;
+    const i64 at = (i64)head * p.band.total_q + token;
+    const f32 lse = present ? p.lse[at] : neg_inf(), delta = sums[0][row][column] - (present && p.grad_lse != nullptr ? p.grad_lse[at] : 0.0f);
+    if (present) p.row_stats[at] = make_row_stats(lse, delta);
+    if (p.row_bounds == nullptr) return;
+    const bool sees = lse != neg_inf();
+    raise_bound(&p.row_bounds->grad, sees ? bound_bits(sums[1][row][column]) : 0);
+    raise_bound(&p.row_bounds->delta, sees ? bound_bits(delta) : 0);
 }
 
 // Sums of keys: the splits in order, to the storage type. Four columns of both gradients per thread.

@@ -11,13 +11,19 @@
 #ifndef FSA_CONSUMERS       // a kernel may have another number of consuming warpgroups
 #define FSA_CONSUMERS 2
 #endif
-constexpr int CONSUMERS = FSA_CONSUMERS, CTA_ROWS = CONSUMERS * TILE_ROWS, CONSUMER_THREADS = CONSUMERS * WARPGROUP, THREADS = CONSUMER_THREADS + WARPGROUP;
+#ifndef FSA_BLOCK_SCORES    // 1: an attention leaves the scores of blocks, and one more warpgroup chooses by them
+#define FSA_BLOCK_SCORES 0
+#endif
+constexpr bool BLOCK_SCORES = FSA_BLOCK_SCORES;
+constexpr int CONSUMERS = FSA_CONSUMERS, CTA_ROWS = CONSUMERS * TILE_ROWS, CONSUMER_THREADS = CONSUMERS * WARPGROUP;
+constexpr int WARPGROUPS = CONSUMERS + 1 + BLOCK_SCORES, THREADS = WARPGROUPS * WARPGROUP;
 constexpr int STEP_KEYS = HEAD_DIM <= 128 ? 128 : 64;
 constexpr int CHECKERS = 3, CHECKER_THREADS = CHECKERS * 32;    // warps of the producing warpgroup besides the one that loads
 // Together at most what the warpgroups start with, 168 per thread of three, 128 of four: registers beyond that belong to nobody, and who asks for them waits
 // for ever.
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
-static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * (65536 / THREADS / 8 * 8), "the registers of a cta");
+constexpr int PRODUCER_REGISTERS = BLOCK_SCORES ? 24 : CONSUMERS == 2 ? 40 : 32, CHOOSER_REGISTERS = BLOCK_SCORES ? 88 : 0;
+constexpr int CONSUMER_REGISTERS = BLOCK_SCORES ? 200 : CONSUMERS == 2 ? 232 : 160;
+static_assert(PRODUCER_REGISTERS + CHOOSER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= WARPGROUPS * (65536 / THREADS / 8 * 8), "the registers of a cta");
 typedef SwizzledTile<CTA_ROWS> RowTile;
 typedef SwizzledTile<STEP_KEYS> KeyTile;
 typedef f32 Columns[HEAD_DIM / 2];          // accumulators of 64 rows x HEAD_DIM
@@ -27,7 +33,7 @@ typedef u32 Fragments[STEP_KEYS / 16][4];   // scores of 64 rows as A
 // Names of barriers; 0 is __syncthreads.
 constexpr int ALL_CONSUMERS = 1, ALL_CHECKERS = 2, TURN = 3;
 
-// One tile of rows, its heads being those of one kv head, and the steps of keys that it meets, last first.
+// One tile of rows, its heads being those of one kv head, and the steps of keys that it meets, last first, or first to last.
 struct BandWork {
     BandTile tile;
     BandInterval keys;
@@ -50,8 +56,8 @@ struct BandWork {
         }
         return w;
     }
-    // First key of step n, counted from the last.
-    FSA_DEVICE int key(int n) const { return BLOCK_MASK ? listed[n] & ~1 : (first_step + steps - 1 - n) * STEP_KEYS; }
+    // First key of step n, counted from the last; scores of blocks are pooled from the first on.
+    FSA_DEVICE int key(int n) const { return BLOCK_MASK ? listed[n] & ~1 : (first_step + (BLOCK_SCORES ? n : steps - 1 - n)) * STEP_KEYS; }
     // Whether some row does not see it as a whole: because of the position, because of its blocks.
     FSA_DEVICE bool has_end(int n) const { return keys.needs_mask(key(n), STEP_KEYS); }
     FSA_DEVICE bool has_gaps(int n) const { return BLOCK_MASK && (listed[n] & 1); }

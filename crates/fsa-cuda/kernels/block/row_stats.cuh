@@ -25,14 +25,15 @@ FSA_DEVICE RowStats gated_row_stats(f32 lse, f32 delta, f32 gate) {
     return lse == neg_inf() ? no_row_stats() : RowStats{fmaf(lse, LOG2_E, -log2_fast(fabsf(gate))), with_sign(delta, gate < 0.0f)};
 }
 
-// Gives probabilities or score gradients, rows as columns of the accumulator, the signs of the rows' gates.
+// A probability with the sign of the row's gate.
+FSA_DEVICE f32 with_sign_of(f32 probability, f32 delta) { return __uint_as_float(__float_as_uint(probability) ^ __float_as_uint(delta) << 31); }
+// The same of probabilities, or score gradients, with rows as columns of the accumulator.
 template <int N>
 FSA_DEVICE void apply_signs(f32 (&s)[N / 2], const RowStats* stats) {
     FSA_UNROLL for (int i = 0; i < N / 8; ++i) {
         const StatsPair pair = *(const StatsPair*)(stats + 8 * i + 2 * (threadIdx.x & 3));
         FSA_UNROLL for (int e = 0; e < 4; ++e) {
-            const u32 sign = __float_as_uint(e & 1 ? pair.second.delta : pair.first.delta) << 31;
-            s[4 * i + e] = __uint_as_float(__float_as_uint(s[4 * i + e]) ^ sign);
+            s[4 * i + e] = with_sign_of(s[4 * i + e], e & 1 ? pair.second.delta : pair.first.delta);
         }
     }
 }

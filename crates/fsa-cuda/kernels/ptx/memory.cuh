@@ -20,6 +20,12 @@ FSA_DEVICE Vec4 load_global_once(const void* pointer) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(pointer));
     return v;
 }
+// Data that this launch wrote.
+FSA_DEVICE Vec4 load_global_written(const void* pointer) {
+    Vec4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(pointer) : "memory");
+    return v;
+}
 FSA_DEVICE void store_global(void* pointer, Vec4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }

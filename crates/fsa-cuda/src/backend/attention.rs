@@ -172,8 +172,7 @@ enum Backward {
 
 impl Backward {
     fn plan(backend: &CudaBackend, call: &Call<'_>) -> Result<Self> {
-        // Results of this backend never depend on chance, whatever that costs.
-        let (kernels, options) = (backend.kernels(), PlanOptions { deterministic: true, ..PlanOptions::default() });
+        let (kernels, options) = (backend.kernels(), backend.options());
         Ok(match &call.kind {
             Kind::Band(problem) => Self::Band(BandBackward::plan(kernels, problem, &options)?),
             Kind::Selected { problem, .. } => Self::Selected(SelectedBackward::plan(kernels, problem, &options)?),

@@ -5,7 +5,7 @@ use super::compress::{Fetched, Parameters};
 use super::host::{Rows, Transfer, store};
 use super::{CudaBackend, Scale, check_batch, padded_dim, span};
 use crate::driver::{DeviceBuffer, UploadedBatch};
-use crate::plan::{NsaForwardPlan, NsaProblem, Pass, PlanOptions, Sizes};
+use crate::plan::{NsaForwardPlan, NsaProblem, Pass, Sizes};
 use crate::stages::{
     Gates, LaunchContext, NsaBackward, NsaBackwardTensors, NsaForward as PlannedForward, NsaForwardTensors,
     NsaSavedTensors,
@@ -45,11 +45,6 @@ impl<'a> Call<'a> {
 
     fn rows(&self) -> Rows {
         Rows::padded(self.sizes().head_dim)
-    }
-
-    /// Results of this backend never depend on chance, whatever that costs.
-    fn options() -> PlanOptions {
-        PlanOptions { deterministic: true, ..PlanOptions::default() }
     }
 }
 
@@ -173,7 +168,7 @@ pub(super) fn forward(
 ) -> Result<NsaForward> {
     let call = Call::new(backend, args, args.shape_with_output(out)?)?;
     let (problem, sizes, heads) = (&call.problem, call.sizes(), call.shape.num_q_heads);
-    let planned = PlannedForward::plan(backend.kernels(), problem, call.rope(), &Call::options(), save)?;
+    let planned = PlannedForward::plan(backend.kernels(), problem, call.rope(), &backend.options(), save)?;
     let stream = backend.stream();
     let transfer = backend.transfer(&stream);
     let inputs = Inputs::upload(&call, &transfer)?;
@@ -265,7 +260,7 @@ pub(super) fn backward(
 ) -> Result<()> {
     let call = Call::new(backend, args, grads.validate(args, saved, grad_out)?)?;
     let (problem, sizes, heads) = (&call.problem, call.sizes(), call.shape.num_q_heads);
-    let planned = NsaBackward::plan(backend.kernels(), problem, call.rope(), &Call::options())?;
+    let planned = NsaBackward::plan(backend.kernels(), problem, call.rope(), &backend.options())?;
     let stream = backend.stream();
     let transfer = backend.transfer(&stream);
     let inputs = Inputs::upload(&call, &transfer)?;
@@ -300,7 +295,7 @@ pub(super) fn workspace_bytes(backend: &CudaBackend, args: &NsaArgs<'_>) -> Resu
     let call = Call::new(backend, args, args.shape()?)?;
     let (set, facts) = (backend.kernels().set(), backend.device().facts());
     call.problem.check(facts)?;
-    let options = backend.kernels().routed(&call.problem.selected(), Pass::Forward, &Call::options());
+    let options = backend.kernels().routed(&call.problem.selected(), Pass::Forward, &backend.options());
     let plan = NsaForwardPlan::new(&call.problem, set, facts, &options, false)?;
     Ok(plan.workspace.size_bytes())
 }

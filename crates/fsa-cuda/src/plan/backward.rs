@@ -1,9 +1,13 @@
 //! The plan of the backward: sums per lane, some heads and one chunk at a time.
 
 use super::index::{IndexInput, max_tiles, slots, sub_tiles};
-use super::{IndexPlan, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass, most_bytes};
+use super::{
+    BOUNDS_BYTES, IndexPlan, PlanOptions, Problem, QuerySums, Slot, Workspace, choose, kv_heads_per_pass, most_bytes,
+};
+use crate::arch::KernelSet;
 use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
+
 use serde::Serialize;
 use std::fmt;
 use std::ops::Range;
@@ -14,13 +18,23 @@ pub(crate) const MAX_LANES: usize = 2;
 /// pass took 3 % longer; longer units were no faster.
 const UNIT_ENTRIES_PER_KEY: usize = 32;
 const LEAST_UNIT_ENTRIES: usize = 3072;
-/// f32 gradients of queries that are under way in a lane, the largest that fit: they are to stay in L2 (50 MB on Hopper).
-const QUERY_SUM_BYTES: [usize; 4] = [32 << 20, 16 << 20, 8 << 20, 4 << 20];
+/// Sums of gradients of queries that are under way in a lane, the largest that fit: they are to stay in L2 (50 MB on Hopper), except where
+/// units take heads in turn, which is worth more. The first is for these alone.
+const QUERY_SUM_BYTES: [usize; 5] = [64 << 20, 32 << 20, 16 << 20, 8 << 20, 4 << 20];
 /// The same as partials, which pass through memory anyway.
 const QUERY_PARTIAL_BYTES: [usize; 4] = [128 << 20, 64 << 20, 32 << 20, 16 << 20];
+/// Rows of a head from which on a unit takes several heads in turn, and how many: its keys come once and its sums leave once. With fewer
+/// rows there would be too few units for the device.
+const TURN_ROWS: usize = 1 << 15;
+const TURN_HEADS: [usize; 2] = [4, 2];
+/// Rows of a head that keep the device busy in a launch of their own, where units cannot take turns: its sums of keys are then its own,
+/// which at 64K rows is worth 2 %.
+const FULL_LAUNCH_ROWS: usize = 1 << 16;
 /// f32 gradients of keys and values of one launch.
 const KEY_SUM_BYTES: usize = 64 << 20;
 
+/// Rows of a chunk below which ranges of keys are better.
+const LEAST_CHUNK_ROWS: usize = 1 << 16;
 /// Most ranges of keys that take turns where the sums of all keys have no room: each adds a rounding to the gradient of a query.
 const MAX_KEY_RANGES: usize = 8;
 
@@ -31,8 +45,8 @@ pub struct BackwardPlan {
     pub problem: Problem,
     /// Every sum has one order.
     pub deterministic: bool,
-    /// Gradients of queries are merged from partials.
-    pub query_partials: bool,
+    /// How gradients of queries are added up.
+    pub query_sums: QuerySums,
     /// kv heads that share one index; the others follow.
     pub kv_heads: usize,
     /// The index of one pass.
@@ -41,11 +55,15 @@ pub struct BackwardPlan {
     pub kv_heads_per_launch: usize,
     /// Query heads of one launch.
     pub heads: usize,
+    /// Of these, those that a unit takes in turn.
+    pub unit_heads: usize,
     /// Keys whose sums are under way: all, or a range of whole blocks where the next ranges follow.
     pub range_keys: usize,
     /// Lanes.
     pub lanes: usize,
     sums: [LaneSums; MAX_LANES],
+    /// Bounds of keys, a pair per kv head, then of rows, a pair per query head: the scale of sums follows from them.
+    pub(crate) bounds: Slot,
     /// Scratch memory.
     pub workspace: Workspace,
 }
@@ -54,7 +72,7 @@ pub struct BackwardPlan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub(crate) struct LaneSums {
     pub row_stats: Slot,
-    /// f32 sums, or a partial per row and slot.
+    /// Sums, or a partial per row and slot.
     pub grad_query: Slot,
     pub grad_key: Slot,
     pub grad_value: Slot,
@@ -71,39 +89,57 @@ struct Choice {
 
 impl BackwardPlan {
     /// Plans a checked problem.
-    pub fn new(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions) -> Self {
-        let bytes = if options.deterministic { QUERY_PARTIAL_BYTES } else { QUERY_SUM_BYTES };
+    pub fn new(problem: &Problem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Self {
+        let options = &PlanOptions { query_sums: Some(problem.query_sums(set, options)), ..*options };
+        let bytes = match options.query_sums {
+            Some(QuerySums::Partials) => &QUERY_PARTIAL_BYTES[..],
+            Some(QuerySums::Scaled) => &QUERY_SUM_BYTES[..],
+            _ => &QUERY_SUM_BYTES[1..],
+        };
         let most = most_bytes(problem, options);
         let plans = |lanes: usize| {
             let choices = kv_heads_per_pass(problem.num_kv_heads)
-                .flat_map(|kv_heads| bytes.map(|query_bytes| Choice { kv_heads, lanes, query_bytes, key_ranges: 1 }));
+                .filter(|kv_heads| *kv_heads >= lanes)
+                .flat_map(|kv_heads| bytes.iter().map(move |bytes| (kv_heads, *bytes)))
+                .map(|(kv_heads, query_bytes)| Choice { kv_heads, lanes, query_bytes, key_ranges: 1 });
             let plans = choices.map(|choice| Self::with(problem, facts, options, choice));
             choose(most, plans, |plan| plan.workspace.size_bytes(), Self::launches)
         };
-        let two = plans(MAX_LANES.min(problem.num_kv_heads)).filter(|plan| plan.workspace.size_bytes() <= most);
+        let fits = |plan: &Self| plan.workspace.size_bytes() <= most;
+        let two = plans(MAX_LANES.min(problem.num_kv_heads)).filter(fits);
         let least = Choice { kv_heads: 1, lanes: 1, query_bytes: bytes[bytes.len() - 1], key_ranges: 1 };
-        let one = two.or_else(|| plans(1)).unwrap_or_else(|| Self::with(problem, facts, options, least));
-        if one.workspace.size_bytes() <= most || options.deterministic {
-            return one;
+        let one = || plans(1).unwrap_or_else(|| Self::with(problem, facts, options, least));
+        let best = match two {
+            Some(two) if options.deterministic || two.index.num_chunks == 1 => two,
+            // Halves of chunks cost more than the second lane is worth.
+            Some(two) => {
+                Some(one()).filter(|one| fits(one) && 2 * one.index.num_chunks <= two.index.num_chunks).unwrap_or(two)
+            }
+            None => one(),
+        };
+        let is_short = best.index.chunk_rows(problem) < problem.total_q.min(LEAST_CHUNK_ROWS);
+        if options.deterministic || (fits(&best) && !is_short) {
+            return best;
         }
         // The longest chunks that fit, and of these as few ranges of keys: chunks of a sixteenth of the rows took five times as long,
         // because a unit is what one chunk has of a block, and each range goes through all rows again that see it.
-        let choices = bytes.into_iter().flat_map(|query_bytes| {
+        let choices = QUERY_SUM_BYTES[1..].iter().flat_map(|query_bytes| {
             let ranges = std::iter::successors(Some(2), |ranges| Some(2 * ranges));
             let ranges = ranges.take_while(|ranges| *ranges <= MAX_KEY_RANGES);
-            ranges.map(move |key_ranges| Choice { query_bytes, key_ranges, ..least })
+            ranges.map(move |key_ranges| Choice { query_bytes: *query_bytes, key_ranges, ..least })
         });
         let mut plans = choices.map(|choice| Self::with(problem, facts, options, choice));
-        plans.find(|plan| plan.workspace.size_bytes() <= most).unwrap_or(one)
+        plans.find(fits).unwrap_or(best)
     }
 
     fn with(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions, choice: Choice) -> Self {
         let Choice { kv_heads, lanes, query_bytes, key_ranges } = choice;
-        let query_partials = options.deterministic;
+        let query_sums = options.query_sums.unwrap_or(QuerySums::F32);
         let sum_bytes = problem.head_dim * size_of::<f32>();
-        let partial_bytes = slots(problem, false) * problem.head_dim * problem.dtype.size_bytes();
-        let row_bytes = if query_partials { partial_bytes } else { sum_bytes };
-        let chunk_tiles = (query_bytes / row_bytes / TILE_ROWS).max(1);
+        let row_bytes = Self::row_bytes(problem, query_sums);
+        let is_merged = query_sums == QuerySums::Partials;
+        let head_bytes = if is_merged { query_bytes } else { query_bytes.min(QUERY_SUM_BYTES[1]) };
+        let chunk_tiles = (head_bytes / row_bytes / TILE_ROWS).max(1);
         let sub_tiles = sub_tiles(problem, kv_heads).min(1 << chunk_tiles.ilog2());
         let pieces = (chunk_tiles / sub_tiles).clamp(1, max_tiles(problem).div_ceil(sub_tiles));
         let chunk_tiles = pieces * sub_tiles;
@@ -125,16 +161,13 @@ impl BackwardPlan {
         };
         let index = IndexPlan::new(problem, facts, &input, &mut workspace);
         let rows = index.chunk_rows(problem);
-        let (kv_heads_per_launch, heads) = if options.deterministic {
-            (1, 1)
-        } else {
-            let fit = (query_bytes / (rows * row_bytes).max(1)).max(1);
-            let keys_fit = KEY_SUM_BYTES / (2 * problem.total_kv * sum_bytes).max(1);
-            Self::heads(problem.gqa_group_size(), fit, keys_fit.min(kv_heads))
-        };
+        let [kv_heads_per_launch, heads, unit_heads] =
+            Self::heads(problem, (query_sums, rows), (kv_heads, query_bytes));
         let range_keys =
             problem.total_kv.div_ceil(key_ranges).next_multiple_of(problem.block_size).min(problem.total_kv);
         let key_bytes = kv_heads_per_launch * Self::sum_rows_of(problem, range_keys) * sum_bytes;
+        let bounds = (problem.num_kv_heads + problem.num_q_heads) * BOUNDS_BYTES;
+        let bounds = workspace.add("bounds", if query_sums == QuerySums::Scaled { bounds } else { 0 });
         let mut sums = [LaneSums::default(); MAX_LANES];
         for lane in &mut sums[..lanes] {
             lane.row_stats = workspace.add("row_stats", heads * rows * 2 * size_of::<f32>());
@@ -146,16 +179,28 @@ impl BackwardPlan {
         Self {
             problem: *problem,
             deterministic,
-            query_partials,
+            query_sums,
             kv_heads,
             index,
             kv_heads_per_launch,
             heads,
+            unit_heads,
             range_keys,
             lanes,
             sums,
+            bounds,
             workspace,
         }
+    }
+
+    /// What a row of a head has as gradient of its query while it is added up.
+    fn row_bytes(problem: &Problem, query_sums: QuerySums) -> usize {
+        problem.head_dim
+            * match query_sums {
+                QuerySums::F32 => size_of::<f32>(),
+                QuerySums::Scaled => size_of::<u16>(),
+                QuerySums::Partials => slots(problem, false) * problem.dtype.size_bytes(),
+            }
     }
 
     /// Rows of sums that a range of keys needs: a block of packed sequences may start at its last key.
@@ -175,14 +220,28 @@ impl BackwardPlan {
         (0..total_kv).step_by(step).map(move |first| first..(first + step).min(total_kv))
     }
 
-    /// kv heads and query heads of a launch, where `fit` query heads and `keys_fit` kv heads have room: a part of a
-    /// group, or whole groups.
-    fn heads(group: usize, fit: usize, keys_fit: usize) -> (usize, usize) {
-        if fit < group {
-            return (1, fit);
+    /// kv heads and query heads of a launch, and of these those that a unit takes in turn: where sums of queries have `query_bytes`, a
+    /// part of a group or whole groups, at most `kv_heads` of them.
+    fn heads(
+        problem: &Problem,
+        (query_sums, rows): (QuerySums, usize),
+        (kv_heads, query_bytes): (usize, usize),
+    ) -> [usize; 3] {
+        let (group, head_bytes) = (problem.gqa_group_size(), (rows * Self::row_bytes(problem, query_sums)).max(1));
+        let turns = |heads: &usize| rows >= TURN_ROWS && group % heads == 0 && heads * head_bytes <= query_bytes;
+        let in_turn = TURN_HEADS.into_iter().find(turns);
+        match (query_sums, in_turn) {
+            (QuerySums::Partials, _) => return [1, 1, 1],
+            (QuerySums::Scaled, Some(heads)) => return [1, heads, heads],
+            _ => {}
         }
-        let kv_heads = (fit / group).min(keys_fit).max(1);
-        (kv_heads, kv_heads * group)
+        let fit = if rows < FULL_LAUNCH_ROWS { query_bytes.min(QUERY_SUM_BYTES[1]) / head_bytes } else { 1 };
+        if fit < group {
+            return [1, fit.max(1), 1];
+        }
+        let keys_fit = KEY_SUM_BYTES / (2 * problem.total_kv * problem.head_dim * size_of::<f32>()).max(1);
+        let kv_heads = (fit / group).min(keys_fit).min(kv_heads).max(1);
+        [kv_heads, kv_heads * group, 1]
     }
 
     /// What a lane sums into.
@@ -192,7 +251,7 @@ impl BackwardPlan {
 
     /// Whether no two query heads of a launch share sums of keys.
     pub(crate) fn owns_sums(&self) -> bool {
-        self.heads == 1 || self.problem.gqa_group_size() == 1
+        self.unit_heads == self.heads.min(self.problem.gqa_group_size())
     }
 
     /// Whether the launches of a kv head have the same units, one per block for most blocks: the last of them finishes their sums.
@@ -206,9 +265,10 @@ impl BackwardPlan {
         let group = self.problem.gqa_group_size();
         let turns = num_kv_heads.div_ceil(self.kv_heads_per_launch);
         let of_queries = (self.kv_heads_per_launch * group).div_ceil(self.heads) * self.index.num_chunks;
-        let per_chunk = if self.query_partials { 3 } else { 4 };
+        let per_chunk = if self.query_sums == QuerySums::Partials { 3 } else { 4 };
         let ranges = self.key_ranges().count();
-        1 + 3 * num_kv_heads.div_ceil(self.kv_heads) + turns * ranges * (4 + per_chunk * of_queries)
+        let of_bounds = if self.query_sums == QuerySums::Scaled { 1 + turns * ranges } else { 0 };
+        1 + of_bounds + 3 * num_kv_heads.div_ceil(self.kv_heads) + turns * ranges * (4 + per_chunk * of_queries)
     }
 }
 

@@ -1,9 +1,10 @@
 //! Plans of the stages whose rows see an interval of keys, `dense`, `window` and `compressed`: tiles, splits and workspace.
 
 use super::tables::{TablePlan, TableSpec};
-use super::{Keys, PlanOptions, Sizes, Slot, Workspace, bound};
+use super::{BOUNDS_BYTES, Keys, PlanOptions, QuerySums, Sizes, Slot, Workspace, bound};
+use crate::arch::KernelSet;
 use crate::driver::DeviceFacts;
-use crate::source::Specialisation;
+use crate::source::{Kernel, Specialisation};
 use crate::{band, band_backward};
 use fsa_core::Result;
 use serde::Serialize;
@@ -11,6 +12,12 @@ use std::fmt;
 
 /// Parts into which the rows of a tile of keys are cut, at most.
 const MAX_SPLITS: usize = 32;
+/// Most splits with which gradients of queries are added up in memory unless the caller asks for it: with more the call is too
+/// short to gain what clearing and converting them costs.
+const MAX_SUMS_SPLITS: usize = 8;
+/// Most tiles of keys whose parts of a gradient are added up in f16: the error grows with the root of their number, and would
+/// exceed that of bf16.
+const MAX_SUMMED_TILES: usize = 512;
 
 /// A call of one of the stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -132,6 +139,8 @@ pub struct BandBackwardPlan {
     pub kv_heads: usize,
     /// CTAs that share the rows of a tile of keys.
     pub splits: usize,
+    /// How gradients of queries are added up: scaled in memory, in one pass, or in registers, in a pass of their own.
+    pub query_sums: QuerySums,
     pub(crate) tables: TablePlan,
     pub(crate) scratch: BandScratch,
     /// Scratch memory.
@@ -143,6 +152,8 @@ pub struct BandBackwardPlan {
 pub(crate) struct BandScratch {
     /// None where the caller has them.
     pub row_stats: Option<Slot>,
+    /// Bounds of keys, then of rows where the caller has no statistics; none where gradients of queries are not scaled.
+    pub bounds: Option<Slot>,
     pub partial_keys: Option<Slot>,
 }
 
@@ -163,6 +174,11 @@ impl BandBackwardPlan {
         Self::with(problem, kernel, facts, options, 0)
     }
 
+    /// The kernels of the plan, without a mask.
+    pub(crate) fn specialisation(&self, set: KernelSet) -> Specialisation {
+        self.problem.sizes.specialisation(Kernel::BandBackward, set, 64).with_query_sums(self.query_sums)
+    }
+
     /// `head_bytes` are the statistics of the rows of a kv head.
     fn with(
         problem: &BandProblem,
@@ -172,17 +188,25 @@ impl BandBackwardPlan {
         head_bytes: usize,
     ) -> Self {
         let (sizes, tile_keys) = (&problem.sizes, band_backward::tile_keys(kernel));
-        let tiles = RowTiles::new(sizes, band_backward::tile_rows(kernel));
         let num_key_tiles = bound(problem.total_keys(), sizes.sequences, tile_keys);
         let kv_heads = (options.budget_bytes / head_bytes.max(1)).clamp(1, sizes.num_kv_heads.max(1));
         let split_bytes = 2 * problem.total_keys() * kv_heads * sizes.head_dim * size_of::<f32>();
         let left = options.budget_bytes.saturating_sub(kv_heads * head_bytes);
-        let wanted = (2 * facts.multiprocessors).div_ceil((num_key_tiles * kv_heads).max(1));
+        let wanted = (3 * facts.multiprocessors / 2).div_ceil((num_key_tiles * kv_heads).max(1));
         let fits = |splits: &usize| *splits == 1 || splits * split_bytes <= left;
         let powers = std::iter::successors(Some(1), |splits| Some(2 * splits).filter(|next| *next <= MAX_SPLITS));
         // The largest that fits of those before enough.
         let enough = wanted.next_power_of_two();
         let splits = powers.take_while(|splits| *splits <= enough).filter(fits).last().unwrap_or(1);
+        let scaled = kernel.with_query_sums(QuerySums::Scaled);
+        let adds_up = options.query_sums.map_or(splits <= MAX_SUMS_SPLITS, |sums| sums == QuerySums::Scaled);
+        let row_tiles = match problem.keys {
+            Keys::Window { window_size } => num_key_tiles.min(window_size / tile_keys + 2),
+            _ => num_key_tiles,
+        };
+        let can_add_up = !options.deterministic && scaled.exists(1) && row_tiles <= MAX_SUMMED_TILES;
+        let query_sums = if adds_up && can_add_up { QuerySums::Scaled } else { QuerySums::F32 };
+        let tiles = RowTiles::new(sizes, band_backward::tile_rows(&kernel.with_query_sums(query_sums)));
         let mut workspace = Workspace::default();
         let spec = TableSpec {
             windows: problem.keys.windows(),
@@ -192,18 +216,21 @@ impl BandBackwardPlan {
         let tables = TablePlan::new(spec, sizes.sequences, &mut workspace);
         let scratch = BandScratch {
             row_stats: (head_bytes > 0).then(|| workspace.add("row_stats", kv_heads * head_bytes)),
+            bounds: (query_sums == QuerySums::Scaled).then(|| workspace.add("bounds", 2 * BOUNDS_BYTES)),
             partial_keys: (splits > 1).then(|| workspace.add("partial_keys", splits * split_bytes)),
         };
-        Self { problem: *problem, tiles, num_key_tiles, kv_heads, splits, tables, scratch, workspace }
+        Self { problem: *problem, tiles, num_key_tiles, kv_heads, splits, query_sums, tables, scratch, workspace }
     }
 }
 
 impl fmt::Display for BandBackwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { problem, tiles, num_key_tiles, splits, kv_heads, query_sums, workspace, .. } = self;
+        let passes = if *query_sums == QuerySums::Scaled { "one pass" } else { "two passes" };
         write!(
             f,
-            "band backward: {}; {}; {} tiles of keys in {} splits, {} kv heads a launch; {}",
-            self.problem, self.tiles, self.num_key_tiles, self.splits, self.kv_heads, self.workspace
+            "band backward: {problem}; {tiles}; {num_key_tiles} tiles of keys in {splits} splits, {passes}, \
+             {kv_heads} kv heads a launch; {workspace}"
         )
     }
 }

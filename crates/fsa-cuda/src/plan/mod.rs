@@ -41,12 +41,14 @@ pub use nsa::{NsaBackwardPlan, NsaForwardPlan, NsaProblem};
 pub use route::{Pass, Prediction, Route, Routing};
 pub use select::{ScorePlan, SelectPlan, SelectProblem};
 pub use selected::{SelectedBackwardPlan, SelectedPlan};
+pub(crate) use sizes::BOUNDS_BYTES;
 pub use sizes::{Keys, Sizes, Windows};
 pub(crate) use tables::Tables;
 pub use workspace::{Slot, Workspace};
 
 use crate::arch::KernelSet;
 use crate::driver::DeviceFacts;
+pub use crate::source::QuerySums;
 use crate::source::{Kernel, Specialisation};
 use fsa_core::config::BLOCK_SIZES;
 use fsa_core::{AttentionShape, DType, Error, Result};
@@ -161,13 +163,25 @@ impl Problem {
     }
 
     /// The kernels of the KV-outer backward: index, backward.
-    pub(crate) fn backward_kernels(&self, set: KernelSet, deterministic: bool) -> [Specialisation; 2] {
-        // Gradients of queries are repeatable as partials, merged in order.
+    pub(crate) fn backward_kernels(&self, set: KernelSet, query_sums: QuerySums) -> [Specialisation; 2] {
         self.first_that_exists(set, |set| {
-            let backward = self.specialisation(Kernel::Backward, set);
-            let backward = if deterministic { backward.with_query_partials() } else { backward };
+            let backward = self.specialisation(Kernel::Backward, set).with_query_sums(query_sums);
             [self.specialisation(Kernel::Index, set), backward]
         })
+    }
+
+    /// How the backward adds up gradients of queries: partials are merged in order, and not all kernels can scale.
+    fn query_sums(&self, set: KernelSet, options: &PlanOptions) -> QuerySums {
+        let asked = options.query_sums.unwrap_or(QuerySums::Scaled);
+        match asked {
+            _ if options.deterministic => QuerySums::Partials,
+            QuerySums::Scaled
+                if !self.specialisation(Kernel::Backward, set).with_query_sums(asked).exists(self.topk) =>
+            {
+                QuerySums::F32
+            }
+            _ => asked,
+        }
     }
 
     /// The specialisation of a kernel for this call.
@@ -204,6 +218,9 @@ pub struct PlanOptions {
     pub budget_bytes: usize,
     /// Backward: equal bits for equal input. Costs time: sums that could be taken in any order are taken in one.
     pub deterministic: bool,
+    /// How a backward on Hopper that is not deterministic adds up gradients of queries; none leaves it to the plan: scaled
+    /// where there are such kernels.
+    pub query_sums: Option<QuerySums>,
     /// How stage `selected` goes; none leaves it to the plan. A route that has no room is not taken.
     pub route: Option<Route>,
     /// Whole operation: rows of all query heads from which on branches share the device instead of following one another.
@@ -212,7 +229,13 @@ pub struct PlanOptions {
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        Self { budget_bytes: DEFAULT_BUDGET_BYTES, deterministic: false, route: None, beside_rows: DEFAULT_BESIDE_ROWS }
+        Self {
+            budget_bytes: DEFAULT_BUDGET_BYTES,
+            deterministic: false,
+            query_sums: None,
+            route: None,
+            beside_rows: DEFAULT_BESIDE_ROWS,
+        }
     }
 }
 

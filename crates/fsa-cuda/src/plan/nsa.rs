@@ -6,8 +6,8 @@ use super::compress::{CompressProblem, CompressScratch, CompressionKind};
 use super::select::{ScorePlan, SelectProblem};
 use super::tables::{TablePlan, TableSpec};
 use super::{
-    BandProblem, Keys, Lists, PlanOptions, Problem, RowTiles, SelectedBackwardPlan, SelectedPlan, Sizes, Slot, Windows,
-    Workspace, choose,
+    BandProblem, Keys, Lists, PlanOptions, Problem, QuerySums, RowTiles, SelectedBackwardPlan, SelectedPlan, Sizes,
+    Slot, Windows, Workspace, choose,
 };
 use crate::arch::KernelSet;
 use crate::band;
@@ -352,7 +352,7 @@ impl fmt::Display for NsaForwardPlan {
 /// What a pass of a backward keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct BackwardTemporaries {
-    /// Statistics of the rows of each branch.
+    /// Statistics of the rows of each branch, and their bounds.
     pub row_stats: [Slot; 3],
     /// Gradients of compressed key and value.
     pub compressed: [Slot; 2],
@@ -396,15 +396,17 @@ impl NsaBackwardPlan {
         let compress = pass.compress().map(|compress| CompressScratch::backward(&compress, &mut workspace));
         let [_, _, compressed] = pass.row_bytes();
         let temporaries = BackwardTemporaries {
-            row_stats: [(); 3].map(|()| workspace.add("row_stats", pass.sizes.row_stats_bytes())),
+            row_stats: [(); 3].map(|()| workspace.add("row_stats", pass.sizes.given_stats_bytes())),
             compressed: [(); 2].map(|()| workspace.add("compressed gradient", compressed)),
         };
         // Stage `selected` counts the ids of this pass; the room for those of the others is to spare.
         let others = problem.topk_indices_bytes() - pass.topk_indices_bytes();
         let options = left(&PlanOptions { budget_bytes: options.budget_bytes + others, ..*options }, &workspace);
         let kernel = pass.specialisation(Kernel::BandBackward, set);
-        let attention = [pass.select().attention(), pass.window()]
-            .map(|problem| BandBackwardPlan::with_row_stats(&problem, &kernel, facts, &options));
+        // The window adds to the gradients of queries that compressed attention wrote, which it cannot do in memory.
+        let adds = PlanOptions { query_sums: Some(QuerySums::F32), ..options };
+        let attention = [(pass.select().attention(), &options), (pass.window(), &adds)]
+            .map(|(problem, options)| BandBackwardPlan::with_row_stats(&problem, &kernel, facts, options));
         let tables =
             attention.each_ref().map(|plan| TablePlan::new(plan.tables.spec(), pass.sizes.sequences, &mut workspace));
         let selected =

@@ -107,7 +107,7 @@ impl SelectedBackwardPlan {
         let chosen = options.route.unwrap_or_else(|| route::faster(problem, Pass::Backward, facts, lists));
         let dense = || DenseBackwardPlan::new(problem, (set, facts), options, lists, gives_stats);
         let dense = (chosen == Route::DenseMasked).then(dense).flatten();
-        dense.map_or_else(|| Self::KvOuter(BackwardPlan::new(problem, facts, options)), Self::DenseMasked)
+        dense.map_or_else(|| Self::KvOuter(BackwardPlan::new(problem, set, facts, options)), Self::DenseMasked)
     }
 
     /// Which it is.
@@ -134,7 +134,7 @@ impl SelectedBackwardPlan {
     /// The kernels that it launches.
     pub(crate) fn kernels(&self, set: KernelSet) -> Vec<Specialisation> {
         match self {
-            Self::KvOuter(plan) => plan.problem.backward_kernels(set, plan.deterministic).to_vec(),
+            Self::KvOuter(plan) => plan.problem.backward_kernels(set, plan.query_sums).to_vec(),
             Self::DenseMasked(plan) => plan.kernels(set),
         }
     }

@@ -71,6 +71,11 @@ impl Sizes {
         2 * self.lse_bytes()
     }
 
+    /// The same as a stage gives them to another: their bounds lie behind them.
+    pub(crate) fn given_stats_bytes(&self) -> usize {
+        self.row_stats_bytes() + BOUNDS_BYTES
+    }
+
     /// Checks what the kernels support on a device.
     ///
     /// # Errors
@@ -89,6 +94,9 @@ impl Sizes {
         kernels.iter().try_for_each(|kernel| check_smem(kernel, 1, facts))
     }
 }
+
+/// A pair of bounds for the scale of sums, of rows or of keys: two f32.
+pub(crate) const BOUNDS_BYTES: usize = 2 * size_of::<f32>();
 
 /// Checks that a CTA of a kernel has the shared memory that it takes.
 pub(super) fn check_smem(kernel: &Specialisation, topk: usize, facts: &DeviceFacts) -> Result<()> {

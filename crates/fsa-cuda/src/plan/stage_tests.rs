@@ -44,12 +44,32 @@ fn rows_of_few_keys_are_split_and_those_of_many_are_not() {
     let options = PlanOptions::default();
     let compressed = Keys::Compressed(Windows { kernel_size: 32, kernel_stride: 16 });
     let few = BandProblem { sizes: sizes(8192, (32, 2)), keys: compressed };
-    assert_eq!(band_backward(&few, &options).splits, 32, "4 tiles of keys on 2 heads, 264 ctas wanted");
+    assert_eq!(band_backward(&few, &options).splits, 32, "4 tiles of keys on 2 heads, 198 ctas wanted");
     let many = BandProblem { keys: Keys::Dense, sizes: sizes(65_536, (32, 8)) };
     let plan = band_backward(&many, &options);
     assert_eq!((plan.splits, plan.kv_heads), (1, 8), "{plan}");
     let tight = band_backward(&few, &PlanOptions { budget_bytes: 8 << 20, ..options });
     assert!(tight.splits < 32 && tight.workspace.size_bytes() <= (8 << 20) + 4096, "{tight}");
+}
+
+#[test]
+fn gradients_of_queries_are_added_up_in_memory_where_that_pays_and_is_exact_enough() {
+    let options = PlanOptions::default();
+    let compressed = Keys::Compressed(Windows { kernel_size: 32, kernel_stride: 16 });
+    let problem = |tokens, keys| BandProblem { sizes: sizes(tokens, (32, 8)), keys };
+    let sums = |problem: &BandProblem, options: &PlanOptions| band_backward(problem, options).query_sums;
+    let long = problem(65_536, compressed);
+    let plan = band_backward(&long, &options);
+    assert_eq!((plan.query_sums, plan.splits, plan.tiles.tile_tokens), (QuerySums::Scaled, 1, 16), "{plan}");
+    assert_eq!(sums(&long, &PlanOptions { deterministic: true, ..options }), QuerySums::F32);
+    assert_eq!(sums(&long, &PlanOptions { query_sums: Some(QuerySums::F32), ..options }), QuerySums::F32);
+    let f16 = BandProblem { sizes: Sizes { dtype: DType::F16, ..long.sizes }, ..long };
+    assert_eq!(sums(&f16, &options), QuerySums::F32, "its results have as many bits as the sums");
+    let short = problem(2048, compressed);
+    assert_eq!(sums(&short, &options), QuerySums::F32, "32 splits");
+    assert_eq!(sums(&short, &PlanOptions { query_sums: Some(QuerySums::Scaled), ..options }), QuerySums::Scaled);
+    assert_eq!(sums(&problem(1 << 20, Keys::Window { window_size: 512 }), &options), QuerySums::Scaled);
+    assert_eq!(sums(&problem(1 << 20, Keys::Dense), &options), QuerySums::F32, "8192 tiles of keys");
 }
 
 #[test]

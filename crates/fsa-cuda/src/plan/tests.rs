@@ -24,7 +24,7 @@ fn forward(problem: &Problem) -> ForwardPlan {
 }
 
 fn backward(problem: &Problem) -> BackwardPlan {
-    BackwardPlan::new(problem, &DeviceFacts::h200(), &PlanOptions::default())
+    BackwardPlan::new(problem, KernelSet::Sm90, &DeviceFacts::h200(), &PlanOptions::default())
 }
 
 /// Scratch besides one copy of `topk_indices`.
@@ -73,6 +73,24 @@ fn ranges_of_keys_cover_all_keys_in_whole_blocks() {
 }
 
 #[test]
+fn units_take_heads_of_a_group_in_turn_where_launches_are_long() {
+    let unit_heads = |tokens, heads, change: fn(&mut Problem, &mut PlanOptions)| {
+        let (mut problem, mut options) = (problem(tokens, heads, (64, 16)), PlanOptions::default());
+        change(&mut problem, &mut options);
+        let plan = BackwardPlan::new(&problem, KernelSet::Sm90, &DeviceFacts::h200(), &options);
+        assert!(plan.unit_heads == 1 || plan.finishes_sums(), "{plan}");
+        plan.unit_heads
+    };
+    let lengths = [8192, 32_768, 65_536].map(|tokens| unit_heads(tokens, (32, 8), |_, _| ()));
+    assert_eq!(lengths, [1, 4, 4]);
+    let groups = [(32, 32), (32, 16), (64, 4), (40, 8)].map(|heads| unit_heads(65_536, heads, |_, _| ()));
+    assert_eq!(groups, [1, 2, 4, 1]);
+    assert_eq!(unit_heads(65_536, (32, 8), |problem, _| problem.dtype = DType::F16), 1);
+    assert_eq!(unit_heads(65_536, (32, 8), |_, options| options.query_sums = Some(QuerySums::F32)), 1);
+    assert_eq!(unit_heads(65_536, (32, 8), |_, options| options.deterministic = true), 1);
+}
+
+#[test]
 fn a_usual_length_is_one_index_and_two_buffers() {
     let plan = forward(&problem(65_536, (32, 8), (64, 16)));
     assert_eq!((plan.kv_heads, plan.buffers), (8, 2), "{plan}");
@@ -87,7 +105,7 @@ fn entries_of_usual_lengths_are_put_in_order_in_shared_memory() {
         for heads in [(32, 32), (32, 8), (32, 2)] {
             let problem = problem(tokens, heads, (64, 16));
             let deterministic = PlanOptions { deterministic: true, ..PlanOptions::default() };
-            let ordered = BackwardPlan::new(&problem, &DeviceFacts::h200(), &deterministic).index;
+            let ordered = BackwardPlan::new(&problem, KernelSet::Sm90, &DeviceFacts::h200(), &deterministic).index;
             for index in [forward(&problem).index, backward(&problem).index, ordered] {
                 assert_eq!(index.staged, staged, "{problem}: {index:?}");
                 assert!(!staged || index.scatter_smem_bytes() <= most, "{problem}: {index:?}");
@@ -167,6 +185,7 @@ proptest! {
         topk in 1usize..=MAX_TOPK,
         hopper in any::<bool>(),
         deterministic in any::<bool>(),
+        dtype in proptest::sample::select(&[DType::Bf16, DType::F16]),
     ) {
         let facts = if hopper { DeviceFacts::h200() } else { DeviceFacts::a100() };
         let problem = Problem {
@@ -178,15 +197,16 @@ proptest! {
             head_dim,
             block_size,
             topk,
-            dtype: DType::F16,
+            dtype,
         };
         let plan = ForwardPlan::new(&problem, &facts, &PlanOptions::default());
         check_workspace(&plan.workspace)?;
         check_index(&problem, &plan.index, &facts)?;
         prop_assert!(plan.heads > 0 && plan.heads <= plan.kv_heads * group);
         let options = PlanOptions { deterministic, ..PlanOptions::default() };
-        let plan = BackwardPlan::new(&problem, &facts, &options);
+        let plan = BackwardPlan::new(&problem, facts.arch.kernels(), &facts, &options);
         check_workspace(&plan.workspace)?;
         check_index(&problem, &plan.index, &facts)?;
+        prop_assert!(plan.heads.is_multiple_of(plan.unit_heads) && group.is_multiple_of(plan.unit_heads));
     }
 }

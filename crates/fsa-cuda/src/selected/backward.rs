@@ -7,7 +7,8 @@ use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
 use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
 use crate::params::{BackwardParams, Index, IndexParams, Layout, TILE_ROWS};
-use crate::plan::{BackwardPlan, LaneSums, Slot};
+use crate::plan::{BOUNDS_BYTES, BackwardPlan, LaneSums, QuerySums, Slot};
+
 use fsa_core::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
@@ -42,7 +43,7 @@ struct Work {
 impl KvOuterBackward {
     /// Makes the kernels of a plan ready; compiles those that this process and the cache lack.
     pub(super) fn new(kernels: &Arc<Kernels>, plan: BackwardPlan) -> Result<Self> {
-        let specialisations = plan.problem.backward_kernels(kernels.set(), plan.deterministic);
+        let specialisations = plan.problem.backward_kernels(kernels.set(), plan.query_sums);
         plan.problem.check(kernels.device().facts(), &specialisations)?;
         match &kernels.get(&specialisations)?[..] {
             [Loaded::Index(index), Loaded::Backward(backward)] => Ok(Self {
@@ -90,6 +91,9 @@ impl KvOuterBackward {
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let layout = self.plan.index.layout(problem, batch, &workspace);
         let set = self.kernels.lanes().take(context.stream)?;
+        if self.plan.query_sums == QuerySums::Scaled {
+            self.plan.bounds.span(&workspace).fill(0, context.stream)?;
+        }
         for first in (0..problem.num_kv_heads).step_by(self.plan.kv_heads) {
             let end = (first + self.plan.kv_heads).min(problem.num_kv_heads);
             let mut index = self.plan.index.index(problem, &tensors.forward.topk_indices, first, &workspace);
@@ -137,6 +141,9 @@ impl KvOuterBackward {
             sums.grad_key.span(&pass.workspace).fill(0, stream)?;
             sums.grad_value.span(&pass.workspace).fill(0, stream)?;
         }
+        if self.plan.query_sums == QuerySums::Scaled {
+            self.backward.bounds(stream, plan, kv_heads.len(), &params)?;
+        }
         if problem.total_q > 0 {
             for head in all_heads.clone().step_by(self.plan.heads) {
                 let heads = head..(head + self.plan.heads).min(all_heads.end);
@@ -159,7 +166,7 @@ impl KvOuterBackward {
     }
 
     fn launch_chunk(&self, pass: &Pass<'_>, stream: &Stream, sums: &LaneSums, work: &Work) -> Result<()> {
-        if !self.plan.query_partials {
+        if self.plan.query_sums != QuerySums::Partials {
             sums.grad_query.span(&pass.workspace).fill(0, stream)?;
         }
         let params = self.params(pass, sums, work);
@@ -171,7 +178,8 @@ impl KvOuterBackward {
         let (group, first_head) = (problem.gqa_group_size(), heads.start);
         // Launches of a lane follow one another: the first has its kv heads' sums to itself, unless query heads share them.
         let first_sums = chunk == 0 && first_head.is_multiple_of(group) && self.plan.owns_sums();
-        let grad_query = sums.grad_query.address(&pass.workspace);
+        let (grad_query, key_bounds) =
+            (sums.grad_query.address(&pass.workspace), self.plan.bounds.address(&pass.workspace));
         // The kernels number key rows from 0, the sums hold those of the range; no address before them is ever used.
         let skipped = keys.start * problem.head_dim * size_of::<f32>();
         let of_keys = |slot: Slot| Address(slot.address(&pass.workspace).0.wrapping_sub(skipped as u64));
@@ -193,12 +201,17 @@ impl KvOuterBackward {
             grad_value_out: tensors.grad_value.device(),
             grad_key: of_keys(sums.grad_key),
             grad_value: of_keys(sums.grad_value),
+            row_bounds: tensors.row_stats.map_or(key_bounds.offset(problem.num_kv_heads * BOUNDS_BYTES), |stats| {
+                stats.address().offset(problem.sizes().row_stats_bytes())
+            }),
+            key_bounds,
             sum_rows: self.plan.sum_rows() as i64,
             scale_log2: scale_log2(pass.softmax_scale),
             scale: pass.softmax_scale,
             group_size: group as i32,
             chunk: chunk as i32,
             first_head: first_head as i32,
+            unit_heads: self.plan.unit_heads as i32,
             rows: self.plan.index.chunk_rows(problem) as i32,
             first_sums: first_sums.into(),
             finish_sums: (self.finishes_sums() && heads.end.is_multiple_of(group)).into(),

@@ -64,7 +64,9 @@ pub struct BackwardTensors<'a> {
     pub grad_value: TensorSpan<'a>,
     /// Statistics of all rows: `[num_q_heads, total_q]` of two f32, the log2-sum-exp less the log2 of the size of the row's
     /// gate, and delta, whose lowest bit says that the gate is negative. `forward.out`, `forward.lse` and `grad_lse` are
-    /// not read then, and `grad_out` is not multiplied by the gate.
+    /// not read then, and `grad_out` is not multiplied by the gate. Behind them two bounds, f32: of all rows the largest sum
+    /// of the sizes of the elements of `grad_out`, and the largest size of delta, each times the size of the gate; rows in
+    /// which they are not finite do not count.
     pub row_stats: Option<DeviceSpan<'a>>,
     /// The gradients are added to what the targets hold, in f32 and rounded once, instead of written.
     pub accumulate: bool,
@@ -81,7 +83,7 @@ impl BackwardTensors<'_> {
         self.grad_value.require("grad_value", [total_kv, num_kv_heads], sizes)?;
         let bytes = num_q_heads * total_q * size_of::<f32>();
         self.grad_lse.as_ref().map_or(Ok(()), |grad| check_words("grad_lse", grad, bytes))?;
-        let check = |stats| check_aligned("row_stats", stats, 2 * bytes, ROW_STATS_BYTES);
+        let check = |stats| check_aligned("row_stats", stats, sizes.given_stats_bytes(), ROW_STATS_BYTES);
         self.row_stats.as_ref().map_or(Ok(()), check)
     }
 

@@ -8,10 +8,12 @@ use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale, part, scale_log2};
 use crate::params::{Band, BandBackwardParams, BandParams, BlockMask, Branch};
-use crate::plan::{BandBackwardPlan, BandPlan, BandProblem, BandScratch, PlanOptions, RowTiles, Sizes, Tables};
+use crate::plan::{
+    BOUNDS_BYTES, BandBackwardPlan, BandPlan, BandProblem, BandScratch, PlanOptions, RowTiles, Sizes, Tables,
+};
 use crate::prepare::PrepareKernel;
 use crate::source::{Kernel, Specialisation};
-use fsa_core::{Error, Result};
+use fsa_core::{DType, Error, Result};
 use std::sync::Arc;
 
 /// Keys of a box that Hopper's kernels copy.
@@ -178,9 +180,9 @@ impl BandForward {
 /// How the gradients of a branch become those of a call; by default the attention is the call.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct BranchGrads<'a> {
-    /// Statistics of all rows, with the gates: `out`, `lse` and `grad_lse` are not read then.
+    /// Statistics of all rows, with the gates, and their bounds behind them: `out`, `lse` and `grad_lse` are not read then.
     pub row_stats: Option<DeviceSpan<'a>>,
-    /// `grad_query` is added to.
+    /// `grad_query` is added to; not by a plan that adds it up in memory.
     pub accumulate: bool,
     /// `grad_key` and `grad_value` are added to.
     pub accumulate_keys: bool,
@@ -204,7 +206,7 @@ impl BandBackwardStep {
 
     /// The same with a mask of blocks of that size.
     pub(crate) fn masked(kernels: &Kernels, plan: BandBackwardPlan, block_size: Option<usize>) -> Result<Self> {
-        let specialisation = plan.problem.sizes.specialisation(Kernel::BandBackward, kernels.set(), 64);
+        let specialisation = plan.specialisation(kernels.set());
         let specialisation = block_size.map_or(specialisation, |size| specialisation.with_block_mask(size));
         let multiprocessors = kernels.device().facts().multiprocessors;
         Ok(Self { plan, kernels: kernels.one(&specialisation)?, specialisation, multiprocessors })
@@ -220,6 +222,7 @@ impl BandBackwardStep {
         softmax_scale: f32,
     ) -> Result<()> {
         let sizes = &self.plan.problem.sizes;
+        self.plan.scratch.bounds.iter().try_for_each(|bounds| bounds.span(workspace).fill(0, stream))?;
         passes(sizes.num_kv_heads, self.plan.kv_heads).try_for_each(|heads| {
             let own = tensors.kv_heads_from(heads.start, sizes);
             let mut params = self.params(batch, (tables, workspace), &own, heads.len(), softmax_scale)?;
@@ -231,6 +234,7 @@ impl BandBackwardStep {
                     let skipped = heads.start * sizes.gqa_group_size();
                     let row_stats = part(stats, skipped * sizes.row_stats_bytes() / sizes.num_q_heads);
                     params.row_stats = row_stats.address();
+                    params.row_bounds = stats.address().offset(sizes.row_stats_bytes());
                 }
                 None => self.kernels.statistics(stream, &params)?,
             }
@@ -248,7 +252,9 @@ impl BandBackwardStep {
     ) -> Result<BandBackwardParams> {
         let BandBackwardPlan { problem, tiles, num_key_tiles, splits, scratch, .. } = &self.plan;
         let (sizes, set) = (problem.sizes.with_kv_heads(kv_heads), self.specialisation.set);
-        let BandScratch { row_stats, partial_keys } = scratch;
+        let BandScratch { row_stats, bounds, partial_keys } = scratch;
+        let key_bounds = bounds.map_or(Address::default(), |slot| slot.address(workspace));
+        let as_f16 = Sizes { dtype: DType::F16, ..sizes };
         let (rows, keys) = ([sizes.total_q, sizes.num_q_heads], [problem.total_keys(), kv_heads]);
         let (row_boxes, key_boxes) = ([tiles.tile_tokens, tiles.tile_heads], [box_keys(&sizes), 1]);
         let AttentionTensors { query, key, value, out, lse } = &tensors.forward;
@@ -262,6 +268,8 @@ impl BandBackwardStep {
             lse: lse.address(),
             grad_lse: tensors.grad_lse.map_or(Address::default(), |grad| grad.address()),
             row_stats: row_stats.map_or(Address::default(), |slot| slot.address(workspace)),
+            row_bounds: if bounds.is_some() { key_bounds.offset(BOUNDS_BYTES) } else { key_bounds },
+            key_bounds,
             grad_query: tensors.grad_query.device(),
             grad_key: tensors.grad_key.device(),
             grad_value: tensors.grad_value.device(),
@@ -279,11 +287,12 @@ impl BandBackwardStep {
             grad_out_map: tensors.grad_out.map(set, rows, row_boxes, &sizes)?,
             key_map: key.map(set, keys, key_boxes, &sizes)?,
             value_map: value.map(set, keys, key_boxes, &sizes)?,
+            sums_map: tensors.grad_query.map(set, rows, row_boxes, &as_f16)?,
         })
     }
 }
 
-/// A planned backward with its kernels. Equal bits for equal input.
+/// A planned backward with its kernels. Equal bits for equal input where the plan is deterministic or in two passes.
 #[derive(Debug)]
 pub struct BandBackward {
     kernels: Arc<Kernels>,
@@ -297,13 +306,14 @@ impl BandBackward {
     /// # Errors
     /// The kernels do not support the problem, or cannot be had.
     pub fn plan(kernels: &Arc<Kernels>, problem: &BandProblem, options: &PlanOptions) -> Result<Self> {
-        let used = [Kernel::Prepare, Kernel::BandBackward].map(|k| problem.sizes.specialisation(k, kernels.set(), 64));
+        let [prepare, backward] =
+            [Kernel::Prepare, Kernel::BandBackward].map(|k| problem.sizes.specialisation(k, kernels.set(), 64));
         let facts = kernels.device().facts();
-        problem.check(facts, &used)?;
-        kernels.get(&used)?;
-        let plan = BandBackwardPlan::new(problem, &used[1], facts, options);
+        problem.check(facts, &[prepare, backward])?;
+        let plan = BandBackwardPlan::new(problem, &backward, facts, &kernels.query_sums(options));
+        kernels.get(&[prepare, plan.specialisation(kernels.set())])?;
         let step = BandBackwardStep::new(kernels, plan)?;
-        Ok(Self { kernels: Arc::clone(kernels), prepare: kernels.one(&used[0])?, step })
+        Ok(Self { kernels: Arc::clone(kernels), prepare: kernels.one(&prepare)?, step })
     }
 
     /// Tiles, splits and workspace.

@@ -98,6 +98,13 @@ impl<'c> Check<'c> {
         self.outcome.ambiguous_rows += ambiguous;
     }
 
+    /// Takes over what the same backend made of the case in another way: failures and the largest error count.
+    pub(super) fn add_way(&mut self, name: &str, other: Check<'_>) {
+        let CaseOutcome { failures, worst_ratio, .. } = other.outcome;
+        self.outcome.failures.extend(failures.into_iter().map(|failure| format!("{name}: {failure}")));
+        self.outcome.worst_ratio = self.outcome.worst_ratio.max(worst_ratio);
+    }
+
     /// Takes over what another backend made of the same case.
     pub(super) fn set_beside(&mut self, name: &str, other: Check<'_>) {
         let mut difference: Option<Worst> = None;

@@ -1,8 +1,8 @@
-//! How a backend is tried: how often it is called, and beside which other one.
+//! How a backend is tried: how often it is called, in which other way, and beside which other one.
 
 use super::check::{CaseOutcome, Check};
 use super::{CheckOptions, StageReport, dispatch, run_groups};
-use crate::case::Case;
+use crate::case::{Case, Pass};
 use crate::tolerance::Worst;
 use fsa_core::Backend;
 use serde::Serialize;
@@ -28,6 +28,7 @@ const CALLS: usize = 2;
 pub struct Trial<'a> {
     backend: &'a dyn Backend,
     calls: usize,
+    unordered: Option<&'a dyn Backend>,
     beside: Option<&'a dyn Backend>,
 }
 
@@ -59,12 +60,18 @@ pub struct BesideReport {
 impl<'a> Trial<'a> {
     /// Two calls of every case.
     pub fn new(backend: &'a dyn Backend) -> Self {
-        Self { backend, calls: CALLS, beside: None }
+        Self { backend, calls: CALLS, unordered: None, beside: None }
     }
 
     /// This many calls of every case, which must give equal bits; at least one.
     pub fn calls(self, calls: usize) -> Self {
         Self { calls: calls.max(1), ..self }
+    }
+
+    /// Runs every backward on `other` too, once: the same backend where it may add up in any order. It must pass as well, but
+    /// promises no bits.
+    pub fn unordered(self, other: &'a dyn Backend) -> Self {
+        Self { unordered: Some(other), ..self }
     }
 
     /// Runs every case on `other` too, which must pass as well, and finds the greatest difference.
@@ -79,15 +86,18 @@ impl<'a> Trial<'a> {
 
     /// Runs one case.
     pub fn run_case(&self, case: &Case) -> CaseOutcome {
-        let mut check = self.judge(self.backend, case);
+        let mut check = self.judge(self.backend, case, self.calls);
+        if let Some(other) = self.unordered.filter(|_| case.pass == Pass::Backward) {
+            check.add_way("in any order", self.judge(other, case, 1));
+        }
         if let Some(other) = self.beside {
-            check.set_beside(other.name(), self.judge(other, case));
+            check.set_beside(other.name(), self.judge(other, case, self.calls));
         }
         check.outcome()
     }
 
-    fn judge<'c>(&self, backend: &dyn Backend, case: &'c Case) -> Check<'c> {
-        let mut check = Check::new(case, self.calls);
+    fn judge<'c>(&self, backend: &dyn Backend, case: &'c Case, calls: usize) -> Check<'c> {
+        let mut check = Check::new(case, calls);
         if let Err(error) = dispatch(backend, case, &mut check) {
             check.fail(error.to_string());
         }
@@ -102,9 +112,10 @@ impl<'a> Trial<'a> {
 
 impl fmt::Debug for Trial<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let beside = self.beside.map(Backend::name);
+        let (unordered, beside) = (self.unordered.is_some(), self.beside.map(Backend::name));
         let mut shown = f.debug_struct("Trial");
-        shown.field("backend", &self.backend.name()).field("calls", &self.calls).field("beside", &beside).finish()
+        shown.field("backend", &self.backend.name()).field("calls", &self.calls);
+        shown.field("unordered", &unordered).field("beside", &beside).finish()
     }
 }
 

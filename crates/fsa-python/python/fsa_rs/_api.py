@@ -281,9 +281,8 @@ def compress_kv(
     _rows("k", k)
     _rows("v", v)
     geometry = (_size("kernel_size", kernel_size), _size("kernel_stride", kernel_stride))
-    k_cmp = library.compress("k", geometry, k, cu_seqlens_k, k_weight, k_position)
-    v_cmp = library.compress("v", geometry, v, cu_seqlens_k, v_weight, v_position)
-    return k_cmp, v_cmp, library.compressed_cu_seqlens(cu_seqlens_k, geometry)
+    parameters = (k_weight, k_position, v_weight, v_position)
+    return library.compress(geometry, (k, v, cu_seqlens_k), parameters)  # type: ignore[no-any-return]
 
 
 def compressed_attn_varlen_func(
@@ -335,7 +334,7 @@ def compressed_attn_varlen_func(
     packed = (q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k_cmp=k_cmp, v_cmp=v_cmp, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     sizes = _sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, 0, score_heads)
-    out, lse, topk_indices = library.select(sizes, packed, _scale(softmax_scale))
+    out, lse, topk_indices = library.select(sizes, packed, _scale(softmax_scale), bool(deterministic))
     return out, lse, _hts(layout, topk_indices)
 
 
@@ -373,7 +372,8 @@ def topk_blocks(
     packed = (q, k_cmp, k_cmp, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k_cmp=k_cmp, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     sizes = _sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, 0, score_heads)
-    return _hts(layout, library.select(sizes, packed, _scale(softmax_scale))[2])  # type: ignore[no-any-return]
+    topk_indices = library.select(sizes, packed, _scale(softmax_scale), False)[2]
+    return _hts(layout, topk_indices)  # type: ignore[no-any-return]
 
 
 def nsa_attn_varlen_func(

@@ -15,16 +15,6 @@ Array: TypeAlias = Any
 Stage: TypeAlias = tuple[Array, int, bool] | tuple[int, int] | tuple[int] | tuple[()]
 # q, k, v, cu_seqlens_q, cu_seqlens_k
 Packed: TypeAlias = tuple[Array, Array, Array, Array, Array]
-# data_ptr, device, dtype, shape, strides of a CUDA tensor
-Described: TypeAlias = tuple[int, int, str, Sequence[int], Sequence[int]]
-# stream, workspace
-Context: TypeAlias = tuple[int, Described]
-# (topk_indices, block_size), (kernel_size, kernel_stride), (window_size,), () for dense
-CudaStage: TypeAlias = tuple[Described, int] | tuple[int, int] | tuple[int] | tuple[()]
-# q, k, v, cu_seqlens_q, cu_seqlens_k; out, lse
-Tensors: TypeAlias = Sequence[Described]
-# weight, position
-CudaParameters: TypeAlias = tuple[Described | None, Described | None]
 # weight, position
 Parameters: TypeAlias = tuple[Array | None, Array | None]
 # sizes, rope, softmax_scale
@@ -78,65 +68,32 @@ def nsa_backward(
     grads: tuple[tuple[Array, Array, Array, Array], Parameters, Parameters],
 ) -> None: ...
 
-class CudaPlan:
-    """A call on a CUDA device, planned."""
+# The calls on CUDA tensors allocate what they return with PyTorch's allocator, and run on its current stream.
 
-# Functions that plan return the plan, the dimension that it takes vectors padded to, and the size of its workspace in
-# bytes. They take tensors as the user gave them; the others take padded ones.
-
-def cuda_attention_plan(
-    inputs: Tensors, stage: CudaStage, backward: bool, deterministic: bool
-) -> tuple[CudaPlan, int, int]: ...
-def cuda_attention(
-    plan: CudaPlan, context: Context, softmax_scale: float, tensors: Tensors, topk_indices: Described | None
-) -> None: ...
+def cuda_attention(stage: Stage, inputs: Packed, softmax_scale: float | None) -> tuple[Array, Array]: ...
 def cuda_attention_backward(
-    plan: CudaPlan,
-    context: Context,
-    softmax_scale: float,
-    tensors: Tensors,
-    topk_indices: Described | None,
-    gradients: Sequence[Described | None],
-) -> None:
-    """`gradients` are `grad_out`, `grad_lse`, and the three that are written."""
+    stage: Stage,
+    inputs: Packed,
+    softmax_scale: float | None,
+    deterministic: bool,
+    forward: tuple[Array, Array, Array, Array | None],
+) -> tuple[Array, Array, Array]:
+    """`forward` is `out`, `lse`, `grad_out` and `grad_lse`."""
 
-def cuda_select_plan(inputs: Tensors, sizes: Sequence[int]) -> tuple[CudaPlan, int, int]: ...
 def cuda_select(
-    plan: CudaPlan, context: Context, softmax_scale: float, tensors: Tensors, topk_indices: Described
-) -> None: ...
-def cuda_compress_plan(
-    name: str, geometry: Sequence[int], input: Tensors, parameters: CudaParameters, backward: bool
-) -> tuple[CudaPlan, int, int]: ...
-def cuda_compress(plan: CudaPlan, context: Context, tensors: Tensors, parameters: CudaParameters) -> None:
-    """`tensors` are the input, `cu_seqlens_k` and the output."""
-
+    sizes: Sequence[int], inputs: Packed, softmax_scale: float | None
+) -> tuple[Array, Array, Array]: ...
+def cuda_compress(
+    geometry: tuple[int, int], inputs: tuple[Array, Array, Array], parameters: tuple[Parameters, Parameters]
+) -> tuple[Array, Array, Array]: ...
 def cuda_compress_backward(
-    plan: CudaPlan,
-    context: Context,
-    tensors: Tensors,
-    parameters: CudaParameters,
-    grad_input: Described,
-    grad_parameters: CudaParameters,
-) -> None: ...
-def cuda_nsa_plan(
-    options: tuple[Sequence[int], Sequence[float]], inputs: Any, saves: bool, backward: bool, deterministic: bool
-) -> tuple[CudaPlan, int, int]: ...
-def cuda_nsa(
-    plan: CudaPlan,
-    context: Context,
-    softmax_scale: float,
-    inputs: Any,
-    outputs: tuple[Described, Described],
-    saved: Any,
-    recompute: str | None,
-) -> None:
-    """With `recompute`, `"rotated"` or `"all"`, the second of `outputs` is read, and that of `saved` is written."""
-
+    geometry: tuple[int, int],
+    inputs: tuple[Array, Array, Array],
+    parameters: tuple[Parameters, Parameters],
+    grads_out: tuple[Array | None, Array | None],
+) -> list[Array]: ...
+def cuda_nsa(options: Options, inputs: NsaInputs, saved: Any) -> tuple[Array, Array]: ...
 def cuda_nsa_backward(
-    plan: CudaPlan,
-    context: Context,
-    softmax_scale: float,
-    inputs: Any,
-    forward: tuple[Described, Any, Described],
-    grads: Any,
-) -> None: ...
+    options: Options, inputs: NsaInputs, deterministic: bool, state: tuple[Array, Any, str], grad_out: Array
+) -> list[Array]:
+    """`state` is `topk_indices`, the parts of the state, and what of them is computed again."""

@@ -45,7 +45,9 @@ def attention(
     return outputs
 
 
-def select(sizes: list[int], packed: tuple[Array, ...], scale: float | None) -> tuple[Array, Array, Array]:
+def select(
+    sizes: list[int], packed: tuple[Array, ...], scale: float | None, deterministic: bool
+) -> tuple[Array, Array, Array]:
     """``out``, ``lse`` and ``topk_indices`` of compressed attention."""
     packed = _readables(packed)
     outputs = (*_outputs(packed[0], packed[2]), _indices(packed[0], packed[1], sizes[3]))
@@ -54,25 +56,18 @@ def select(sizes: list[int], packed: tuple[Array, ...], scale: float | None) -> 
 
 
 def compress(
-    name: str,
-    geometry: tuple[int, int],
-    input: Array,
-    cu_seqlens_k: Array,
-    weight: Array | None,
-    position: Array | None,
-) -> Array:
-    """Compressed rows, zeros after the last."""
-    input, cu_seqlens_k = _readable(input), _readable(cu_seqlens_k)
-    out = np.zeros((input.shape[0] // max(geometry[1], 1), *input.shape[1:]), input.dtype)
-    _native.compress(name, geometry, (input, cu_seqlens_k), (_readable(weight), _readable(position)), out)
-    return out
-
-
-def compressed_cu_seqlens(cu_seqlens_k: Array, geometry: tuple[int, int]) -> Array:
-    """Prefix sums of the compressed rows."""
+    geometry: tuple[int, int], packed: tuple[Array, ...], parameters: tuple[Array | None, ...]
+) -> tuple[Array, Array, Array]:
+    """Compressed keys and values, zeros after the last, and their prefix sums."""
     kernel_size, kernel_stride = geometry
+    *inputs, cu_seqlens_k = _readables(packed)
+    outputs = []
+    for name, input, given in zip("kv", inputs, (parameters[:2], parameters[2:]), strict=True):
+        out = np.zeros((input.shape[0] // max(kernel_stride, 1), *input.shape[1:]), input.dtype)
+        _native.compress(name, geometry, (input, cu_seqlens_k), _readables(given), out)
+        outputs.append(out)
     windows = ((np.diff(cu_seqlens_k) - kernel_size) // kernel_stride + 1).clip(min=0)
-    return np.concatenate(([0], windows.cumsum())).astype(np.int32)
+    return outputs[0], outputs[1], np.concatenate(([0], windows.cumsum())).astype(np.int32)
 
 
 def nsa(

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from . import _native, _torch_cuda
+from ._torch_cuda import native_stage
 from ._torch_nsa import nsa
+from ._torch_operator import Operator
 
-__all__ = ["Tensor", "attention", "compress", "compressed_cu_seqlens", "nsa", "select"]
+__all__ = ["Tensor", "attention", "compress", "nsa", "select"]
 
 PACKED = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 
@@ -28,12 +30,6 @@ def _contiguous_zeros(*tensors: Tensor) -> tuple[Tensor, ...]:
 # with topk_indices, [block_size, validate]. An empty list would be one of tensors to autograd.
 
 ATTENTION = f"{PACKED}, float? softmax_scale, Tensor? topk_indices, int[]? stage, bool deterministic"
-
-
-def _native_stage(topk_indices: Tensor | None, stage: list[int] | None) -> Any:
-    if stage is None:
-        return ()
-    return tuple(stage) if topk_indices is None else (topk_indices, stage[0], bool(stage[1]))
 
 
 def _allocate_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -54,7 +50,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     outputs = _allocate_attention(q, k, v)
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _native.attention(_native_stage(topk_indices, stage), packed, softmax_scale, outputs)
+    _native.attention(native_stage(topk_indices, stage), packed, softmax_scale, outputs)
     return outputs
 
 
@@ -80,8 +76,8 @@ def _attention_backward(
 ) -> tuple[Tensor, ...]:
     grads = _allocate_grads(q, k, v)
     packed, forward = (q, k, v, cu_seqlens_q, cu_seqlens_k), (out, lse, grad_out, grad_lse)
-    native_stage = _native_stage(topk_indices, stage)
-    _native.attention_backward(native_stage, packed, softmax_scale, forward, grads)  # type: ignore[arg-type]
+    native = native_stage(topk_indices, stage)
+    _native.attention_backward(native, packed, softmax_scale, forward, grads)  # type: ignore[arg-type]
     return grads
 
 
@@ -93,8 +89,8 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _save_select(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *packed, softmax_scale, sizes = inputs
-    _save_attention(ctx, (*packed, softmax_scale, None, sizes[:2], False), output)
+    *packed, softmax_scale, sizes, deterministic = inputs
+    _save_attention(ctx, (*packed, softmax_scale, None, sizes[:2], deterministic), output)
     ctx.mark_non_differentiable(output[2])
 
 
@@ -109,23 +105,20 @@ def _differentiate_attention(
     return (*grads, *(None for _ in ctx.needs_input_grad[3:]))
 
 
-_ATTENTION = torch.library.custom_op(
-    "fsa_rs::attention", _attention, mutates_args=(), schema=f"({ATTENTION}) -> (Tensor, Tensor)"
+_ATTENTION = Operator(
+    "attention",
+    f"({ATTENTION}) -> (Tensor, Tensor)",
+    (_attention, _torch_cuda.attention),
+    _allocate_attention,
+    _save_attention,
+    _differentiate_attention,
 )
-_ATTENTION.register_fake(_allocate_attention)
-_ATTENTION.register_autograd(_differentiate_attention, setup_context=_save_attention)
-
-_ATTENTION_BACKWARD = torch.library.custom_op(
-    "fsa_rs::attention_backward",
-    _attention_backward,
-    mutates_args=(),
-    schema=f"({ATTENTION}, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse) -> (Tensor, Tensor, Tensor)",
+_ATTENTION_BACKWARD = Operator(
+    "attention_backward",
+    f"({ATTENTION}, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse) -> (Tensor, Tensor, Tensor)",
+    (_attention_backward, _torch_cuda.attention_backward),
+    _allocate_grads,
 )
-_ATTENTION_BACKWARD.register_fake(_allocate_grads)
-
-
-_ATTENTION.register_kernel("cuda")(_torch_cuda.attention)
-_ATTENTION_BACKWARD.register_kernel("cuda")(_torch_cuda.attention_backward)
 
 
 def attention(stage: tuple[Any, ...], packed: tuple[Tensor, ...], scale: float | None, deterministic: bool) -> Any:
@@ -139,141 +132,122 @@ def attention(stage: tuple[Any, ...], packed: tuple[Tensor, ...], scale: float |
 # Stage select: compressed attention that also lists blocks. Its gradient is that of compressed attention.
 
 
-def _allocate_select(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None, sizes: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_select(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (q, k, v), sizes = arguments[:3], arguments[6]
     topk_indices = q.new_empty((*k.shape[1:2], *q.shape[:1], sizes[3]), dtype=torch.int32)
     return (*_allocate_attention(q, k, v), topk_indices)
 
 
-def _select(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float | None, sizes: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _allocate_select(q, k, v, cu_q, cu_k, scale, sizes)
-    _native.select(sizes, (q, k, v, cu_q, cu_k), scale, outputs)
+def _select(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    scale, sizes, _ = arguments[5:]
+    outputs = _allocate_select(*arguments)
+    _native.select(sizes, arguments[:5], scale, outputs)
     return outputs
 
 
-_SELECT = torch.library.custom_op(
-    "fsa_rs::select",
-    _select,
-    mutates_args=(),
-    schema=f"({PACKED}, float? softmax_scale, int[] sizes) -> (Tensor, Tensor, Tensor)".replace("cu_seqlens", "cu"),
+_SELECT = Operator(
+    "select",
+    f"({PACKED}, float? softmax_scale, int[] sizes, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    (_select, _torch_cuda.select),
+    _allocate_select,
+    _save_select,
+    _differentiate_attention,
 )
-_SELECT.register_fake(_allocate_select)
-_SELECT.register_kernel("cuda")(_torch_cuda.select)
-_SELECT.register_autograd(_differentiate_attention, setup_context=_save_select)
 
 
-def select(sizes: list[int], packed: tuple[Tensor, ...], scale: float | None) -> Any:
+def select(sizes: list[int], packed: tuple[Tensor, ...], scale: float | None, deterministic: bool) -> Any:
     """``out``, ``lse`` and ``topk_indices`` of compressed attention."""
-    return _SELECT(*packed, scale, sizes)
+    return _SELECT(*packed, scale, sizes, deterministic or torch.are_deterministic_algorithms_enabled())
 
 
-# Stage compress, of keys (`name` "k") or of values ("v").
+# Stage compress, of keys and of values.
 
-COMPRESS = "str name, int[] geometry, Tensor input, Tensor cu_seqlens_k, Tensor? weight, Tensor? position"
+COMPRESS = (
+    "Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor? k_weight, Tensor? k_position, Tensor? v_weight, "
+    "Tensor? v_position, int[] geometry"
+)
 
 
-def _allocate_compressed(
-    name: str,
-    geometry: list[int],
-    input: Tensor,
-    cu_seqlens_k: Tensor,
-    weight: Tensor | None,
-    position: Tensor | None,
-) -> Tensor:
+def _sides(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What is compressed, of keys and of values: name, input, weight, position."""
+    k, v, _, k_weight, k_position, v_weight, v_position, *_ = arguments
+    return ("k", k, k_weight, k_position), ("v", v, v_weight, v_position)
+
+
+def _allocate_compressed(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    stride = max(options[-1][1], 1)
     # Rows after the last compressed one are not written.
-    return input.new_zeros((input.shape[0] // max(geometry[1], 1), *input.shape[1:]))
+    k_cmp, v_cmp = (x.new_zeros((x.shape[0] // stride, *x.shape[1:])) for x in (k, v))
+    return k_cmp, v_cmp, cu_seqlens_k.new_empty(cu_seqlens_k.shape, dtype=torch.int32)
 
 
-def _compress(
-    name: str,
-    geometry: list[int],
-    input: Tensor,
-    cu_seqlens_k: Tensor,
-    weight: Tensor | None,
-    position: Tensor | None,
-) -> Tensor:
-    out = _allocate_compressed(name, geometry, input, cu_seqlens_k, weight, position)
-    _native.compress(name, (geometry[0], geometry[1]), (input, cu_seqlens_k), (weight, position), out)
-    return out
+def _compress(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    cu_seqlens_k, (kernel_size, kernel_stride) = arguments[2], arguments[7]
+    k_cmp, v_cmp, cu_seqlens_cmp = _allocate_compressed(*arguments)
+    for (name, input, *parameters), out in zip(_sides(arguments), (k_cmp, v_cmp), strict=True):
+        given = ((input, cu_seqlens_k), tuple(parameters))
+        _native.compress(name, (kernel_size, kernel_stride), *given, out)
+    windows = ((cu_seqlens_k.diff() - kernel_size) // kernel_stride + 1).clamp(min=0)
+    cu_seqlens_cmp[0] = 0
+    torch.cumsum(windows, 0, dtype=torch.int32, out=cu_seqlens_cmp[1:])
+    return k_cmp, v_cmp, cu_seqlens_cmp
 
 
-def _allocate_compress_grads(
-    name: str,
-    geometry: list[int],
-    input: Tensor,
-    cu_seqlens_k: Tensor,
-    weight: Tensor | None,
-    position: Tensor | None,
-    grad_out: Tensor,
-) -> list[Tensor]:
-    return list(_contiguous_zeros(*(tensor for tensor in (input, weight, position) if tensor is not None)))
+def _allocate_compress_grads(*arguments: Any) -> list[Tensor]:
+    """Of ``k`` and its parameters, if the gradient of its compressed rows is given, and of ``v`` and its."""
+    given = zip(_sides(arguments), arguments[8:], strict=True)
+    inputs = [x for (_, *inputs), grad in given if grad is not None for x in inputs if x is not None]
+    return list(_contiguous_zeros(*inputs))
 
 
-def _compress_backward(
-    name: str,
-    geometry: list[int],
-    input: Tensor,
-    cu_seqlens_k: Tensor,
-    weight: Tensor | None,
-    position: Tensor | None,
-    grad_out: Tensor,
-) -> list[Tensor]:
-    grads = _allocate_compress_grads(name, geometry, input, cu_seqlens_k, weight, position, grad_out)
-    grad_input, grad_weight, grad_position = (*grads, None, None)[:3]
-    _native.compress_backward(
-        name,
-        (geometry[0], geometry[1]),
-        (input, cu_seqlens_k),
-        (weight, position),
-        grad_out,
-        (grad_input, grad_weight, grad_position),
-    )
+def _compress_backward(*arguments: Any) -> list[Tensor]:
+    cu_seqlens_k, geometry, *grads_out = arguments[2], *arguments[7:]
+    grads = _allocate_compress_grads(*arguments)
+    remaining = iter(grads)
+    for (name, input, *parameters), grad_out in zip(_sides(arguments), grads_out, strict=True):
+        if grad_out is not None:
+            outputs = tuple(None if x is None else next(remaining) for x in (input, *parameters))
+            given = ((input, cu_seqlens_k), tuple(parameters), grad_out, outputs)
+            _native.compress_backward(name, tuple(geometry), *given)  # type: ignore[arg-type]
     return grads
 
 
-def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.name, ctx.geometry, *tensors = inputs
+def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.geometry = inputs
     ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate_compress(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _COMPRESS_BACKWARD(ctx.name, ctx.geometry, *ctx.saved_tensors, grad_out)
-    grad_input, grad_weight, grad_position = (*grads, None, None)[:3]
-    return None, None, grad_input, None, grad_weight, grad_position
+def _differentiate_compress(ctx: Any, *grads_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+    places = ((0, 3, 4), (1, 5, 6))
+    wanted = [grad if any(needed[at] for at in of) else None for of, grad in zip(places, grads_out[:2], strict=True)]
+    remaining = iter(_COMPRESS_BACKWARD(*saved, ctx.geometry, *wanted))
+    grads: list[Tensor | None] = [None] * 8
+    for of, grad in zip(places, wanted, strict=True):
+        for at in of:
+            if grad is not None and saved[at] is not None:
+                grads[at] = next(remaining)
+    return tuple(grads)
 
 
-_COMPRESS = torch.library.custom_op("fsa_rs::compress", _compress, mutates_args=(), schema=f"({COMPRESS}) -> Tensor")
-_COMPRESS.register_fake(_allocate_compressed)
-_COMPRESS.register_kernel("cuda")(_torch_cuda.compress)
-_COMPRESS.register_autograd(_differentiate_compress, setup_context=_save_compress)
-
-_COMPRESS_BACKWARD = torch.library.custom_op(
-    "fsa_rs::compress_backward",
-    _compress_backward,
-    mutates_args=(),
-    schema=f"({COMPRESS}, Tensor grad_out) -> Tensor[]",
+_COMPRESS = Operator(
+    "compress",
+    f"({COMPRESS}) -> (Tensor, Tensor, Tensor)",
+    (_compress, _torch_cuda.compress),
+    _allocate_compressed,
+    _save_compress,
+    _differentiate_compress,
 )
-_COMPRESS_BACKWARD.register_fake(_allocate_compress_grads)
-_COMPRESS_BACKWARD.register_kernel("cuda")(_torch_cuda.compress_backward)
+_COMPRESS_BACKWARD = Operator(
+    "compress_backward",
+    f"({COMPRESS}, Tensor? grad_k, Tensor? grad_v) -> Tensor[]",
+    (_compress_backward, _torch_cuda.compress_backward),
+    _allocate_compress_grads,
+)
 
 
-def compress(
-    name: str,
-    geometry: tuple[int, int],
-    input: Tensor,
-    cu_seqlens_k: Tensor,
-    weight: Tensor | None,
-    position: Tensor | None,
-) -> Any:
-    """Compressed rows, zeros after the last."""
-    return _COMPRESS(name, list(geometry), input, cu_seqlens_k, weight, position)
-
-
-def compressed_cu_seqlens(cu_seqlens_k: Tensor, geometry: tuple[int, int]) -> Tensor:
-    """Prefix sums of the compressed rows."""
-    kernel_size, kernel_stride = geometry
-    windows = ((cu_seqlens_k.diff() - kernel_size) // kernel_stride + 1).clamp(min=0)
-    return torch.nn.functional.pad(windows.cumsum(0, dtype=torch.int32), (1, 0))
+def compress(geometry: tuple[int, int], packed: tuple[Tensor, ...], parameters: tuple[Tensor | None, ...]) -> Any:
+    """Compressed keys and values, zeros after the last, and their prefix sums."""
+    return _COMPRESS(*packed, *parameters, list(geometry))

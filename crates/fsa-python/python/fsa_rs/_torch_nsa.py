@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, _torch_cuda_nsa
-from ._torch_state import Layout
+from . import _native, _torch_cuda
+from ._torch_operator import Operator
+from ._torch_state import layout
 
 # What both operators take: packed inputs, gates, the parameters of the compressions, the options.
 ARGUMENTS = (
@@ -34,7 +35,7 @@ def _allocate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     sizes, save, recompute = arguments[10], *arguments[14:]
     shape = (*q.shape[:-1], *v.shape[-1:])
     topk_indices = q.new_empty((*k.shape[1:2], *q.shape[:1], sizes[3]), dtype=torch.int32)
-    state = Layout(arguments, recompute).allocate(q) if save else q.new_empty((0,), dtype=torch.uint8)
+    state = layout(arguments, recompute).allocate(q) if save else q.new_empty((0,), dtype=torch.uint8)
     return q.new_empty(shape), topk_indices, state
 
 
@@ -42,11 +43,11 @@ def _nsa(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     out, topk_indices, state = outputs = _allocate(*arguments)
     save, recompute = arguments[14:]
     options, inputs = _native_arguments(arguments)
-    layout = Layout(arguments, "none")
+    parts = layout(arguments, "none")
     saves = save and recompute != "all"
     # The extension writes all parts or none.
-    whole = layout.allocate(out) if saves and recompute == "rotated" else state
-    _native.nsa(options, inputs, (out, topk_indices), layout.views(whole) if saves else ())
+    whole = parts.allocate(out) if saves and recompute == "rotated" else state
+    _native.nsa(options, inputs, (out, topk_indices), parts.views(whole) if saves else ())
     if whole is not state:
         state.copy_(whole[: len(state)])
     return outputs
@@ -61,15 +62,15 @@ def _nsa_backward(*arguments: Any) -> list[Tensor]:
     grads = _allocate_grads(*arguments)
     options, inputs = _native_arguments(arguments)
     topk_indices, state, grad_out, recompute = arguments[14:]
-    layout = Layout(arguments, "none")
+    parts = layout(arguments, "none")
     if recompute != "none":
-        state = layout.allocate(grad_out)
+        state = parts.allocate(grad_out)
         again = (torch.empty_like(grad_out), torch.empty_like(topk_indices))
-        _native.nsa(options, inputs, again, layout.views(state))
+        _native.nsa(options, inputs, again, parts.views(state))
     by_input = _spread(arguments, grads)
     parameters = (by_input[6:8], by_input[8:10])
     required = (*by_input[:3], by_input[5])
-    given = (topk_indices, layout.views(state))
+    given = (topk_indices, parts.views(state))
     _native.nsa_backward(options, inputs, given, grad_out, (required, *parameters))
     return grads
 
@@ -102,21 +103,20 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...
     return (*_spread(inputs, found), *(None for _ in range(6)))
 
 
-_NSA = torch.library.custom_op(
-    "fsa_rs::nsa", _nsa, mutates_args=(), schema=f"({ARGUMENTS}, bool save, str recompute) -> (Tensor, Tensor, Tensor)"
+_NSA = Operator(
+    "nsa",
+    f"({ARGUMENTS}, bool save, str recompute) -> (Tensor, Tensor, Tensor)",
+    (_nsa, _torch_cuda.nsa),
+    _allocate,
+    _save,
+    _differentiate,
 )
-_NSA.register_fake(_allocate)
-_NSA.register_kernel("cuda")(_torch_cuda_nsa.nsa)
-_NSA.register_autograd(_differentiate, setup_context=_save)
-
-_NSA_BACKWARD = torch.library.custom_op(
-    "fsa_rs::nsa_backward",
-    _nsa_backward,
-    mutates_args=(),
-    schema=f"({ARGUMENTS}, Tensor topk_indices, Tensor state, Tensor grad_out, str recompute) -> Tensor[]",
+_NSA_BACKWARD = Operator(
+    "nsa_backward",
+    f"({ARGUMENTS}, Tensor topk_indices, Tensor state, Tensor grad_out, str recompute) -> Tensor[]",
+    (_nsa_backward, _torch_cuda.nsa_backward),
+    _allocate_grads,
 )
-_NSA_BACKWARD.register_fake(_allocate_grads)
-_NSA_BACKWARD.register_kernel("cuda")(_torch_cuda_nsa.nsa_backward)
 
 
 def nsa(

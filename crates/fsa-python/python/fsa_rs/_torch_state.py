@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from . import _native
 
+#: Names of dtypes in a description.
+_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 #: Address, device, dtype, shape and strides of a tensor, as the extension takes them.
 Described = tuple[int, int, str, tuple[int, ...], tuple[int, ...]]
 
@@ -22,40 +25,44 @@ class Part(NamedTuple):
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
     @property
     def end(self) -> int:
         """The first byte behind it."""
-        elements = 1
-        for size in self.shape:
-            elements *= size
-        return self.offset + elements * self.dtype.itemsize
+        return self.offset + self.shape[0] * self.strides[0] * self.dtype.itemsize
 
 
 class Layout:
     """Where the parts lie: `lse` of the branches, compressed keys and values, the branches, and with an embedding ``q``
     and ``k`` as it rotated them. Shapes are those that the kernels see, so on a CUDA device vectors are padded."""
 
-    def __init__(self, arguments: tuple[Any, ...], recompute: str) -> None:
-        q, k, v = arguments[:3]
-        sizes, rope = arguments[10:12]
-        (rows, heads, dim), (tokens, kv_heads, _), value_dim = q.shape, k.shape, v.shape[-1]
-        self.on_device = q.device.type == "cuda"
-        if self.on_device:
+    def __init__(
+        self,
+        sizes: tuple[Any, ...],
+        dtype: torch.dtype,
+        on_device: bool,
+        kernel_stride: int,
+        rotates: bool,
+        recompute: str,
+    ) -> None:
+        (rows, heads, dim), (tokens, kv_heads, _), value_dim = sizes
+        if on_device:
             widest = max(dim, value_dim)
             dim = value_dim = next((padded for padded in _native.HEAD_DIMS if padded >= widest), widest)
-        compressed = tokens // max(sizes[1], 1)
+        self.on_device = on_device
+        compressed = tokens // max(kernel_stride, 1)
         shapes = [(compressed, kv_heads, dim), (compressed, kv_heads, value_dim)] + 3 * [(rows, heads, value_dim)]
-        if rope:
+        if rotates:
             shapes += [(rows, heads, dim), (tokens, kv_heads, dim)]
         self.parts: list[Part] = []
         end = 0
         for _ in range(3):
-            self.parts.append(Part(end, torch.float32, (heads, rows)))
+            self.parts.append(Part(end, torch.float32, (heads, rows), (rows, 1)))
             end = self.parts[-1].end
         self.lse_end, end = end, -(-end // 16) * 16  # vectors are read in pieces of 16 bytes
         for shape in shapes:
-            self.parts.append(Part(end, q.dtype, shape))
+            self.parts.append(Part(end, dtype, shape, (shape[1] * shape[2], shape[2], 1)))
             end = self.parts[-1].end
         #: Bytes that are kept, and in all.
         self.kept = {"none": end, "rotated": self.parts[BRANCHES][-1].end, "all": 0}[recompute]
@@ -65,35 +72,43 @@ class Layout:
         """Room for what is kept, or for what is computed again."""
         first, end = (self.kept, self.bytes) if again else (0, self.kept)
         state = q.new_empty((end - first,), dtype=torch.uint8)
-        # Rows after the last compressed one are not written.
+        if self.on_device:
+            return state
+        # Rows after the last compressed one are not written; on a device the extension sets them to zero.
         compressed = self.parts[COMPRESSED][-1].end
         if first < compressed <= end:
             state[self.lse_end - first : compressed - first].zero_()
         return state
 
-    def _places(self, kept: Tensor, again: Tensor | None) -> list[tuple[Tensor, int, Part]]:
-        """The tensor that holds each part, and where."""
-        places = []
-        for part in self.parts:
-            if again is None or part.offset < self.kept:
-                places.append((kept, part.offset, part))
-            else:
-                places.append((again, part.offset - self.kept, part))
-        return places
-
-    def views(self, kept: Tensor, again: Tensor | None = None) -> list[Tensor]:
+    def views(self, state: Tensor) -> list[Tensor]:
         """The parts as tensors, in the order of the extension on the CPU: `lse` behind the branches."""
-        parts = [
-            memory[offset : offset + part.end - part.offset].view(part.dtype).view(part.shape)
-            for memory, offset, part in self._places(kept, again)
-        ]
+        parts = [state[part.offset : part.end].view(part.dtype).view(part.shape) for part in self.parts]
         return parts[COMPRESSED] + parts[BRANCHES] + parts[LSE] + parts[ROTATED]
 
     def described(self, kept: Tensor, again: Tensor | None = None) -> Any:
-        """The parts as the extension takes them on a CUDA device."""
+        """The parts as the extension takes them on a CUDA device. What is computed again has a tensor of its own."""
+        device, address = kept.get_device(), kept.data_ptr()
+        address_again = address if again is None else again.data_ptr() - self.kept
         parts: list[Described] = []
-        for memory, offset, (_, dtype, shape) in self._places(kept, again):
-            strides = (shape[1] * shape[2], shape[2], 1) if len(shape) == 3 else (shape[1], 1)
-            name = str(dtype).removeprefix("torch.")
-            parts.append((memory.data_ptr() + offset, memory.get_device(), name, shape, strides))
+        for offset, dtype, shape, strides in self.parts:
+            start = address if offset < self.kept else address_again
+            parts.append((start + offset, device, _NAMES[dtype], shape, strides))
         return parts[COMPRESSED], parts[BRANCHES], parts[LSE], parts[ROTATED] or None
+
+
+def layout(arguments: tuple[Any, ...], recompute: str) -> Layout:
+    """That of a call; ``arguments`` as `_torch_nsa` has them."""
+    return Layout(*_about(arguments), recompute)
+
+
+def known_layout(arguments: tuple[Any, ...], recompute: str) -> Layout:
+    """The same, kept for the next call. Not for symbolic shapes."""
+    return _known(*_about(arguments), recompute)
+
+
+_known = lru_cache(maxsize=64)(Layout)
+
+
+def _about(arguments: tuple[Any, ...]) -> tuple[Any, Any, Any, Any, Any]:
+    q, k, v = arguments[:3]
+    return (q.shape, k.shape, v.shape[-1]), q.dtype, q.is_cuda, arguments[10][1], bool(arguments[11])

@@ -2,62 +2,75 @@
 
 use super::inputs::{Packed, rank3, shape};
 use super::plans::{Launch, Planned, Work};
-use super::{Context, CudaPlan, Plan, check_scale, planned};
+use super::tensors::{Call, Held, Read, Triple};
 use crate::failure::Failure;
-use crate::memory::device::{DeviceTensor, batch};
+use crate::memory::device::{DeviceTensor, Place, batch};
 use crate::packed::COMPRESSED;
 use crate::run::detached;
-use fsa::cuda::driver::DeviceSpan;
+use fsa::cuda::driver::{DeviceBatch, DeviceSpan};
 use fsa::cuda::plan::{BandProblem, Keys, Windows};
 use fsa::cuda::selected::{BackwardTensors, ForwardTensors};
 use fsa::cuda::stages::{AttentionGradTensors, AttentionTensors};
 use fsa::{DType, NsaConfig, Result};
 use pyo3::prelude::*;
 
-/// `(topk_indices, block_size)`, `(kernel_size, kernel_stride)`, `(window_size,)`, or `()` for dense.
+/// `(topk_indices, block_size, validate)`, `(kernel_size, kernel_stride)`, `(window_size,)`, or `()` for dense.
 #[derive(FromPyObject)]
-pub enum Stage {
-    Selected(DeviceTensor, usize),
+pub enum Stage<'py> {
+    Selected(Held<'py>, usize, bool),
     Compressed(usize, usize),
     Window((usize,)),
     Dense([usize; 0]),
 }
 
-/// Checks a call of a stage and plans it.
-#[pyfunction]
-pub fn cuda_attention_plan(
-    py: Python<'_>,
-    inputs: Packed,
-    stage: Stage,
-    backward: bool,
-    deterministic: bool,
-) -> Result<Plan, Failure> {
-    let (names, others) = match &stage {
-        Stage::Selected(topk_indices, _) => (["k", "v"], vec![("topk_indices", topk_indices, true)]),
-        Stage::Compressed(..) => (COMPRESSED, Vec::new()),
-        Stage::Window(_) | Stage::Dense(_) => (["k", "v"], Vec::new()),
-    };
-    let mut place = inputs.place(names, &others)?;
-    let keys = match stage {
-        Stage::Selected(topk_indices, block_size) => {
-            NsaConfig { block_size, ..NsaConfig::default() }.validate()?;
-            let [_, _, topk] = rank3("topk_indices", "[num_kv_heads, total_q, topk]", &topk_indices)?;
-            shape("topk_indices", &[place.sizes.num_kv_heads, place.sizes.total_q, topk], &topk_indices)?;
-            let problem = place.sizes.selected(block_size, topk);
-            let work =
-                if backward { Work::SelectedBackward { problem, deterministic } } else { Work::Selected(problem) };
-            return planned(py, place, work);
-        }
-        Stage::Compressed(kernel_size, kernel_stride) => {
-            let windows = windows(kernel_size, kernel_stride)?;
-            place.sizes.total_kv *= windows.kernel_stride;
-            Keys::Compressed(windows)
-        }
-        Stage::Window((window_size,)) => Keys::Window { window_size },
-        Stage::Dense(_) => Keys::Dense,
-    };
-    let problem = BandProblem { sizes: place.sizes, keys };
-    planned(py, place, if backward { Work::BandBackward(problem) } else { Work::Band(problem) })
+impl<'py> Stage<'py> {
+    /// Checks a call. `deterministic` is that of a backward; `None` is a forward.
+    fn work(&self, inputs: &Packed<'_>, deterministic: Option<bool>) -> Result<(Place, Work)> {
+        let (names, others) = match self {
+            Stage::Selected(topk_indices, ..) => (["k", "v"], vec![("topk_indices", &**topk_indices, true)]),
+            Stage::Compressed(..) => (COMPRESSED, Vec::new()),
+            Stage::Window(_) | Stage::Dense(_) => (["k", "v"], Vec::new()),
+        };
+        let mut place = inputs.place(names, &others)?;
+        let keys = match *self {
+            Stage::Selected(ref topk_indices, block_size, _) => {
+                NsaConfig { block_size, ..NsaConfig::default() }.validate()?;
+                let [_, _, topk] = rank3("topk_indices", "[num_kv_heads, total_q, topk]", topk_indices)?;
+                shape("topk_indices", &[place.sizes.num_kv_heads, place.sizes.total_q, topk], topk_indices)?;
+                let problem = place.sizes.selected(block_size, topk);
+                let backward = |deterministic| Work::SelectedBackward { problem, deterministic };
+                return Ok((place, deterministic.map_or(Work::Selected(problem), backward)));
+            }
+            Stage::Compressed(kernel_size, kernel_stride) => {
+                let windows = windows(kernel_size, kernel_stride)?;
+                place.sizes.total_kv *= windows.kernel_stride;
+                Keys::Compressed(windows)
+            }
+            Stage::Window((window_size,)) => Keys::Window { window_size },
+            Stage::Dense(_) => Keys::Dense,
+        };
+        let problem = BandProblem { sizes: place.sizes, keys };
+        let backward = |deterministic| Work::BandBackward { problem, deterministic };
+        Ok((place, deterministic.map_or(Work::Band(problem), backward)))
+    }
+
+    /// `topk_indices` as kernels read them.
+    fn listed(&self) -> PyResult<Option<Read<'_, 'py>>> {
+        if let Stage::Selected(topk_indices, ..) = self { topk_indices.read_plain().map(Some) } else { Ok(None) }
+    }
+
+    /// Refuses wrong ids and wrong prefix sums, if it is asked to. Copies them to the host, for which it waits for the device.
+    fn validate(
+        &self,
+        py: Python<'_>,
+        Packed(q, k, _, cu_seqlens_q, cu_seqlens_k): &Packed<'_>,
+    ) -> Result<(), Failure> {
+        let Stage::Selected(topk_indices, block_size, true) = self else { return Ok(()) };
+        let host = [topk_indices, cu_seqlens_q, cu_seqlens_k].map(|x| x.object.call_method0("cpu"));
+        let [topk_indices, cu_q, cu_k] = host;
+        let (rows, sums) = ([q.shape()[0], k.shape()[0]], (cu_q?.extract()?, cu_k?.extract()?));
+        crate::attention::validate(py, rows, *block_size, topk_indices?.extract()?, sums)
+    }
 }
 
 /// Windows that a compression has.
@@ -71,30 +84,42 @@ pub fn windows(kernel_size: usize, kernel_stride: usize) -> Result<Windows> {
     }
 }
 
-/// `(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)`, vectors padded.
-#[derive(FromPyObject)]
-pub struct Forward(
-    pub DeviceTensor,
-    pub DeviceTensor,
-    pub DeviceTensor,
-    pub DeviceTensor,
-    pub DeviceTensor,
-    pub DeviceTensor,
-    pub DeviceTensor,
-);
+/// The factor of the logits; by default that of the head dimension.
+pub fn scale(softmax_scale: Option<f64>, q: &DeviceTensor) -> f32 {
+    let dim = q.shape().last().copied().unwrap_or(1);
+    softmax_scale.unwrap_or_else(|| (dim as f64).powf(-0.5)) as f32
+}
 
-/// `(grad_out, grad_lse or None, grad_q, grad_k, grad_v)`, vectors padded.
-#[derive(FromPyObject)]
-pub struct Backward(DeviceTensor, Option<DeviceTensor>, DeviceTensor, DeviceTensor, DeviceTensor);
+/// `(q, k, v, cu_seqlens_q, cu_seqlens_k)` as kernels read them.
+pub struct Inputs<'a, 'py>([Read<'a, 'py>; 5]);
 
-impl Forward {
-    /// As spans, of `total_keys` keys.
+impl<'a, 'py> Inputs<'a, 'py> {
+    pub fn new(call: &Call, Packed(q, k, v, cu_seqlens_q, cu_seqlens_k): &'a Packed<'py>) -> PyResult<Self> {
+        let sums = [cu_seqlens_q.read_plain()?, cu_seqlens_k.read_plain()?];
+        let [cu_seqlens_q, cu_seqlens_k] = sums;
+        Ok(Self([call.query(q)?, call.vectors(k)?, call.vectors(v)?, cu_seqlens_q, cu_seqlens_k]))
+    }
+
+    pub fn vectors(&self) -> [&DeviceTensor; 3] {
+        let [q, k, v, ..] = &self.0;
+        [q, k, v]
+    }
+
+    pub fn batch(&self, place: &Place) -> Result<DeviceBatch<'_>> {
+        batch(&self.0[3], &self.0[4], place)
+    }
+
+    /// With the results of a stage, as spans; of `total_keys` keys.
     ///
     /// # Errors
     /// [`fsa::Error::Input`] for a tensor that is not as planned.
-    pub fn spans(&self, planned: &Planned, total_keys: usize) -> Result<AttentionTensors<'_>> {
-        let Forward(q, k, v, _, _, out, lse) = self;
-        let (place, sizes) = (planned.place(), planned.place().sizes);
+    pub fn spans<'s>(
+        &'s self,
+        planned: &Planned,
+        [out, lse]: [&'s DeviceTensor; 2],
+        total_keys: usize,
+    ) -> Result<AttentionTensors<'s>> {
+        let (place, sizes, [q, k, v]) = (planned.place(), planned.place().sizes, self.vectors());
         let (rows, keys) = ([sizes.total_q, sizes.num_q_heads], [total_keys, sizes.num_kv_heads]);
         Ok(AttentionTensors {
             query: q.vectors("q", place, rows)?,
@@ -106,91 +131,97 @@ impl Forward {
     }
 }
 
-impl Backward {
-    fn spans<'a>(
-        &'a self,
-        planned: &Planned,
-        forward: AttentionTensors<'a>,
-        total_keys: usize,
-    ) -> Result<AttentionGradTensors<'a>> {
-        let Backward(grad_out, grad_lse, grad_q, grad_k, grad_v) = self;
-        let (place, sizes) = (planned.place(), planned.place().sizes);
-        let (rows, keys) = ([sizes.total_q, sizes.num_q_heads], [total_keys, sizes.num_kv_heads]);
-        let lse = [sizes.num_q_heads, sizes.total_q];
-        let grad_lse = grad_lse.as_ref().map(|grad| grad.plain("grad_lse", place, DType::F32, &lse));
-        Ok(AttentionGradTensors {
-            forward,
-            grad_out: grad_out.vectors("grad_out", place, rows)?,
-            grad_lse: grad_lse.transpose()?,
-            grad_query: grad_q.vectors("grad_q", place, rows)?,
-            grad_key: grad_k.vectors("grad_k", place, keys)?,
-            grad_value: grad_v.vectors("grad_v", place, keys)?,
-        })
-    }
+/// Room for `out` and `lse` of a stage.
+pub fn results<'py>(call: &Call, q: &Held<'py>) -> PyResult<[Held<'py>; 2]> {
+    let sizes = &call.planned.place().sizes;
+    Ok([call.like(q)?, q.empty_of("float32", &[sizes.num_q_heads, sizes.total_q])?])
 }
 
 /// `topk_indices` of a call that has them.
-fn listed<'a>(topk_indices: &'a Option<DeviceTensor>, planned: &Planned, topk: usize) -> Result<DeviceSpan<'a>> {
+fn listed<'a>(topk_indices: &'a Option<Read<'_, '_>>, planned: &Planned, topk: usize) -> Result<DeviceSpan<'a>> {
     let sizes = &planned.place().sizes;
     let missing = || fsa::Error::input("topk_indices", "a tensor", "None");
     let shape = [sizes.num_kv_heads, sizes.total_q, topk];
     topk_indices.as_ref().ok_or_else(missing)?.plain("topk_indices", planned.place(), DType::I32, &shape)
 }
 
-/// Gives the forward to the stream; it writes `out` and `lse`.
+/// `out` and `lse` of a stage.
 #[pyfunction]
-pub fn cuda_attention(
-    py: Python<'_>,
-    plan: &CudaPlan,
-    context: Context,
-    softmax_scale: f32,
-    tensors: Forward,
-    topk_indices: Option<DeviceTensor>,
-) -> Result<(), Failure> {
-    let planned = &*plan.0;
-    check_scale(softmax_scale)?;
-    let batch = batch(&tensors.3, &tensors.4, planned.place())?;
-    let stream = context.stream(planned);
-    let context = context.launch(&stream, planned)?;
+pub fn cuda_attention<'py>(
+    py: Python<'py>,
+    stage: Stage<'py>,
+    inputs: Packed<'py>,
+    softmax_scale: Option<f64>,
+) -> Result<(Bound<'py, PyAny>, Bound<'py, PyAny>), Failure> {
+    let (place, work) = stage.work(&inputs, None)?;
+    let call = Call::plan(py, place, work, scale(softmax_scale, &inputs.0))?;
+    stage.validate(py, &inputs)?;
+    let (read, topk_indices) = (Inputs::new(&call, &inputs)?, stage.listed()?);
+    let [out, lse] = results(&call, &inputs.0)?;
+    let (scratch, planned) = (call.scratch(&inputs.0)?, &*call.planned);
+    let (context, batch) = (scratch.context(planned)?, read.batch(&place)?);
     match (&planned.key.work, &planned.launch) {
         (Work::Selected(problem), Launch::Selected(launch)) => {
-            let AttentionTensors { query, key, value, out, lse } = tensors.spans(planned, problem.total_kv)?;
+            let AttentionTensors { query, key, value, out, lse } =
+                read.spans(planned, [&out, &lse], problem.total_kv)?;
             let topk_indices = listed(&topk_indices, planned, problem.topk)?;
             let forward = ForwardTensors { query, key, value, topk_indices, out, lse };
-            detached(py, || launch.launch(&context, &batch, &forward, softmax_scale))
+            detached(py, || launch.launch(&context, &batch, &forward, call.scale))?;
         }
         (Work::Band(problem), Launch::Band(launch)) => {
-            let forward = tensors.spans(planned, problem.total_keys())?;
-            detached(py, || launch.launch(&context, &batch, &forward, softmax_scale))
+            let forward = read.spans(planned, [&out, &lse], problem.total_keys())?;
+            detached(py, || launch.launch(&context, &batch, &forward, call.scale))?;
         }
-        _ => Err(planned.other("the forward of an attention stage").into()),
+        _ => return Err(planned.other("the forward of an attention stage").into()),
     }
+    Ok((out.cut(inputs.2.dim())?, lse.object))
 }
 
-/// Gives the backward to the stream; it writes the last three tensors of `gradients`.
+/// `(out, lse, grad_out, grad_lse or None)`.
+type Forward<'py> = (Held<'py>, Held<'py>, Held<'py>, Option<Held<'py>>);
+
+/// Gradients of `q`, `k` and `v`.
 #[pyfunction]
-pub fn cuda_attention_backward(
-    py: Python<'_>,
-    plan: &CudaPlan,
-    context: Context,
-    softmax_scale: f32,
-    tensors: Forward,
-    topk_indices: Option<DeviceTensor>,
-    gradients: Backward,
-) -> Result<(), Failure> {
-    let planned = &*plan.0;
-    check_scale(softmax_scale)?;
-    let batch = batch(&tensors.3, &tensors.4, planned.place())?;
-    let stream = context.stream(planned);
-    let context = context.launch(&stream, planned)?;
+pub fn cuda_attention_backward<'py>(
+    py: Python<'py>,
+    stage: Stage<'py>,
+    inputs: Packed<'py>,
+    softmax_scale: Option<f64>,
+    deterministic: bool,
+    forward: Forward<'py>,
+) -> Result<Triple<'py>, Failure> {
+    let (place, work) = stage.work(&inputs, Some(deterministic))?;
+    let call = Call::plan(py, place, work, scale(softmax_scale, &inputs.0))?;
+    let Packed(q, k, v, ..) = &inputs;
+    let (read, topk_indices) = (Inputs::new(&call, &inputs)?, stage.listed()?);
+    let (out, lse, grad_out, grad_lse) = &forward;
+    let (out, lse, grad_out) = (call.vectors(out)?, lse.read_plain()?, call.vectors(grad_out)?);
+    let grad_lse = grad_lse.as_ref().map(Held::read_plain).transpose()?;
+    let [grad_q, grad_k, grad_v] = [call.like(q)?, call.like(k)?, call.like(v)?];
+    let (scratch, planned) = (call.scratch(q)?, &*call.planned);
+    let (context, batch) = (scratch.context(planned)?, read.batch(&place)?);
+    let tensors = |total_keys| -> Result<_> {
+        let sizes = &place.sizes;
+        let (rows, keys) = ([sizes.total_q, sizes.num_q_heads], [total_keys, sizes.num_kv_heads]);
+        let lse_shape = [sizes.num_q_heads, sizes.total_q];
+        let grad_lse = grad_lse.as_ref().map(|grad| grad.plain("grad_lse", &place, DType::F32, &lse_shape));
+        Ok(AttentionGradTensors {
+            forward: read.spans(planned, [&out, &lse], total_keys)?,
+            grad_out: grad_out.vectors("grad_out", &place, rows)?,
+            grad_lse: grad_lse.transpose()?,
+            grad_query: grad_q.vectors("grad_q", &place, rows)?,
+            grad_key: grad_k.vectors("grad_k", &place, keys)?,
+            grad_value: grad_v.vectors("grad_v", &place, keys)?,
+        })
+    };
     match (&planned.key.work, &planned.launch) {
         (Work::SelectedBackward { problem, .. }, Launch::SelectedBackward(launch)) => {
-            let forward = tensors.spans(planned, problem.total_kv)?;
             let AttentionGradTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value } =
-                gradients.spans(planned, forward, problem.total_kv)?;
+                tensors(problem.total_kv)?;
             let topk_indices = listed(&topk_indices, planned, problem.topk)?;
             let AttentionTensors { query, key, value, out, lse } = forward;
             let forward = ForwardTensors { query, key, value, topk_indices, out, lse };
+            let (row_stats, accumulate) = (None, false);
             let backward = BackwardTensors {
                 forward,
                 grad_out,
@@ -198,16 +229,24 @@ pub fn cuda_attention_backward(
                 grad_query,
                 grad_key,
                 grad_value,
-                row_stats: None,
-                accumulate: false,
+                row_stats,
+                accumulate,
             };
-            detached(py, || launch.launch(&context, &batch, &backward, softmax_scale))
+            detached(py, || launch.launch(&context, &batch, &backward, call.scale))?;
         }
-        (Work::BandBackward(problem), Launch::BandBackward(launch)) => {
-            let forward = tensors.spans(planned, problem.total_keys())?;
-            let backward = gradients.spans(planned, forward, problem.total_keys())?;
-            detached(py, || launch.launch(&context, &batch, &backward, softmax_scale))
+        (Work::BandBackward { problem, .. }, Launch::BandBackward(launch)) => {
+            let backward = tensors(problem.total_keys())?;
+            detached(py, || {
+                if problem.keys.windows().is_some() {
+                    // Rows after the last compressed one are not written.
+                    let _bound = planned.kernels.device().bind()?;
+                    backward.grad_key.span.fill(0, context.stream)?;
+                    backward.grad_value.span.fill(0, context.stream)?;
+                }
+                launch.launch(&context, &batch, &backward, call.scale)
+            })?;
         }
-        _ => Err(planned.other("the backward of an attention stage").into()),
+        _ => return Err(planned.other("the backward of an attention stage").into()),
     }
+    Ok((call.grad_query(grad_q, q.dim())?, grad_k.cut(k.dim())?, grad_v.cut(v.dim())?))
 }

@@ -1,33 +1,31 @@
-//! Stage `compress` on CUDA tensors.
+//! Stage `compress` on CUDA tensors: keys and values in one call.
 
 use super::attention::windows;
 use super::inputs::{Parameters, Windowed, device_and_dtype, padded, parameter_names, rank3, sequences};
 use super::plans::{Launch, Planned, Work};
-use super::{Context, CudaPlan, Plan, planned};
+use super::tensors::{Call, Held, Read, Scratch, Triple};
 use crate::failure::Failure;
-use crate::memory::device::{DeviceTensor, Place, batch};
+use crate::memory::device::{DeviceTensor, Place, batch, dtype_object};
 use crate::run::detached;
-use fsa::Result;
 use fsa::cuda::driver::DeviceSpan;
 use fsa::cuda::plan::{CompressProblem, CompressionKind, Sizes};
 use fsa::cuda::stages::{CompressBackwardTensors, CompressTensors};
+use fsa::{Error, Result};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
-/// `(input, cu_seqlens_k)`.
-type Input = (DeviceTensor, DeviceTensor);
+/// `(k, v, cu_seqlens_k)`.
+type Inputs<'py> = (Held<'py>, Held<'py>, Held<'py>);
 
-/// Checks a call and plans it. `name` is that of the compressed argument.
-#[pyfunction]
-pub fn cuda_compress_plan(
+/// Checks the compression of the argument `name`, and plans it.
+fn plan(
     py: Python<'_>,
-    name: &str,
+    (name, input, parameters): (&str, &DeviceTensor, &Parameters<'_>),
+    cu_seqlens_k: &DeviceTensor,
     geometry: (usize, usize),
-    input: Input,
-    parameters: Parameters,
-    backward: bool,
-) -> Result<Plan, Failure> {
+    work: fn(CompressProblem) -> Work,
+) -> Result<(Call, CompressProblem), Failure> {
     let names = parameter_names(name);
-    let (input, cu_seqlens_k) = &input;
     let arguments = [vec![(name, input, false)], parameters.named(&names), vec![("cu_seqlens_k", cu_seqlens_k, true)]];
     let (ordinal, dtype) = device_and_dtype(&arguments.concat())?;
     let [total_kv, heads, dim] = rank3(name, "[total_k, num_kv_heads, dim]", input)?;
@@ -39,16 +37,84 @@ pub fn cuda_compress_plan(
     let (total_q, num_q_heads, num_kv_heads) = (total_kv, heads, heads);
     let sizes = Sizes { total_q, total_kv, sequences, num_q_heads, num_kv_heads, head_dim, dtype };
     let problem = CompressProblem { sizes, windows, kind };
-    let work = if backward { Work::CompressBackward(problem) } else { Work::Compress(problem) };
-    planned(py, Place { ordinal, sizes }, work)
+    Ok((Call::plan(py, Place { ordinal, sizes }, work(problem), 1.0)?, problem))
 }
 
-/// `weight` and `position` as the kernels take them.
+/// `(weight, position)` as kernels read or write them.
+pub struct ParametersRead<'a, 'py>(Option<Read<'a, 'py>>, Option<Read<'a, 'py>>);
+
+impl<'py> Parameters<'py> {
+    /// Padded as the vectors are.
+    pub fn read(&self, dim: usize) -> PyResult<ParametersRead<'_, 'py>> {
+        let Parameters(weight, position) = self;
+        let weight = weight.as_ref().map(|weight| match *weight.shape() {
+            [heads, _, own] if own < dim => {
+                let windows = weight.object.call_method1("reshape", (heads, -1, own, own))?.extract::<Held<'py>>()?;
+                let padded = windows.padded(&[0, dim - own, 0, dim - own])?;
+                Ok(Read::Copy(padded.call_method1("flatten", (1, 2))?.extract()?))
+            }
+            _ => weight.read_plain(),
+        });
+        let position = position.as_ref().map(|position| match *position.shape() {
+            [.., own] if own < dim => Ok(Read::Copy(position.padded(&[0, dim - own])?.extract()?)),
+            _ => position.read_plain(),
+        });
+        Ok(ParametersRead(weight.transpose()?, position.transpose()?))
+    }
+
+    /// Room for gradients, padded.
+    pub fn gradients(&self, dim: usize) -> PyResult<Gradients<'py>> {
+        let weight = self.0.as_ref().map(|weight| match *weight.shape() {
+            [heads, rows, own] => weight.empty(&[heads, rows / own * dim, dim]),
+            ref shape => weight.empty(shape),
+        });
+        let position = self.1.as_ref().map(|position| match *position.shape() {
+            [heads, rows, _] => position.empty(&[heads, rows, dim]),
+            ref shape => position.empty(shape),
+        });
+        Ok(Gradients { weight: weight.transpose()?, position: position.transpose()? })
+    }
+}
+
+/// Gradients of the parameters.
+pub struct Gradients<'py> {
+    weight: Option<Held<'py>>,
+    position: Option<Held<'py>>,
+}
+
+impl<'py> Gradients<'py> {
+    /// As kernels write them.
+    pub fn written(&self) -> ParametersRead<'_, 'py> {
+        let [weight, position] = [&self.weight, &self.position].map(|held| held.as_deref().map(Read::AsItLies));
+        ParametersRead(weight, position)
+    }
+
+    /// Those of the parameters that are there, without padding.
+    pub fn results(self, Parameters(weight, position): &Parameters<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        let mut results = Vec::new();
+        if let (Some(grad), Some(weight)) = (self.weight, weight) {
+            let (own, dim) = (weight.dim(), grad.dim());
+            results.push(if own == dim {
+                grad.object
+            } else {
+                let windows = grad.object.call_method1("reshape", (weight.shape()[0], -1, dim, dim))?;
+                let cut = windows.call_method1("narrow", (2, 0, own))?.call_method1("narrow", (3, 0, own))?;
+                cut.call_method1("reshape", (PyTuple::new(cut.py(), weight.shape())?,))?
+            });
+        }
+        if let (Some(grad), Some(position)) = (self.position, position) {
+            results.push(grad.cut(position.dim())?);
+        }
+        Ok(results)
+    }
+}
+
+/// `weight` and `position` as spans.
 ///
 /// # Errors
 /// [`fsa::Error::Input`] for a parameter that is not as planned.
 pub fn parameter_spans<'a>(
-    Parameters(weight, position): &'a Parameters,
+    ParametersRead(weight, position): &'a ParametersRead<'_, '_>,
     [weight_name, position_name]: &[String; 2],
     place: &Place,
     problem: &CompressProblem,
@@ -64,12 +130,10 @@ pub fn parameter_spans<'a>(
     Ok([weight.transpose()?, position.transpose()?])
 }
 
-/// `(input, cu_seqlens_k, out)`, vectors padded; `out` is `grad_out` in a backward.
-type Tensors = (DeviceTensor, DeviceTensor, DeviceTensor);
-
+/// Spans of an input, of its compressed rows or their gradient, and of the parameters.
 fn spans<'a>(
-    (input, _, out): &'a Tensors,
-    parameters: &'a Parameters,
+    [input, out]: [&'a DeviceTensor; 2],
+    parameters: &'a ParametersRead<'_, '_>,
     planned: &Planned,
     problem: &CompressProblem,
 ) -> Result<CompressTensors<'a>> {
@@ -83,50 +147,80 @@ fn spans<'a>(
     })
 }
 
-/// Gives the forward to the stream; it writes the compressed rows to the front of `out`.
-#[pyfunction]
-pub fn cuda_compress(
-    py: Python<'_>,
-    plan: &CudaPlan,
-    context: Context,
-    tensors: Tensors,
-    parameters: Parameters,
-) -> Result<(), Failure> {
-    let planned = &*plan.0;
-    let (Work::Compress(problem), Launch::Compress(launch)) = (&planned.key.work, &planned.launch) else {
+/// Compressed rows of one input, zeros behind the last, and the scratch memory, which begins with their prefix sums.
+fn forward<'py>(
+    py: Python<'py>,
+    (call, problem): &(Call, CompressProblem),
+    input: &Held<'py>,
+    cu_seqlens_k: &DeviceTensor,
+    parameters: &Parameters<'py>,
+) -> Result<(Bound<'py, PyAny>, Scratch<'py>), Failure> {
+    let planned = &*call.planned;
+    let Launch::Compress(launch) = &planned.launch else {
         return Err(planned.other("the forward of stage compress").into());
     };
-    let batch = batch(&tensors.1, &tensors.1, planned.place())?;
-    let stream = context.stream(planned);
-    let context = context.launch(&stream, planned)?;
-    let forward = spans(&tensors, &parameters, planned, problem)?;
-    detached(py, || launch.launch(&context, &batch, &forward))
+    let out = input.empty(&[problem.total_compressed(), problem.sizes.num_kv_heads, call.dim()])?;
+    let (read, parameters) = (call.vectors(input)?, parameters.read(call.dim())?);
+    let scratch = call.scratch(input)?;
+    let (context, batch) = (scratch.context(planned)?, batch(cu_seqlens_k, cu_seqlens_k, planned.place())?);
+    let tensors = spans([&read, &out], &parameters, planned, problem)?;
+    detached(py, || {
+        let _bound = planned.kernels.device().bind()?;
+        tensors.out.span.fill(0, context.stream)?;
+        launch.launch(&context, &batch, &tensors)
+    })?;
+    Ok((out.cut(input.dim())?, scratch))
 }
 
-/// Gives the backward to the stream; it writes the gradients of the input and of the parameters.
+/// The prefix sums of compressed rows that a forward left in its scratch memory.
+fn prefix_sums<'py>(planned: &Planned, workspace: &Held<'py>) -> Result<Bound<'py, PyAny>, Failure> {
+    let Launch::Compress(launch) = &planned.launch else {
+        return Err(planned.other("the forward of stage compress").into());
+    };
+    let regions = launch.plan_value().workspace.regions();
+    let slot = regions.iter().find(|(name, _)| *name == "cu_compressed").map(|(_, slot)| slot);
+    let slot = slot.ok_or_else(|| Error::input("plan", "one with prefix sums", "none"))?;
+    let bytes = workspace.object.call_method1("narrow", (0, slot.offset, slot.bytes))?;
+    Ok(bytes.call_method1("view", (dtype_object(bytes.py(), "int32")?,))?)
+}
+
+/// Compressed keys and values, zeros behind the last, and their prefix sums.
 #[pyfunction]
-pub fn cuda_compress_backward(
-    py: Python<'_>,
-    plan: &CudaPlan,
-    context: Context,
-    tensors: Tensors,
-    parameters: Parameters,
-    grad_input: DeviceTensor,
-    grad_parameters: Parameters,
-) -> Result<(), Failure> {
-    let planned = &*plan.0;
-    let (Work::CompressBackward(problem), Launch::CompressBackward(launch)) = (&planned.key.work, &planned.launch)
-    else {
+pub fn cuda_compress<'py>(
+    py: Python<'py>,
+    geometry: (usize, usize),
+    inputs: Inputs<'py>,
+    parameters: (Parameters<'py>, Parameters<'py>),
+) -> Result<Triple<'py>, Failure> {
+    let (k, v, cu_seqlens_k) = &inputs;
+    let key = plan(py, ("k", k, &parameters.0), cu_seqlens_k, geometry, Work::Compress)?;
+    let value = plan(py, ("v", v, &parameters.1), cu_seqlens_k, geometry, Work::Compress)?;
+    let cu_seqlens_k = cu_seqlens_k.read_plain()?;
+    let (k_cmp, scratch) = forward(py, &key, k, &cu_seqlens_k, &parameters.0)?;
+    let (v_cmp, _) = forward(py, &value, v, &cu_seqlens_k, &parameters.1)?;
+    Ok((k_cmp, v_cmp, prefix_sums(&key.0.planned, &scratch.workspace)?))
+}
+
+/// Gradients of one input and of its parameters that are there.
+fn backward<'py>(
+    py: Python<'py>,
+    (call, problem): &(Call, CompressProblem),
+    (input, grad_out): (&Held<'py>, &Held<'py>),
+    cu_seqlens_k: &DeviceTensor,
+    parameters: &Parameters<'py>,
+) -> Result<Vec<Bound<'py, PyAny>>, Failure> {
+    let (planned, place) = (&*call.planned, call.planned.place());
+    let Launch::CompressBackward(launch) = &planned.launch else {
         return Err(planned.other("the backward of stage compress").into());
     };
-    let place = planned.place();
-    let batch = batch(&tensors.1, &tensors.1, place)?;
-    let stream = context.stream(planned);
-    let context = context.launch(&stream, planned)?;
-    let forward = spans(&tensors, &parameters, planned, problem)?;
-    let names = parameter_names("grad_k");
-    let [grad_weight, grad_position] = parameter_spans(&grad_parameters, &names, place, problem)?;
-    let backward = CompressBackwardTensors {
+    let (grad_input, gradients) = (call.like(input)?, parameters.gradients(call.dim())?);
+    let (read, grad_out, given) = (call.vectors(input)?, call.vectors(grad_out)?, parameters.read(call.dim())?);
+    let scratch = call.scratch(input)?;
+    let (context, batch) = (scratch.context(planned)?, batch(cu_seqlens_k, cu_seqlens_k, place)?);
+    let forward = spans([&read, &grad_out], &given, planned, problem)?;
+    let written = gradients.written();
+    let [grad_weight, grad_position] = parameter_spans(&written, &parameter_names("grad_k"), place, problem)?;
+    let tensors = CompressBackwardTensors {
         forward,
         grad_out: forward.out,
         grad_input: grad_input.vectors("grad_input", place, [problem.sizes.total_kv, problem.sizes.num_kv_heads])?,
@@ -134,5 +228,30 @@ pub fn cuda_compress_backward(
         grad_position,
         accumulate: false,
     };
-    detached(py, || launch.launch(&context, &batch, &backward))
+    detached(py, || launch.launch(&context, &batch, &tensors))?;
+    let mut grads = vec![grad_input.cut(input.dim())?];
+    grads.extend(gradients.results(parameters)?);
+    Ok(grads)
+}
+
+/// Gradients of the inputs whose compressed rows have one, each followed by those of its parameters that are there.
+#[pyfunction]
+pub fn cuda_compress_backward<'py>(
+    py: Python<'py>,
+    geometry: (usize, usize),
+    inputs: Inputs<'py>,
+    parameters: (Parameters<'py>, Parameters<'py>),
+    grads_out: (Option<Held<'py>>, Option<Held<'py>>),
+) -> Result<Vec<Bound<'py, PyAny>>, Failure> {
+    let (k, v, cu_seqlens_k) = &inputs;
+    let sums = cu_seqlens_k.read_plain()?;
+    let mut grads = Vec::new();
+    let sides = [("k", k, &parameters.0, &grads_out.0), ("v", v, &parameters.1, &grads_out.1)];
+    for (name, input, parameters, grad_out) in sides {
+        if let Some(grad_out) = grad_out {
+            let planned = plan(py, (name, input, parameters), cu_seqlens_k, geometry, Work::CompressBackward)?;
+            grads.extend(backward(py, &planned, (input, grad_out), &sums, parameters)?);
+        }
+    }
+    Ok(grads)
 }

@@ -1,5 +1,6 @@
 //! Checks of a CUDA call, in the argument names of the Python function, before anything is planned.
 
+use super::tensors::Held;
 use crate::memory::device::{DeviceTensor, Place};
 use fsa::cuda::plan::{CompressionKind, Sizes};
 use fsa::cuda::source::HEAD_DIMS;
@@ -8,13 +9,13 @@ use pyo3::FromPyObject;
 use std::fmt::Display;
 
 /// `(q, k, v, cu_seqlens_q, cu_seqlens_k)`, as the user gave them.
-#[derive(Debug, FromPyObject)]
-pub struct Packed(pub DeviceTensor, pub DeviceTensor, pub DeviceTensor, pub DeviceTensor, pub DeviceTensor);
+#[derive(FromPyObject)]
+pub struct Packed<'py>(pub Held<'py>, pub Held<'py>, pub Held<'py>, pub Held<'py>, pub Held<'py>);
 
 /// An argument: its name, the tensor, and whether it holds i32 instead of numbers.
 pub type Argument<'a> = (&'a str, &'a DeviceTensor, bool);
 
-impl Packed {
+impl Packed<'_> {
     /// Checks everything that can be known without looking at the device's memory; device and sizes of the call, with as
     /// many tokens as there are keys. `others` are the arguments besides.
     ///
@@ -22,8 +23,8 @@ impl Packed {
     /// [`Error::Input`] that names the argument, [`Error::Unsupported`].
     pub fn place(&self, [key, value]: [&str; 2], others: &[Argument<'_>]) -> Result<Place> {
         let Packed(q, k, v, cu_seqlens_q, cu_seqlens_k) = self;
-        let sums = [("cu_seqlens_q", cu_seqlens_q, true), ("cu_seqlens_k", cu_seqlens_k, true)];
-        let all = [("q", q, false), (key, k, false), (value, v, false)];
+        let sums: [Argument<'_>; 2] = [("cu_seqlens_q", cu_seqlens_q, true), ("cu_seqlens_k", cu_seqlens_k, true)];
+        let all: [Argument<'_>; 3] = [("q", q, false), (key, k, false), (value, v, false)];
         let (ordinal, dtype) = device_and_dtype(&[&all[..], others, &sums].concat())?;
         let [total_q, num_q_heads, head_dim] = rank3("q", "[total_q, num_q_heads, head_dim]", q)?;
         let [total_kv, num_kv_heads, _] = rank3(key, "[total_k, num_kv_heads, head_dim]", k)?;
@@ -46,7 +47,7 @@ impl Packed {
 
     /// Elements of a query and of a value vector, before padding.
     pub fn dims(&self) -> [usize; 2] {
-        [&self.0, &self.2].map(|tensor| tensor.shape().last().copied().unwrap_or(0))
+        [self.0.dim(), self.2.dim()]
     }
 }
 
@@ -67,11 +68,11 @@ pub fn device_and_dtype(arguments: &[Argument<'_>]) -> Result<(usize, DType)> {
     }
     let Some(dtype) = tensor.dtype().filter(|dtype| matches!(dtype, DType::Bf16 | DType::F16)) else {
         let supported = "bfloat16, float16 (float32 on the CPU)".into();
-        let (constraint, got) = (format!("dtype of {first} on CUDA"), tensor.dtype_name().into());
+        let (constraint, got) = (format!("dtype of {first} on CUDA"), tensor.dtype_name().to_string());
         return Err(Error::Unsupported { constraint, got, supported });
     };
     for (name, other, is_index) in arguments {
-        let expected = if *is_index { "int32" } else { tensor.dtype_name() };
+        let expected = if *is_index { "int32" } else { &**tensor.dtype_name() };
         if other.dtype_name() != expected {
             return Err(Error::input(*name, format!("dtype {expected}"), format!("dtype {}", other.dtype_name())));
         }
@@ -124,8 +125,8 @@ pub fn padded(name: &str, dim: usize) -> Result<usize> {
 }
 
 /// `(weight, position)` of a compression, as the user gave them.
-#[derive(Debug, FromPyObject)]
-pub struct Parameters(pub Option<DeviceTensor>, pub Option<DeviceTensor>);
+#[derive(FromPyObject)]
+pub struct Parameters<'py>(pub Option<Held<'py>>, pub Option<Held<'py>>);
 
 /// What a compression is checked against: heads, tokens in a window, elements of a vector before padding.
 pub struct Windowed {
@@ -134,13 +135,13 @@ pub struct Windowed {
     pub dim: usize,
 }
 
-impl Parameters {
+impl Parameters<'_> {
     /// Those that are there, with the names that they have beside the argument `name`.
     pub fn named<'a>(&'a self, names: &'a [String; 2]) -> Vec<Argument<'a>> {
         let tensors = [(&names[0], &self.0), (&names[1], &self.1)];
         tensors
             .into_iter()
-            .filter_map(|(name, tensor)| tensor.as_ref().map(|tensor| (name.as_str(), tensor, false)))
+            .filter_map(|(name, tensor)| tensor.as_ref().map(|tensor| (name.as_str(), &**tensor, false)))
             .collect()
     }
 
@@ -150,7 +151,7 @@ impl Parameters {
     /// [`Error::Input`] that names the parameter.
     pub fn kind(&self, [weight_name, position_name]: &[String; 2], about: &Windowed) -> Result<CompressionKind> {
         let Windowed { heads, kernel_size, dim } = *about;
-        let kind = match self.0.as_ref().map(DeviceTensor::shape) {
+        let kind = match self.0.as_ref().map(|weight| weight.shape()) {
             None => CompressionKind::Mean,
             Some([_, _]) => CompressionKind::Weighted,
             Some([_, _, _]) => CompressionKind::Linear { position: self.1.is_some() },

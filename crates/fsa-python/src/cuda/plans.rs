@@ -41,7 +41,7 @@ pub enum Work {
     Selected(Problem),
     SelectedBackward { problem: Problem, deterministic: bool },
     Band(BandProblem),
-    BandBackward(BandProblem),
+    BandBackward { problem: BandProblem, deterministic: bool },
     Select(SelectProblem),
     Compress(CompressProblem),
     CompressBackward(CompressProblem),
@@ -160,8 +160,8 @@ fn plan(kernels: &Arc<Kernels>, work: &Work) -> Result<Launch> {
             Launch::SelectedBackward(SelectedBackward::plan(kernels, problem, &options(deterministic))?)
         }
         Work::Band(problem) => Launch::Band(BandForward::plan(kernels, problem)?),
-        Work::BandBackward(problem) => {
-            Launch::BandBackward(BandBackward::plan(kernels, problem, &PlanOptions::default())?)
+        Work::BandBackward { problem, deterministic } => {
+            Launch::BandBackward(BandBackward::plan(kernels, problem, &options(deterministic))?)
         }
         Work::Select(problem) => Launch::Select(Select::plan(kernels, problem)?),
         Work::Compress(problem) => Launch::Compress(CompressForward::plan(kernels, problem)?),

@@ -23,8 +23,9 @@ use scope::Scope;
 /// written, and if a second call gives the same bits. A failed case is printed as a line that --case repeats.
 ///
 /// With --device cuda the stages and dtypes that CUDA has are run, and what is left out is named. Every case runs on the
-/// CPU backend too, which must pass as well; the greatest difference of the two is shown, in units of the bound. Half of
-/// the cases of stage `selected` and of the whole take one route, half the other, unless --route names one.
+/// CPU backend too, which must pass as well; the greatest difference of the two is shown, in units of the bound. A backward
+/// runs with deterministic sums, whose bits are compared, and once more with those that may come in any order. Half of the
+/// cases of stage `selected` and of the whole take one route, half the other, unless --route names one.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub struct Flags {
@@ -72,6 +73,8 @@ fn pass(text: &str) -> Result<Pass, String> {
 /// Backends of a run.
 struct Tested {
     chosen: Chosen,
+    /// The GPU where sums may come in any order.
+    unordered: Option<Engine>,
     /// The CPU, beside a GPU.
     beside: Option<Engine>,
     /// The same backend with another number of threads.
@@ -96,12 +99,18 @@ impl Tested {
             }
             threads => threads.map(options::cpu).transpose()?,
         };
+        let unordered = chosen
+            .cuda
+            .as_ref()
+            .map(|backend| Ok::<_, fsa::Error>(Engine::from_backend(backend.unordered()?)))
+            .transpose()?;
         let beside = chosen.cuda.as_ref().map(|_| options::cpu(context.threads)).transpose()?;
-        Ok(Self { chosen, beside, other, repeat: flags.repeat })
+        Ok(Self { chosen, unordered, beside, other, repeat: flags.repeat })
     }
 
     fn trial(&self) -> Trial<'_> {
         let trial = Trial::new(self.chosen.engine.backend()).calls(self.repeat);
+        let trial = self.unordered.iter().fold(trial, |trial, engine| trial.unordered(engine.backend()));
         self.beside.iter().fold(trial, |trial, engine| trial.beside(engine.backend()))
     }
 

@@ -70,7 +70,8 @@ impl NsaBackward {
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
         let selected =
             SelectedBackwardPlan::with_lists(&pass.selected(), (set, facts), &options, Lists::Selected, true);
-        let mut all = pass.kernels(set, &[Kernel::Combine, Kernel::BandBackward]);
+        let mut all = pass.kernels(set, &[Kernel::Combine]);
+        all.extend(plan.attention.iter().map(|attention| attention.specialisation(set)));
         all.extend(selected.kernels(set));
         kernels.get(&all)?;
         let [compressed, window] = plan.attention.clone();
@@ -178,7 +179,8 @@ impl NsaBackward {
         self.combine.statistics(stream, (&saved.branches, &saved.lse, gates), grad_out, wanted, heads)
     }
 
-    /// The gradients of query, key and value through every branch: the window writes them and the others add to them.
+    /// The gradients of query, key and value through every branch: compressed attention writes those of queries, the window
+    /// those of keys and values, and the others add to them.
     fn launch_branches<'a>(
         &self,
         pass: &Pass<'a>,
@@ -201,13 +203,13 @@ impl NsaBackward {
             through(2, [key, tensors.value], [tensors.grad_key, tensors.grad_value]),
         ];
         let [of_compressed, of_selected, of_window] = row_stats.map(Some);
-        let first = BranchGrads { row_stats: of_window, accumulate: false, ..BranchGrads::default() };
-        self.window.launch(stream, batch, (&tables[1], &scratch), (&window, &first), softmax_scale)?;
+        let first = BranchGrads { row_stats: of_compressed, accumulate: false, ..BranchGrads::default() };
+        self.compressed.launch(stream, batch, (&tables[0], &scratch), (&compressed, &first), softmax_scale)?;
+        let next = BranchGrads { row_stats: of_window, accumulate: true, ..BranchGrads::default() };
+        self.window.launch(stream, batch, (&tables[1], &scratch), (&window, &next), softmax_scale)?;
         let selected = selected.selected(tensors.topk_indices);
         let selected = BackwardTensors { row_stats: of_selected, accumulate: true, ..selected };
-        self.selected.launch(&LaunchContext { stream, workspace: scratch }, batch, &selected, softmax_scale)?;
-        let last = BranchGrads { row_stats: of_compressed, accumulate: true, ..BranchGrads::default() };
-        self.compressed.launch(stream, batch, (&tables[0], &scratch), (&compressed, &last), softmax_scale)
+        self.selected.launch(&LaunchContext { stream, workspace: scratch }, batch, &selected, softmax_scale)
     }
 
     /// Gradients of query, key and compressed key, in place.

@@ -1,0 +1,189 @@
+// What the Hopper kernels share that walk the rows of a tile of 128 keys for grad_key and grad_value: which rows a cta meets and in which order, the ring of
+// tiles of rows with what is known of every row, and how the sums leave. Two warpgroups consume, 64 keys each; a third brings the rows.
+#pragma once
+#include "block/band_gradients.cuh"
+#include "block/band_pipeline.cuh"
+
+constexpr int CTA_KEYS = 128;
+static_assert(STEP_KEYS == CTA_KEYS, "the box of keys is that of the pass of queries");
+constexpr int PIECE_KEYS = 64;                  // keys, or rows, of one score tile
+constexpr int PIECE_BYTES = PIECE_KEYS * 128;   // from one piece to the next inside a half of a tile
+typedef f32 PieceScores[PIECE_KEYS / 2];
+typedef u32 PieceFragments[PIECE_KEYS / 16][4];
+
+// 64 x 64 scores: rows of a tile of 128 times rows of one of ROWS.
+template <int ROWS>
+FSA_DEVICE void start_piece(PieceScores& s, u32 a, u32 b) {
+    FSA_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k)
+        Wgmma<64>::shared_shared<0, 0>(s, over_columns<CTA_KEYS>(a, k), over_columns<ROWS>(b, k), k != 0);
+}
+// Adds scores times 64 rows of a tile of ROWS.
+template <int ROWS>
+FSA_DEVICE void start_piece_sum(Columns& acc, const PieceFragments& a, u32 rows) {
+    FSA_UNROLL for (int k = 0; k < PIECE_KEYS / 16; ++k) Wgmma<HEAD_DIM>::template registers_shared<1>(acc, a[k], over_rows<ROWS>(rows, k, 0), 1);
+}
+
+// A tile of keys and the tiles of rows that meet it: tokens from the first that sees a key on, as many at a time as fit. Of gridDim.z splits each takes
+// every gridDim.z-th.
+struct KeyWork {
+    KeyTileRows rows;
+    BandSequence tokens;            // those that see a key of the tile, as a sequence of their own
+    i32 kv_head;
+    i32 first, steps;               // the split's tiles: number of the one that is walked first, and how many
+    i32 stride;                     // from one to the next; below zero the last comes first
+
+    FSA_DEVICE static KeyWork find(const Band& band, int num_kv_heads, int resident) {
+        KeyWork w;
+        const int number = blockIdx.y * gridDim.x + blockIdx.x;     // heads side by side, so that the longest walks start first
+        w.kv_head = number % num_kv_heads;
+        w.rows = find_key_tile(band, number / num_kv_heads, w.kv_head, CTA_KEYS);
+        w.tokens = w.rows.sequence;
+        w.tokens.token += w.rows.first_token;
+        w.tokens.position += w.rows.first_token;
+        w.tokens.tokens = (i32)(w.rows.rows / (u32)band.group_size);
+        const int tiles = ceil_div(w.tokens.tokens, band.tile_tokens) * band.head_tiles;     // of tokens times of heads
+        const int split = blockIdx.z, splits = gridDim.z;
+        w.steps = ceil_div(max_i(tiles - split, 0), splits);
+        // Ctas of one time meet the same rows, so that all but one find them in L2. Those of the first wave start together, and share the last rows.
+        // Those of the next start one by one as the shortest walks end, each as much later as its first row is further on: forwards they go side by
+        // side, and end together for the wave after them.
+        const bool backwards = (number + gridDim.x * gridDim.y * blockIdx.z) / resident % 2 == 0;
+        w.first = backwards ? split + (w.steps - 1) * splits : split;
+        w.stride = backwards ? -splits : splits;
+        return w;
+    }
+};
+
+// Where a tile of rows begins, in the tokens of a KeyWork and the heads of a group.
+struct RowPlace {
+    i32 token, head;
+
+    // Of the n-th tile of a walk.
+    FSA_DEVICE static RowPlace find(const Band& band, const KeyWork& w, int n) {
+        const int number = w.first + n * w.stride, token_tile = number / band.head_tiles;
+        return {token_tile * band.tile_tokens, (number - token_tile * band.head_tiles) * band.tile_heads};
+    }
+};
+
+// What the producing warps bring for ROWS rows: STATS are their statistics.
+template <int ROWS, typename STATS>
+struct RowRecords {
+    static constexpr int COUNT = ROWS;
+    STATS stats;
+    KeySpan spans[ROWS];
+    i32 special[ROWS / 32];         // of 32 rows: MASKED and NEGATIVE
+};
+constexpr i32 MASKED = 1, NEGATIVE = 2;     // some row does not see some key, has a gate below zero
+
+// A ring of tiles of ROWS rows of query and of grad_out, with their records.
+template <typename Records, int STAGES>
+struct RowRing {
+    static constexpr int ROWS = Records::COUNT;
+    typedef SwizzledTile<ROWS> Tile;
+    static constexpr int BYTES = STAGES * 2 * Tile::BYTES, BARRIERS = 4 * STAGES;
+    u32 tiles;
+    Records* records;      // [STAGES]
+    Ring<STAGES> loaded, checked;   // of `checked` only `full` is used
+
+    FSA_DEVICE static RowRing at(u32 tiles, Records* records, u32 barriers) {
+        return {tiles, records, Ring<STAGES>::at(barriers), Ring<STAGES>::at(barriers + Ring<STAGES>::BYTES)};
+    }
+    FSA_DEVICE void open() const {
+        loaded.open();
+        checked.open(0, ROWS / 32);
+    }
+    // All threads of the cta, before the first load. Rows that no box covers stay zero for ever.
+    FSA_DEVICE void clear_uncovered(const Band& band) const {
+        if (band.tile_tokens * band.tile_heads == ROWS) return;
+        FSA_NO_UNROLL for (int at = threadIdx.x * 16; at < BYTES; at += THREADS * 16) store_shared(tiles + at, Vec4{0, 0, 0, 0});
+        fence_async_proxy();
+    }
+    FSA_DEVICE u32 query(u32 n) const { return tiles + Ring<STAGES>::place(n) * 2 * Tile::BYTES; }
+    FSA_DEVICE u32 grad(u32 n) const { return query(n) + Tile::BYTES; }
+    FSA_DEVICE Records& record(u32 n) const { return records[Ring<STAGES>::place(n)]; }
+
+    // The first ROWS threads of the producing warpgroup: the first loads the tiles, and each brings the records of one row.
+    FSA_DEVICE void bring(const BandBackwardParams& p, const KeyWork& w) const {
+        const int row = threadIdx.x - CONSUMER_THREADS, token_of_tile = row / p.band.tile_heads, head_of_tile = row - token_of_tile * p.band.tile_heads;
+        FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n) {
+            const RowPlace place = RowPlace::find(p.band, w, n);
+            loaded.wait_free(n);
+            if (row == 0) {
+                const u32 barrier = loaded.expect(n, 2 * Tile::HALVES * 128 * p.band.tile_tokens * p.band.tile_heads);
+                load_tile<ROWS>(query(n), &p.query_map, barrier, w.rows.first_head + place.head, w.tokens.token + place.token);
+                load_tile<ROWS>(grad(n), &p.grad_out_map, barrier, w.rows.first_head + place.head, w.tokens.token + place.token);
+            }
+            const int token = place.token + token_of_tile, head = place.head + head_of_tile;
+            const bool exists = token_of_tile < p.band.tile_tokens && token < w.tokens.tokens && head < p.band.group_size;
+            RowStats stats = no_row_stats();
+            KeySpan span = make_span(0, 0, 0);
+            if (exists) {
+                stats = p.row_stats[(i64)(w.rows.first_head + head) * p.band.total_q + w.tokens.token + token];
+                const u32 blocks = blocks_of_row(p.band, w.kv_head, w.tokens.token + token, w.rows.first_key);
+                span = key_span(p.band, w.tokens.position + token, w.rows.first_key, w.rows.keys, w.tokens.keys, blocks);
+            }
+            Records& to = record(n);
+            to.stats.put(row, stats);
+            to.spans[row] = span;
+            // A row that does not exist is masked, too: its zeros times a key that is not finite are NaN.
+            const bool masked = __any_sync(0xffffffffu, !exists || !span.sees_all<CTA_KEYS>(w.rows.keys)), negative = __any_sync(0xffffffffu, is_negative(stats));
+            if (__any_sync(0xffffffffu, !exists && token_of_tile < p.band.tile_tokens)) {
+                loaded.wait(n);
+                if (!exists) { clear_row(query(n), row); clear_row(grad(n), row); }
+                fence_async_proxy();
+            }
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) {
+                to.special[row / 32] = (masked ? MASKED : 0) | (negative ? NEGATIVE : 0);
+                barrier_arrive(checked.full + 8 * Ring<STAGES>::place(n));
+            }
+        }
+    }
+
+  private:
+    // What boxes brought of a row that does not exist belongs to somebody else, and may not be finite.
+    static FSA_DEVICE void clear_row(u32 tile, int row) {
+        FSA_UNROLL for (int half = 0; half < Tile::HALVES; ++half)
+            FSA_UNROLL for (int piece = 0; piece < 8; ++piece) store_shared(tile + half * Tile::HALF_BYTES + row * 128 + piece * 16, Vec4{0, 0, 0, 0});
+    }
+};
+
+// One thread: the keys and values of the tile.
+FSA_DEVICE void load_keys(const BandBackwardParams& p, u32 key, u32 value, u32 barrier, const KeyWork& w) {
+    barrier_expect(barrier, 2 * KeyTile::BYTES);
+    const int row = w.tokens.key_row + w.rows.first_key;
+    load_tile<CTA_KEYS>(key, &p.key_map, barrier, w.kv_head, row);
+    load_tile<CTA_KEYS>(value, &p.value_map, barrier, w.kv_head, row);
+}
+
+// Zero for keys that a row does not see. Not a variant of the whole step: with two of them the compiler runs out of registers.
+FSA_DEVICE void mask_keys(PieceScores& s, const KeySpan* spans, int key_low) {
+    FSA_UNROLL for (int i = 0; i < PIECE_KEYS / 8; ++i) {
+        const SpanPair span = *(const SpanPair*)(spans + 8 * i + 2 * (threadIdx.x & 3));
+        FSA_UNROLL for (int e = 0; e < 4; ++e)
+            if (!(e & 1 ? span.second : span.first).sees(key_low, (e >> 1) * 8)) s[4 * i + e] = 0.0f;     // 16 keys lie in one block
+    }
+}
+
+// Sums of 64 keys, of which the thread has key_low and + 8: to the storage type, or to the split's own.
+FSA_DEVICE void store_key_sums(const BandBackwardParams& p, Columns& acc, const Tensor& target, f32 scale, int which, const KeyWork& w, int key_low) {
+    const int row = w.tokens.key_row + w.rows.first_key + key_low;
+    const bool has_low = key_low < w.rows.keys, has_high = key_low + 8 < w.rows.keys;
+    if (p.splits == 1) {
+        char *low = (char*)tensor_row(target, row, w.kv_head), *high = (char*)tensor_row(target, row + 8, w.kv_head);
+        if (p.accumulate_keys) {
+            add_held<false>(acc, low, scale, has_low);
+            add_held<true>(acc, high, scale, has_high);
+            scale = 1.0f;
+        }
+        store_row<false>(low, acc, scale, has_low);
+        store_row<true>(high, acc, scale, has_high);
+        return;
+    }
+    f32* sums = p.partial_keys + ((((i64)blockIdx.z * 2 + which) * p.band.total_keys + row) * p.num_kv_heads + w.kv_head) * HEAD_DIM + 2 * (threadIdx.x & 3);
+    const i64 high = (i64)8 * p.num_kv_heads * HEAD_DIM;
+    FSA_UNROLL for (int i = 0; i < HEAD_DIM / 8; ++i) {
+        if (has_low) store_global8(sums + 8 * i, __float_as_uint(acc[4 * i]), __float_as_uint(acc[4 * i + 1]));
+        if (has_high) store_global8(sums + high + 8 * i, __float_as_uint(acc[4 * i + 2]), __float_as_uint(acc[4 * i + 3]));
+    }
+}

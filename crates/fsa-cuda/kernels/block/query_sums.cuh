@@ -1,0 +1,94 @@
+// Sums of grad_query in f16, scaled by a power of two so that none can overflow: memory adds bytes at one rate whatever they hold, and f16 has three bits
+// more than the bf16 that becomes of the sums. docs/numerics.md says why one scale does for many rows.
+//
+// The bound: probabilities sum to at most 1, so an element of a row's grad_query before the softmax scale, and every partial sum of it, is at most
+// |gate| (sum |grad_out| max |value| + |delta|) max |key|. The maxima are taken over rows that see keys and over keys beforehand, as bits of floats.
+// What is not finite is left out: a row that sees it becomes NaN or infinite in f16, too, and no other row meets it.
+#pragma once
+#include "block/rows.cuh"
+#include "ptx/thread.cuh"
+#include "tile/swizzled_tile.cuh"
+
+struct RowBounds {
+    u32 grad, delta;        // |gate| sum |grad_out| and |gate delta|
+};
+struct KeyBounds {
+    u32 key, value;         // an element
+};
+
+// What a number adds to a bound.
+FSA_DEVICE u32 bound_bits(f32 x) {
+    const u32 bits = __float_as_uint(x) & 0x7fffffffu;
+    return bits < 0x7f800000u ? bits : 0;
+}
+// Raises a bound to the largest of a warp; few of them have to touch it.
+FSA_DEVICE void raise_bound(u32* bound, u32 bits) {
+    bits = __reduce_max_sync(0xffffffffu, bits);
+    if ((threadIdx.x & 31) == 0 && bits > load_relaxed(bound)) max_global(bound, bits);
+}
+
+// Sum of the sizes of the elements of a piece.
+FSA_DEVICE f32 sum_sizes(Vec4 v) {
+    const u32 word[4] = {v.x, v.y, v.z, v.w};
+    f32 sum = 0.0f;
+    FSA_UNROLL for (int j = 0; j < 4; ++j) sum += fabsf(unpack_lo(word[j])) + fabsf(unpack_hi(word[j]));
+    return sum;
+}
+
+// Largest finite element of what `add` was given.
+struct LargestElement {
+    u32 low = 0, high = 0;      // the half that counts is the upper one of both
+    FSA_DEVICE void add(u32 word) {
+        word = finite_or_zero(word) & 0x7fff7fffu;
+        low = max_u(low, word << 16);
+        high = max_u(high, word);
+    }
+    FSA_DEVICE void add(Vec4 v) { add(v.x), add(v.y), add(v.z), add(v.w); }
+    FSA_DEVICE u32 bits() const { return __float_as_uint(unpack_hi(max_u(low, high))); }
+};
+
+// Raises the bounds of a head by `rows` rows of key and value from `first` on. All threads of a cta of THREADS.
+template <int THREADS>
+FSA_DEVICE void raise_key_bounds(KeyBounds* bounds, const Tensor& key, const Tensor& value, int head, i64 first, int rows) {
+    constexpr int PIECES_OF_ROW = HEAD_DIM / 8;
+    LargestElement of_key, of_value;
+    for (int n = thread_number(); n < rows * PIECES_OF_ROW; n += THREADS) {
+        const i64 row = first + n / PIECES_OF_ROW;
+        const int at = n % PIECES_OF_ROW * 16;
+        of_key.add(load_global_once(tensor_row(key, row, head) + at));
+        of_value.add(load_global_once(tensor_row(value, row, head) + at));
+    }
+    raise_bound(&bounds->key, of_key.bits());
+    raise_bound(&bounds->value, of_value.bits());
+}
+
+// Factor of the sums, and what takes it back. Sums stay below 2^13 and not 2^16, because probabilities of logits in the millions sum to 1 only roughly.
+struct SumScale {
+    f32 scale, inverse;
+};
+FSA_DEVICE SumScale sum_scale(RowBounds rows, KeyBounds keys) {
+    auto log2_of = [](u32 bits) { return log2_fast(fmaxf(__uint_as_float(bits), __uint_as_float(0x00800000u))); };
+    const f32 terms = fmaxf(log2_of(rows.grad) + log2_of(keys.value), log2_of(rows.delta)) + 1.0f;
+    const int exponent = (int)fminf(fmaxf(floorf(13.0f - terms - log2_of(keys.key)), -126.0f), 126.0f);
+    return {__uint_as_float((u32)(127 + exponent) << 23), __uint_as_float((u32)(127 - exponent) << 23)};
+}
+
+// Two sums as f16, whatever the storage type.
+FSA_DEVICE u32 pack_sums(f32 lo, f32 hi) {
+    u32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(hi), "f"(lo));
+    return word;
+}
+FSA_DEVICE void unpack_sums(u32 word, f32& lo, f32& hi) {
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(lo), "=f"(hi) : "r"(word));
+}
+// One group (32 columns) of one of the thread's two rows (HIGH: row + 8), scaled, as four pairs.
+template <bool HIGH>
+FSA_DEVICE Vec4 pack_group_sums(const Piece& acc, int group, f32 scale) {
+    u32 w[4];
+    FSA_UNROLL for (int j = 0; j < 4; ++j) {
+        const int e = (group * 4 + j) * 4 + (HIGH ? 2 : 0);
+        w[j] = pack_sums(acc[e] * scale, acc[e + 1] * scale);
+    }
+    return Vec4{w[0], w[1], w[2], w[3]};
+}

@@ -1,0 +1,95 @@
+"""Operators ``torch.ops.fsa_rs.*``, and the short way around them.
+
+What traces, transforms or overrides calls (``torch.compile``, ``torch.func``, modes, subclasses of tensors) has to
+see operators. A plain call needs none of that, and the way of a Python operator through the dispatcher takes the host
+longer than the call itself: it goes to the kernel directly, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import new_class
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _observed() -> bool:
+    """Whether something may look at the operators that are called."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+class _Route(NamedTuple):
+    """A kernel, and the same with its gradient as one node of autograd, if there is one."""
+
+    kernel: Callable[..., Any]
+    function: Any
+
+
+class Operator:
+    """An operator with a kernel for the CPU and one for CUDA, which take all arguments in order.
+
+    ``save`` and ``differentiate`` are ``setup_context`` and ``backward`` of ``torch.library.register_autograd``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        kernels: tuple[Callable[..., Any], Callable[..., Any]],
+        fake: Callable[..., Any],
+        save: Callable[..., None] | None = None,
+        differentiate: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        registered = torch.library.custom_op(f"fsa_rs::{name}", kernels[0], mutates_args=(), schema=schema)
+        registered.register_kernel("cuda")(kernels[1])
+        registered.register_fake(fake)
+        if save is None or differentiate is None:
+            self.on_cpu, self.on_cuda = (_Route(kernel, None) for kernel in kernels)
+        else:
+            registered.register_autograd(differentiate, setup_context=save)
+            self.on_cpu, self.on_cuda = (
+                _Route(kernel, _function(name, kernel, save, differentiate)) for kernel in kernels
+            )
+        self.operator = getattr(torch.ops.fsa_rs, name).default
+
+    def __call__(self, *arguments: Any) -> Any:
+        if _observed():
+            return self.operator(*arguments)
+        route, differentiates = self.on_cpu, False
+        for x in arguments:
+            if type(x) in _PLAIN:
+                if x.is_cuda:
+                    route = self.on_cuda
+                elif not x.is_cpu:
+                    return self.operator(*arguments)
+                if x.is_neg():  # negated when it is read
+                    return self.operator(*arguments)
+                differentiates = differentiates or x.requires_grad
+            elif isinstance(x, Tensor):
+                return self.operator(*arguments)
+        if not (differentiates and torch.is_grad_enabled()):
+            return route.kernel(*arguments)
+        # The operator of a backward refuses to be differentiated.
+        return self.operator(*arguments) if route.function is None else route.function.apply(*arguments)
+
+
+def _function(
+    name: str, kernel: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]
+) -> Any:
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = kernel(*arguments)
+        save(ctx, arguments, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    return new_class(f"fsa_rs_{name}", (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
