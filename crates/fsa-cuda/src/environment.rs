@@ -33,6 +33,9 @@ pub struct Environment {
     pub routing: Routing,
     /// How gradients of queries are added up.
     pub query_sums: Option<QuerySums>,
+    /// Whether lists of blocks are made in one pass with compressed attention; see [`crate::plan::PlanOptions::one_pass`]. No variable
+    /// says so.
+    pub one_pass: Option<bool>,
     /// Number of the device.
     pub device: usize,
 }
@@ -86,6 +89,7 @@ impl Environment {
             kernels,
             routing,
             query_sums,
+            one_pass: None,
             device,
         })
     }

@@ -5,6 +5,7 @@ use crate::attend::AttendKernel;
 use crate::backward::BackwardKernels;
 use crate::band::BandKernel;
 use crate::band_backward::BandBackwardKernels;
+use crate::band_select::BandSelectKernel;
 use crate::block_mask::BlockMaskKernel;
 use crate::combine::CombineKernels;
 use crate::compress::CompressKernels;
@@ -16,7 +17,7 @@ use crate::index::IndexKernels;
 use crate::jit::Compiler;
 use crate::lanes::Lanes;
 use crate::measured::MeasuredRoutes;
-use crate::plan::{Pass, PlanOptions, Problem, Routing};
+use crate::plan::{Pass, PlanOptions, Problem, Routing, Sizes};
 use crate::prepare::PrepareKernel;
 use crate::reduce::ReduceKernel;
 use crate::rope::RopeKernel;
@@ -68,6 +69,7 @@ loaded! {
     BandBackward(BandBackwardKernels),
     BlockMask(BlockMaskKernel),
     Select(SelectKernel),
+    BandSelect(BandSelectKernel),
     Compress(CompressKernels),
     CompressLinear(CompressLinearKernels),
     Rope(RopeKernel),
@@ -85,6 +87,7 @@ pub struct Kernels {
     sides: Lanes,
     routing: Routing,
     query_sums: Option<QuerySums>,
+    one_pass: Option<bool>,
     measured: MeasuredRoutes,
 }
 
@@ -101,8 +104,9 @@ impl Kernels {
         let (lanes, sides) = (Lanes::new(&device)?, Lanes::new(&device)?);
         let compiler = Compiler::new(environment);
         let measured = MeasuredRoutes::new(environment.cache_dir.clone(), &device.facts().name, set);
-        let (loaded, routing, query_sums) = (RwLock::default(), environment.routing, environment.query_sums);
-        Ok(Arc::new(Self { device, compiler, set, loaded, lanes, sides, routing, query_sums, measured }))
+        let Environment { routing, query_sums, one_pass, .. } = *environment;
+        let loaded = RwLock::default();
+        Ok(Arc::new(Self { device, compiler, set, loaded, lanes, sides, routing, query_sums, one_pass, measured }))
     }
 
     /// The device.
@@ -135,6 +139,12 @@ impl Kernels {
         PlanOptions { query_sums: options.query_sums.or(self.query_sums), ..*options }
     }
 
+    /// The same for compressed attention and the lists.
+    pub(crate) fn one_pass(&self, sizes: &Sizes, options: &PlanOptions) -> PlanOptions {
+        let asked = self.one_pass.or_else(|| self.routing.one_pass(sizes));
+        PlanOptions { one_pass: options.one_pass.or(asked), ..*options }
+    }
+
     /// The options of a pass of stage `selected` with what the environment asks for, and the route that was measured to be faster,
     /// unless they say otherwise.
     pub(crate) fn routed(&self, problem: &Problem, pass: Pass, options: &PlanOptions) -> PlanOptions {
@@ -142,7 +152,8 @@ impl Kernels {
             Routing::Fastest => self.measured.get(problem, pass).map(|times| times.faster()),
             routing => routing.route(problem),
         };
-        PlanOptions { route: options.route.or_else(measured), ..self.query_sums(options) }
+        let options = self.one_pass(&problem.sizes(), &self.query_sums(options));
+        PlanOptions { route: options.route.or_else(measured), ..options }
     }
 
     pub(crate) fn lanes(&self) -> &Lanes {

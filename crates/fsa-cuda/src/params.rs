@@ -274,6 +274,23 @@ device_structs! {
         value_map: TensorMap,
     }
 
+    /// Scores of blocks that compressed attention leaves, and what is chosen by them; by default nothing.
+    #[derive(Default)]
+    struct BlockChoice {
+        scores: Address,
+        topk_indices: Address,
+        max_steps: i32,
+        topk: i32,
+        init_blocks: i32,
+        local_blocks: i32,
+    }
+
+    /// Parameters of `band` where it chooses blocks.
+    struct BandSelectParams {
+        attention: BandParams,
+        choice: BlockChoice,
+    }
+
     /// Parameters of the kernels of `band_backward`.
     struct BandBackwardParams {
         band: Band,
@@ -460,7 +477,7 @@ mod tests {
         let text = assertions();
         assert!(text.contains("static_assert(sizeof(Unit) == 32, \"Unit: size\");"));
         assert!(text.contains("__INTADDR__(&((AttendParams*)0)->scale_log2) == "));
-        assert_eq!(DECLARED.len(), 25);
+        assert_eq!(DECLARED.len(), 27);
         // 5 integers after 6 addresses, padded to the alignment of the addresses.
         assert_eq!(size_of::<Layout>(), 6 * 8 + 5 * 4 + 4);
     }

@@ -2,8 +2,8 @@
 
 use crate::arch::KernelSet;
 use crate::band_backward::{MAX_HOPPER_HEAD_DIM, SUMS_HEAD_DIM};
-use crate::params;
 use crate::plan::MAX_CTA_SMEM_BYTES;
+use crate::{band_select, params};
 use fsa_core::config::BLOCK_SIZES;
 use fsa_core::{DType, Error};
 use serde::Serialize;
@@ -42,6 +42,8 @@ pub enum Kernel {
     BlockMask,
     /// Stage `select`.
     Select,
+    /// Forward of stage `compressed` and stage `select` in one pass, for windows and heads where that is possible.
+    BandSelect,
     /// Stage `compress` by sums, forward and backward.
     Compress,
     /// Stage `compress` by a matrix product, forward and backward.
@@ -87,7 +89,7 @@ struct Depends {
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 13] = [
+    pub const ALL: [Kernel; 14] = [
         Kernel::Index,
         Kernel::Attend,
         Kernel::Reduce,
@@ -97,6 +99,7 @@ impl Kernel {
         Kernel::BandBackward,
         Kernel::BlockMask,
         Kernel::Select,
+        Kernel::BandSelect,
         Kernel::Compress,
         Kernel::CompressLinear,
         Kernel::Rope,
@@ -115,6 +118,7 @@ impl Kernel {
             Kernel::BandBackward => "band_backward",
             Kernel::BlockMask => "block_mask",
             Kernel::Select => "select",
+            Kernel::BandSelect => "band_select",
             Kernel::Compress => "compress",
             Kernel::CompressLinear => "compress_linear",
             Kernel::Rope => "rope",
@@ -127,7 +131,7 @@ impl Kernel {
         match self {
             Kernel::Index | Kernel::BlockMask => Depends { rows: false, block_size: true },
             Kernel::Prepare => Depends { rows: false, block_size: false },
-            Kernel::Attend | Kernel::Reduce | Kernel::Backward | Kernel::Select => {
+            Kernel::Attend | Kernel::Reduce | Kernel::Backward | Kernel::Select | Kernel::BandSelect => {
                 Depends { rows: true, block_size: true }
             }
             Kernel::Band
@@ -224,6 +228,7 @@ impl Specialisation {
             Kernel::Band => crate::band::smem_bytes(self),
             Kernel::BandBackward => crate::band_backward::smem_bytes(self),
             Kernel::Select => crate::select::usual_smem_bytes(self, topk),
+            Kernel::BandSelect => crate::band_select::smem_bytes(self),
             Kernel::CompressLinear => crate::compress_linear::smem_bytes(self),
         }
     }
@@ -239,7 +244,11 @@ impl Specialisation {
             QuerySums::Scaled => !portable && self.is_bf16 && self.head_dim < 256,
             QuerySums::Partials => portable || (self.block_size <= MAX_PARTIALS_BLOCK && self.head_dim < 256),
         };
-        let fits = self.kernel != Kernel::BandBackward || portable || self.head_dim <= MAX_HOPPER_HEAD_DIM;
+        let fits = match self.kernel {
+            Kernel::BandBackward => portable || self.head_dim <= MAX_HOPPER_HEAD_DIM,
+            Kernel::BandSelect => self.head_dim <= band_select::MAX_HEAD_DIM,
+            _ => true,
+        };
         writes && fits && self.file().is_ok() && self.smem_bytes(topk) <= MAX_CTA_SMEM_BYTES
     }
 
@@ -255,6 +264,7 @@ impl Specialisation {
             Kernel::BandBackward => crate::band_backward::entry_points(self),
             Kernel::BlockMask => crate::block_mask::ENTRY_POINTS,
             Kernel::Select => crate::select::ENTRY_POINTS,
+            Kernel::BandSelect => crate::band_select::ENTRY_POINTS,
             Kernel::Compress => crate::compress::ENTRY_POINTS,
             Kernel::CompressLinear => crate::compress_linear::ENTRY_POINTS,
             Kernel::Rope => crate::rope::ENTRY_POINTS,
@@ -273,6 +283,7 @@ impl Specialisation {
             Kernel::BandBackward => crate::band_backward::constants(self),
             Kernel::BlockMask => crate::block_mask::constants(),
             Kernel::Select => crate::select::constants(self),
+            Kernel::BandSelect => crate::band_select::constants(self),
             Kernel::Compress => crate::compress::constants(self),
             Kernel::CompressLinear => crate::compress_linear::constants(self),
             Kernel::Rope => crate::rope::constants(self),
@@ -421,7 +432,8 @@ mod tests {
 
     #[test]
     fn every_kernel_of_a_set_is_its_own_or_portable() {
-        for kernel in Kernel::ALL {
+        // What one kernel does in a pass, two do everywhere.
+        for kernel in Kernel::ALL.into_iter().filter(|kernel| *kernel != Kernel::BandSelect) {
             for head_dim in HEAD_DIMS {
                 let own = Specialisation::new(kernel, KernelSet::Sm90, DType::F16, head_dim, 64).or_portable(1);
                 assert!(own.exists(1), "{own}");

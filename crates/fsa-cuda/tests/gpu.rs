@@ -22,7 +22,7 @@ fn conform(backend: &CudaBackend, stages: &[Stage], pass: Pass, cases: usize) {
     }
 }
 
-/// The backend with both routes of stage `selected`, one for half of the cases.
+/// The backend with both routes of stage `selected` and both ways to the lists, one for half of the cases.
 fn both_routes() -> CudaBackend {
     let environment = Environment { routing: Routing::Both, ..Environment::read().expect("valid") };
     CudaBackend::with(&environment).expect("a device")
@@ -55,7 +55,7 @@ fn attention_to_intervals_of_keys_conforms() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn the_selection_conforms() {
-    conform(&CudaBackend::new().expect("a device"), &[Stage::Select], Pass::Forward, 150);
+    conform(&both_routes(), &[Stage::Select], Pass::Forward, 150);
 }
 
 /// 325 blocks, which take several segments, or many times as many as a token has candidates; also where all blocks score alike, where few

@@ -19,7 +19,7 @@ pub(super) fn forward(
     let stage = args.stage();
     let call = Call::new(&stage, &args.attention)?;
     let problem = SelectProblem::new(&call.sizes, args.config);
-    let planned = Select::plan(backend.kernels(), &problem)?;
+    let planned = Select::plan(backend.kernels(), &problem, &backend.options())?;
     let stream = backend.stream();
     let transfer = backend.transfer(&stream);
     let uploaded = Uploaded::new(&call, &transfer)?;

@@ -19,7 +19,8 @@ pub fn resource_table(compiler: &Compiler, arch: Arch, specialisations: &[Specia
     );
     for (specialisation, reports) in specialisations.iter().zip(reports(compiler, arch, specialisations)?) {
         for KernelReport { specialisation: name, kernel, resources } in reports {
-            let smem_bytes = if kernel == specialisation.kernel.name() { specialisation.smem_bytes(16) } else { 0 };
+            let is_main = kernel == specialisation.kernel.name() || specialisation.entry_points().len() == 1;
+            let smem_bytes = if is_main { specialisation.smem_bytes(16) } else { 0 };
             let notes = if resources.serialised { "wgmma serialised" } else { "" };
             let _ = writeln!(
                 text,

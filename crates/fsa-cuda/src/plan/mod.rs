@@ -39,7 +39,7 @@ pub use index::IndexPlan;
 pub(crate) use nsa::ForwardTemporaries;
 pub use nsa::{NsaBackwardPlan, NsaForwardPlan, NsaProblem};
 pub use route::{Pass, Prediction, Route, Routing};
-pub use select::{ScorePlan, SelectPlan, SelectProblem};
+pub use select::{ChoicePlan, ListPlan, ScorePlan, SelectPlan, SelectProblem};
 pub use selected::{SelectedBackwardPlan, SelectedPlan};
 pub(crate) use sizes::BOUNDS_BYTES;
 pub use sizes::{Keys, Sizes, Windows};
@@ -223,6 +223,9 @@ pub struct PlanOptions {
     pub query_sums: Option<QuerySums>,
     /// How stage `selected` goes; none leaves it to the plan. A route that has no room is not taken.
     pub route: Option<Route>,
+    /// Whether one kernel attends to the compressed keys and makes the lists, where there is such a kernel; none leaves it to the plan,
+    /// which takes it where its scores of blocks fit the budget. `Some(true)` takes it even where they do not.
+    pub one_pass: Option<bool>,
     /// Whole operation: rows of all query heads from which on branches share the device instead of following one another.
     pub beside_rows: usize,
 }
@@ -234,6 +237,7 @@ impl Default for PlanOptions {
             deterministic: false,
             query_sums: None,
             route: None,
+            one_pass: None,
             beside_rows: DEFAULT_BESIDE_ROWS,
         }
     }

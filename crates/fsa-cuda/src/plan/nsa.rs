@@ -3,7 +3,7 @@
 
 use super::band::BandBackwardPlan;
 use super::compress::{CompressProblem, CompressScratch, CompressionKind};
-use super::select::{ScorePlan, SelectProblem};
+use super::select::{ListPlan, SelectProblem};
 use super::tables::{TablePlan, TableSpec};
 use super::{
     BandProblem, Keys, Lists, PlanOptions, Problem, QuerySums, RowTiles, SelectedBackwardPlan, SelectedPlan, Sizes,
@@ -157,9 +157,7 @@ impl NsaProblem {
         kernels.extend(self.rope.then_some(Kernel::Rope));
         kernels.extend(self.compressions.iter().any(linear).then_some(Kernel::CompressLinear));
         kernels.extend((!self.compressions.iter().all(linear)).then_some(Kernel::Compress));
-        let select = self.select().kernel(set);
-        let of = |kernel| if kernel == Kernel::Select { select } else { self.specialisation(kernel, set) };
-        kernels.into_iter().map(of).collect()
+        kernels.into_iter().map(|kernel| self.specialisation(kernel, set)).collect()
     }
 
     /// Checks what the kernels support on a device.
@@ -216,8 +214,8 @@ pub struct NsaForwardPlan {
     /// Tiles of compressed and of window attention.
     pub attention: RowTiles,
     pub(crate) tables: TablePlan,
-    /// Tiles of the scores.
-    pub scores: ScorePlan,
+    /// How the lists are made.
+    pub lists: ListPlan,
     pub(crate) compress: [CompressScratch; 2],
     pub(crate) temporaries: Option<ForwardTemporaries>,
     /// Scratch of stage `selected`.
@@ -243,7 +241,12 @@ impl NsaForwardPlan {
         saves: bool,
     ) -> Result<Self> {
         let most = options.budget_bytes + problem.topk_indices_bytes();
-        let with = |kv_heads| Self::with(problem, set, facts, options, (saves, kv_heads));
+        // All passes, with or without the state, make the lists in one way, which rounds in its own order.
+        let smallest = || Self::with(problem, set, facts, options, (false, 1, true));
+        let room = options.budget_bytes + problem.with_kv_heads(1).topk_indices_bytes();
+        let fits = || smallest().is_ok_and(|plan| plan.workspace.size_bytes() <= room);
+        let one_pass = problem.select().takes_one_pass(set, options, fits);
+        let with = |kv_heads| Self::with(problem, set, facts, options, (saves, kv_heads, one_pass));
         // What is saved has room for all heads. No pass has heads of both halves, unless it has all.
         let halves = problem.window_multiprocessors(set, facts, options).is_some();
         let heads = problem.sizes.num_kv_heads;
@@ -260,20 +263,19 @@ impl NsaForwardPlan {
         set: KernelSet,
         facts: &DeviceFacts,
         options: &PlanOptions,
-        (saves, kv_heads): (bool, usize),
+        (saves, kv_heads, one_pass): (bool, usize, bool),
     ) -> Result<Self> {
         let pass = problem.with_kv_heads(kv_heads);
-        let mut workspace = Workspace::default();
+        let (mut workspace, mut before) = (Workspace::default(), Workspace::default());
         let kernel = pass.specialisation(Kernel::Band, set);
         let attention = RowTiles::new(&pass.sizes, band::tile_rows(&kernel));
         let (windows, tile_tokens) = (Some(pass.windows), Some(attention.tile_tokens));
         let spec = TableSpec { windows, tile_tokens, tile_keys: None };
         let tables = TablePlan::new(spec, pass.sizes.sequences, &mut workspace);
-        let kernel = pass.select().kernel(set);
-        let scores = ScorePlan::new(&pass.select(), &kernel, facts, &attention, &mut workspace)?;
+        let memory = [&mut workspace, &mut before];
+        let lists = ListPlan::new(&pass.select(), (set, facts), &attention, one_pass, memory)?;
         let at_once = if problem.compresses_at_once(options) { problem } else { &pass };
         let compress = at_once.compress().map(|compress| CompressScratch::forward(&compress, &mut workspace));
-        let mut before = Workspace::default();
         let temporaries = (!saves).then(|| ForwardTemporaries::new(&pass, at_once, &mut workspace, &mut before));
         let compress_heads = at_once.sizes.num_kv_heads;
         let window_multiprocessors = problem.window_multiprocessors(set, facts, options);
@@ -290,7 +292,7 @@ impl NsaForwardPlan {
             compress_heads,
             attention,
             tables,
-            scores,
+            lists,
             compress,
             temporaries,
             scratch,

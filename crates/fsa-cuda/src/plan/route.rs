@@ -5,7 +5,7 @@
 //! all earlier keys with the kernels of stage `dense`: it grows with the square of the length and starts at once. Query-outer, a
 //! tile of keys per row, is not built: every row of a kv head would read its blocks on its own.
 
-use super::{Lists, Problem};
+use super::{Lists, Problem, Sizes};
 use crate::driver::DeviceFacts;
 use fsa_core::Error;
 use serde::{Deserialize, Serialize};
@@ -62,7 +62,7 @@ pub enum Routing {
     Fastest,
     /// Always this one, where it has room.
     Always(Route),
-    /// One or the other by the sizes of a call, so that checks meet both.
+    /// One or the other by the sizes of a call, so that checks meet both; so with the lists that compressed attention can make.
     Both,
 }
 
@@ -74,6 +74,11 @@ impl Routing {
             Self::Always(route) => Some(route),
             Self::Both => Some(Route::ALL[(problem.total_q + problem.num_q_heads + problem.topk) % Route::ALL.len()]),
         }
+    }
+
+    /// Whether checks ask for lists and compressed attention in one pass.
+    pub(crate) fn one_pass(self, sizes: &Sizes) -> Option<bool> {
+        (self == Self::Both).then_some((sizes.total_q + sizes.total_kv / 2).is_multiple_of(2))
     }
 }
 

@@ -1,12 +1,14 @@
 //! The plan of stage `select`: compressed attention, then the lists.
 
 use super::tables::{TablePlan, TableSpec};
-use super::{BandProblem, Keys, MAX_TOPK, RowTiles, STATIC_SMEM_BYTES, Sizes, Windows, Workspace, require};
+use super::{
+    BandProblem, Keys, MAX_TOPK, PlanOptions, RowTiles, STATIC_SMEM_BYTES, Sizes, Slot, Windows, Workspace, require,
+};
 use crate::arch::KernelSet;
-use crate::band;
 use crate::driver::DeviceFacts;
 use crate::select::{Scoring, fitting, smem_bytes, tile_rows};
 use crate::source::{Kernel, Specialisation};
+use crate::{band, band_select};
 use fsa_core::config::BLOCK_SIZES;
 use fsa_core::{NsaConfig, Result, ScoreHeads};
 use serde::Serialize;
@@ -68,11 +70,32 @@ impl SelectProblem {
         Scoring { direct: scoring.is_direct(heads), segment_steps: scoring.has_segments(heads).into(), ..scoring }
     }
 
-    /// The specialisation of the kernel: the portable one where the set has none for these windows.
+    /// The kernel of the lists: the portable one where the set has none for these windows.
     pub(crate) fn kernel(&self, set: KernelSet) -> Specialisation {
         let suits = set == KernelSet::Sm80 || self.scoring(1).suits_hopper(self.scored_heads());
         let set = if suits { set } else { KernelSet::Sm80 };
         self.sizes.specialisation(Kernel::Select, set, self.block_size)
+    }
+
+    /// The kernel that attends to the compressed keys and makes the lists, where there is one for these windows and heads.
+    fn one_pass_kernel(&self, set: KernelSet) -> Option<Specialisation> {
+        let (heads, Sizes { dtype, head_dim, .. }) = (self.scored_heads(), self.sizes);
+        let kernel = Specialisation::new(Kernel::BandSelect, set, dtype, head_dim, self.block_size);
+        let suits = heads == self.sizes.gqa_group_size() && band_select::suits(&self.scoring(1), heads);
+        (suits && kernel.exists(self.topk)).then_some(kernel)
+    }
+
+    /// Whether that kernel is taken: if nobody says so, where its scores fit.
+    pub(crate) fn takes_one_pass(&self, set: KernelSet, options: &PlanOptions, fits: impl FnOnce() -> bool) -> bool {
+        self.one_pass_kernel(set).is_some() && options.one_pass.unwrap_or_else(fits)
+    }
+
+    /// The kernels of attention and lists.
+    pub(crate) fn kernels(&self, set: KernelSet, one_pass: bool) -> Vec<Specialisation> {
+        match self.one_pass_kernel(set).filter(|_| one_pass) {
+            Some(kernel) => vec![kernel],
+            None => vec![self.sizes.specialisation(Kernel::Band, set, 64), self.kernel(set)],
+        }
     }
 
     /// Checks what the kernels support on a device.
@@ -104,10 +127,32 @@ pub struct SelectPlan {
     /// Tiles of the attention.
     pub attention: RowTiles,
     pub(crate) tables: TablePlan,
-    /// Tiles of the scores.
-    pub scores: ScorePlan,
+    /// How the lists are made.
+    pub lists: ListPlan,
+    /// Scratch that later stages of a call may have.
+    pub(crate) scratch: Slot,
     /// Scratch memory.
     pub workspace: Workspace,
+}
+
+/// How the lists are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum ListPlan {
+    /// In one pass with the attention.
+    OnePass(ChoicePlan),
+    /// After it, from scores of their own.
+    OwnPass(ScorePlan),
+}
+
+/// Attention that leaves the scores of blocks to warps beside it, which choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ChoicePlan {
+    /// Which take one tile after the other.
+    pub ctas: usize,
+    /// Bound on the steps of blocks of a tile.
+    pub(crate) max_steps: usize,
+    /// Scores of the CTAs' tiles, in scratch that later stages may have.
+    pub(crate) scores: Slot,
 }
 
 /// Tiles of the scores. They hold the heads that vote and no others.
@@ -123,8 +168,7 @@ pub struct ScorePlan {
 }
 
 impl ScorePlan {
-    /// Plans the scores beside attention in tiles of `attention`.
-    pub(crate) fn new(
+    fn new(
         problem: &SelectProblem,
         kernel: &Specialisation,
         facts: &DeviceFacts,
@@ -148,29 +192,92 @@ impl ScorePlan {
     }
 }
 
-impl SelectPlan {
-    /// Plans a checked problem for the kernels of the attention and of the scores.
+impl ChoicePlan {
+    fn new(
+        problem: &SelectProblem,
+        kernel: &Specialisation,
+        facts: &DeviceFacts,
+        attention: &RowTiles,
+        scratch: &mut Workspace,
+    ) -> Self {
+        let ctas = (attention.ctas() * problem.sizes.num_kv_heads).min(facts.multiprocessors);
+        // All tokens may be those of one sequence.
+        let max_steps = band_select::max_steps(kernel, problem.sizes.total_kv);
+        let scores = scratch.add("block scores", band_select::scores_bytes(kernel, ctas, max_steps));
+        Self { ctas, max_steps, scores }
+    }
+}
+
+impl ListPlan {
+    /// Plans the lists beside attention in tiles of `attention`, in one pass where that is wanted and possible. What is kept until the
+    /// lists are made lies in `scratch`.
     ///
     /// # Errors
     /// The windows are too long for the shared memory of the device.
-    pub fn new(
+    pub(crate) fn new(
         problem: &SelectProblem,
-        [attention, scores]: [&Specialisation; 2],
-        facts: &DeviceFacts,
+        (set, facts): (KernelSet, &DeviceFacts),
+        attention: &RowTiles,
+        one_pass: bool,
+        [workspace, scratch]: [&mut Workspace; 2],
     ) -> Result<Self> {
-        let mut workspace = Workspace::default();
-        let attention = RowTiles::new(&problem.sizes, band::tile_rows(attention));
+        match problem.one_pass_kernel(set).filter(|_| one_pass) {
+            Some(kernel) => Ok(Self::OnePass(ChoicePlan::new(problem, &kernel, facts, attention, scratch))),
+            None => ScorePlan::new(problem, &problem.kernel(set), facts, attention, workspace).map(Self::OwnPass),
+        }
+    }
+
+    /// Whether attention and lists are one pass.
+    pub fn is_one_pass(&self) -> bool {
+        matches!(self, Self::OnePass(_))
+    }
+
+    /// Tables of its own.
+    pub(crate) fn tables(&self) -> Option<&TablePlan> {
+        match self {
+            Self::OnePass(_) => None,
+            Self::OwnPass(scores) => scores.tables.as_ref(),
+        }
+    }
+}
+
+impl fmt::Display for ListPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OnePass(ChoicePlan { ctas, .. }) => write!(f, "lists in the same pass of {ctas} CTAs"),
+            Self::OwnPass(scores) => write!(f, "scores in {}", scores.tiles),
+        }
+    }
+}
+
+impl SelectPlan {
+    /// Plans a checked problem for the kernels of `set`.
+    ///
+    /// # Errors
+    /// The windows are too long for the shared memory of the device.
+    pub fn new(problem: &SelectProblem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Result<Self> {
+        let with = |one_pass| Self::with(problem, set, facts, one_pass);
+        let fits = || with(true).is_ok_and(|plan| plan.workspace.size_bytes() <= options.budget_bytes);
+        with(problem.takes_one_pass(set, options, fits))
+    }
+
+    fn with(problem: &SelectProblem, set: KernelSet, facts: &DeviceFacts, one_pass: bool) -> Result<Self> {
+        let (mut workspace, mut before) = (Workspace::default(), Workspace::default());
+        let kernel = problem.sizes.specialisation(Kernel::Band, set, 64);
+        let attention = RowTiles::new(&problem.sizes, band::tile_rows(&kernel));
         let (windows, tile_tokens) = (Some(problem.windows), Some(attention.tile_tokens));
         let spec = TableSpec { windows, tile_tokens, tile_keys: None };
         let tables = TablePlan::new(spec, problem.sizes.sequences, &mut workspace);
-        let scores = ScorePlan::new(problem, scores, facts, &attention, &mut workspace)?;
-        Ok(Self { problem: *problem, attention, tables, scores, workspace })
+        let memory = [&mut workspace, &mut before];
+        let lists = ListPlan::new(problem, (set, facts), &attention, one_pass, memory)?;
+        let scratch = workspace.add("scratch", before.size_bytes());
+        Ok(Self { problem: *problem, attention, tables, lists, scratch, workspace })
     }
 }
 
 impl fmt::Display for SelectPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { problem, attention, scores, workspace, .. } = self;
-        write!(f, "select: {problem}; attention in {attention}, scores in {}; {workspace}", scores.tiles)
+        let Self { problem, attention, lists, workspace, .. } = self;
+        write!(f, "select: {problem}; attention in {attention}, {lists}; {workspace}")
     }
 }

@@ -1,7 +1,7 @@
 use super::*;
 use crate::source::HEAD_DIMS;
-use fsa_core::NsaConfig;
 use fsa_core::config::BLOCK_SIZES;
+use fsa_core::{NsaConfig, ScoreHeads};
 use proptest::prelude::*;
 
 fn sizes(tokens: usize, (num_q_heads, num_kv_heads): (usize, usize)) -> Sizes {
@@ -79,18 +79,55 @@ fn windows_that_do_not_fit_shared_memory_are_refused() {
         let problem = SelectProblem::new(&sizes(4096, (32, 32)), config);
         let facts = DeviceFacts::a100();
         problem.check(&facts, &[])?;
-        let [attention, scores] =
-            [Kernel::Band, Kernel::Select].map(|k| problem.sizes.specialisation(k, KernelSet::Sm80, 64));
-        SelectPlan::new(&problem, [&attention, &scores], &facts)
+        SelectPlan::new(&problem, KernelSet::Sm80, &facts, &PlanOptions::default())
     };
     assert!(plan(&NsaConfig::default()).is_ok());
     let long = plan(&config(1 << 14, 1)).expect("fewer tokens in a tile");
-    assert!(long.scores.tiles.tile_tokens < 64, "{long}");
+    let ListPlan::OwnPass(scores) = long.lists else { panic!("no portable kernel does both: {long}") };
+    assert!(scores.tiles.tile_tokens < 64, "{long}");
     let error = plan(&config(1 << 20, 1)).expect_err("scores of 16,384 blocks under way");
     assert!(
         matches!(&error, Error::Unsupported { constraint, .. } if constraint == "windows of stage select"),
         "{error}"
     );
+}
+
+/// Whether compressed attention makes the lists, alone and in the whole; what it keeps until then is in the budget.
+fn makes_lists(problem: &NsaProblem, options: &PlanOptions) -> bool {
+    let (facts, set) = (DeviceFacts::h200(), KernelSet::Sm90);
+    let alone = SelectPlan::new(&problem.select(), set, &facts, options).expect("fits");
+    let wholes = [false, true].map(|saves| {
+        let plan = NsaForwardPlan::new(problem, set, &facts, options, saves).expect("fits");
+        let most = options.budget_bytes + problem.topk_indices_bytes();
+        assert!(options.one_pass.is_some() || plan.workspace.size_bytes() <= most, "{plan}");
+        plan.lists.is_one_pass()
+    });
+    assert_eq!(wholes, [alone.lists.is_one_pass(); 2], "{alone}");
+    wholes[0]
+}
+
+#[test]
+fn compressed_attention_makes_the_lists_where_it_can_and_has_room() {
+    let options = PlanOptions::default();
+    for heads in [(32, 16), (32, 8), (32, 2)] {
+        assert!(makes_lists(&nsa(65_536, heads, false), &options), "{heads:?}");
+        assert!(!makes_lists(&nsa(262_144, heads, false), &options), "more than the budget: {heads:?}");
+    }
+    let long = PlanOptions { one_pass: Some(true), ..options };
+    assert!(makes_lists(&nsa(262_144, (32, 8), false), &long));
+    let never = PlanOptions { one_pass: Some(false), ..options };
+    assert!(!makes_lists(&nsa(4096, (32, 8), true), &never));
+    assert!(![(32, 32), (40, 8)].iter().any(|heads| makes_lists(&nsa(4096, *heads, true), &long)), "one head, five");
+    let usual = nsa(4096, (32, 8), true);
+    for problem in [
+        NsaProblem { windows: Windows { kernel_size: 64, kernel_stride: 16 }, ..usual },
+        NsaProblem { block_size: 128, ..usual },
+        NsaProblem { topk: 28, ..usual },
+        NsaProblem { score_heads: ScoreHeads::FirstHead, ..usual },
+        NsaProblem { sizes: Sizes { head_dim: 192, ..usual.sizes }, ..usual },
+    ] {
+        assert!(!makes_lists(&problem, &long), "{problem}");
+    }
 }
 
 #[test]
@@ -184,7 +221,9 @@ proptest! {
             check_workspace(&plan.workspace)?;
             prop_assert!(kv_heads.is_multiple_of(plan.kv_heads) && (!saves || plan.kv_heads == kv_heads));
             check_tiles(&plan.attention, &sizes, 128)?;
-            check_tiles(&plan.scores.tiles, &sizes, 192)?;
+            if let ListPlan::OwnPass(scores) = plan.lists {
+                check_tiles(&scores.tiles, &sizes, 192)?;
+            }
         }
         let plan = NsaBackwardPlan::new(&problem, set, &facts, &options);
         check_workspace(&plan.workspace)?;

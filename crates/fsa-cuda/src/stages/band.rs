@@ -2,6 +2,7 @@
 
 use super::tensors::passes;
 use super::{AttentionGradTensors, AttentionTensors};
+use crate::arch::KernelSet;
 use crate::band::BandKernel;
 use crate::band_backward::BandBackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
@@ -45,6 +46,34 @@ pub(crate) fn band(problem: &BandProblem, tiles: &RowTiles, batch: &DeviceBatch<
     };
     problem.keys.describe(&mut band);
     band
+}
+
+/// What an attention takes. A box of keys, or of values, holds the first of every `key_step`.
+pub(super) fn attention_params(
+    (problem, tiles, set): (&BandProblem, &RowTiles, KernelSet),
+    (batch, tables): (&DeviceBatch<'_>, &Tables),
+    (tensors, branch): (&AttentionTensors<'_>, Branch),
+    key_step: usize,
+    softmax_scale: f32,
+) -> Result<BandParams> {
+    let sizes = &problem.sizes;
+    let (rows, row_boxes) = ([sizes.total_q, sizes.num_q_heads], [tiles.tile_tokens, tiles.tile_heads]);
+    let keys = ([problem.total_keys(), sizes.num_kv_heads], [box_keys(sizes), 1]);
+    Ok(BandParams {
+        band: band(problem, tiles, batch, tables),
+        query: tensors.query.device(),
+        key: tensors.key.device(),
+        value: tensors.value.device(),
+        out: tensors.out.device(),
+        lse: branch.lse(tensors.lse.address()),
+        branch,
+        scale_log2: scale_log2(softmax_scale),
+        num_tiles: tiles.num_tiles as i32,
+        num_kv_heads: sizes.num_kv_heads as i32,
+        query_map: tensors.query.map(set, rows, row_boxes, sizes)?,
+        key_map: tensors.key.map_of_every(key_step, set, keys, sizes)?,
+        value_map: tensors.value.map_of_every(key_step, set, keys, sizes)?,
+    })
 }
 
 /// The attention alone, for calls that fill the tables themselves.
@@ -96,27 +125,12 @@ impl BandStep {
         (tensors, branch): (&AttentionTensors<'_>, Branch),
         softmax_scale: f32,
     ) -> Result<()> {
-        let (sizes, set) = (&self.problem.sizes, self.specialisation.set);
-        if sizes.total_q == 0 {
+        if self.problem.sizes.total_q == 0 {
             return Ok(());
         }
-        let keys = [self.problem.total_keys(), sizes.num_kv_heads];
-        let boxes = [self.tiles.tile_tokens, self.tiles.tile_heads];
-        let params = BandParams {
-            band: Band { mask, ..band(&self.problem, &self.tiles, batch, tables) },
-            query: tensors.query.device(),
-            key: tensors.key.device(),
-            value: tensors.value.device(),
-            out: tensors.out.device(),
-            lse: branch.lse(tensors.lse.address()),
-            branch,
-            scale_log2: scale_log2(softmax_scale),
-            num_tiles: self.tiles.num_tiles as i32,
-            num_kv_heads: sizes.num_kv_heads as i32,
-            query_map: tensors.query.map(set, [sizes.total_q, sizes.num_q_heads], boxes, sizes)?,
-            key_map: tensors.key.map(set, keys, [box_keys(sizes), 1], sizes)?,
-            value_map: tensors.value.map(set, keys, [box_keys(sizes), 1], sizes)?,
-        };
+        let call = (&self.problem, &self.tiles, self.specialisation.set);
+        let mut params = attention_params(call, (batch, tables), (tensors, branch), 1, softmax_scale)?;
+        params.band.mask = mask;
         Ok(self.kernel.launch(stream, &self.tiles, self.multiprocessors, &params)?)
     }
 }

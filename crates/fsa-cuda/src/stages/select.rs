@@ -2,41 +2,138 @@
 //! row from its probabilities.
 
 use super::AttentionTensors;
-use super::band::{BandStep, band, box_keys};
-use crate::driver::{DeviceBatch, DeviceSpan, Stream};
+use super::band::{BandStep, attention_params, band, box_keys};
+use crate::arch::KernelSet;
+use crate::band_select::BandSelectKernel;
+use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale, check_words, scale_log2};
-use crate::params::{Branch, SelectParams};
-use crate::plan::{ScorePlan, SelectPlan, SelectProblem, Tables};
+use crate::params::{BandSelectParams, BlockChoice, Branch, SelectParams};
+use crate::plan::{ChoicePlan, ListPlan, PlanOptions, RowTiles, ScorePlan, SelectPlan, SelectProblem, Tables};
 use crate::prepare::PrepareKernel;
 use crate::select::{GROUP_KEYS, SelectKernel};
 use crate::source::{Kernel, Specialisation};
 use fsa_core::{Error, Result};
 use std::sync::Arc;
 
-/// The lists alone, for calls that fill the tables themselves.
+/// Compressed attention and the lists, for calls that fill the tables themselves.
 #[derive(Debug)]
-pub(super) struct SelectStep {
-    pub problem: SelectProblem,
-    pub plan: ScorePlan,
+pub(super) enum SelectStep {
+    OnePass(ChoiceStep),
+    OwnPass { attention: BandStep, lists: Box<ListStep> },
+}
+
+/// Where a call has what a plan laid out.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SelectMemory<'a> {
+    /// Those of the attention.
+    pub tables: &'a Tables,
+    pub workspace: &'a DeviceSpan<'a>,
+    pub scratch: &'a DeviceSpan<'a>,
+}
+
+impl SelectStep {
+    /// `tiles` are those of the attention.
+    pub(super) fn new(kernels: &Kernels, problem: &SelectProblem, tiles: RowTiles, plan: &ListPlan) -> Result<Self> {
+        Ok(match plan {
+            ListPlan::OnePass(plan) => Self::OnePass(ChoiceStep::new(kernels, problem, tiles, *plan)?),
+            ListPlan::OwnPass(plan) => Self::OwnPass {
+                attention: BandStep::new(kernels, &problem.attention(), tiles)?,
+                lists: Box::new(ListStep::new(kernels, problem, *plan)?),
+            },
+        })
+    }
+
+    /// The attention, and the lists where there is a place for them. Without, the attention's bits are the same.
+    pub(super) fn launch(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        memory: SelectMemory<'_>,
+        (tensors, branch, topk_indices): (&AttentionTensors<'_>, Branch, Option<&DeviceSpan<'_>>),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        match self {
+            Self::OnePass(step) => step.launch(stream, batch, memory, (tensors, branch, topk_indices), softmax_scale),
+            Self::OwnPass { attention, lists } => {
+                attention.launch(stream, batch, memory.tables, (tensors, branch), softmax_scale)?;
+                topk_indices.map_or(Ok(()), |topk_indices| {
+                    lists.launch(stream, batch, memory, (tensors, topk_indices), softmax_scale)
+                })
+            }
+        }
+    }
+}
+
+/// Attention that chooses.
+#[derive(Debug)]
+pub(super) struct ChoiceStep {
+    problem: SelectProblem,
+    tiles: RowTiles,
+    plan: ChoicePlan,
+    kernel: Arc<BandSelectKernel>,
+    set: KernelSet,
+}
+
+impl ChoiceStep {
+    fn new(kernels: &Kernels, problem: &SelectProblem, tiles: RowTiles, plan: ChoicePlan) -> Result<Self> {
+        let specialisation = problem.sizes.specialisation(Kernel::BandSelect, kernels.set(), problem.block_size);
+        let (kernel, set) = (kernels.one(&specialisation)?, specialisation.set);
+        Ok(Self { problem: *problem, tiles, plan, kernel, set })
+    }
+
+    fn launch(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        SelectMemory { tables, scratch, .. }: SelectMemory<'_>,
+        (tensors, branch, topk_indices): (&AttentionTensors<'_>, Branch, Option<&DeviceSpan<'_>>),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let Self { problem, tiles, plan, kernel, set } = self;
+        let call = (&problem.attention(), tiles, *set);
+        let work = (tensors, branch);
+        let mut attention = attention_params(call, (batch, tables), work, GROUP_KEYS, softmax_scale)?;
+        if branch.discards != 0 {
+            // No selection reads it.
+            attention.lse = Address::default();
+        }
+        let (scores, max_steps) = (plan.scores.address(scratch), plan.max_steps as i32);
+        let none = BlockChoice { scores, max_steps, ..BlockChoice::default() };
+        let choice = topk_indices.map_or(none, |topk_indices| BlockChoice {
+            topk_indices: topk_indices.address(),
+            topk: problem.topk as i32,
+            init_blocks: problem.init_blocks as i32,
+            local_blocks: problem.local_blocks as i32,
+            ..none
+        });
+        Ok(kernel.launch(stream, plan.ctas, &BandSelectParams { attention, choice })?)
+    }
+}
+
+/// The lists from scores of their own.
+#[derive(Debug)]
+pub(super) struct ListStep {
+    problem: SelectProblem,
+    plan: ScorePlan,
     kernel: Arc<SelectKernel>,
     specialisation: Specialisation,
     multiprocessors: usize,
 }
 
-impl SelectStep {
-    pub(super) fn new(kernels: &Kernels, problem: &SelectProblem, plan: ScorePlan) -> Result<Self> {
+impl ListStep {
+    fn new(kernels: &Kernels, problem: &SelectProblem, plan: ScorePlan) -> Result<Self> {
         let specialisation = problem.kernel(kernels.set());
         let (kernel, multiprocessors) = (kernels.one(&specialisation)?, kernels.device().facts().multiprocessors);
         Ok(Self { problem: *problem, plan, kernel, specialisation, multiprocessors })
     }
 
-    /// `tables` are those of the scores' tiles. `lse` is that of compressed attention.
-    pub(super) fn launch(
+    /// `lse` is that of compressed attention.
+    fn launch(
         &self,
         stream: &Stream,
         batch: &DeviceBatch<'_>,
-        tables: &Tables,
+        SelectMemory { tables, workspace, .. }: SelectMemory<'_>,
         (tensors, topk_indices): (&AttentionTensors<'_>, &DeviceSpan<'_>),
         softmax_scale: f32,
     ) -> Result<()> {
@@ -48,7 +145,7 @@ impl SelectStep {
         let keys = [attention.total_keys(), sizes.num_kv_heads];
         let boxes = [tiles.tile_tokens, tiles.tile_heads];
         let params = SelectParams {
-            band: band(&attention, tiles, batch, tables),
+            band: band(&attention, tiles, batch, &score_tables(&self.plan, tables, workspace)),
             query: tensors.query.device(),
             key: tensors.key.device(),
             lse: tensors.lse.address(),
@@ -70,15 +167,9 @@ impl SelectStep {
 }
 
 /// The tables of the scores: their own, where the tiles differ from the attention's, with the compressed keys of the others.
-pub(super) fn score_tables(plan: &ScorePlan, attention: &Tables, workspace: &DeviceSpan<'_>) -> Tables {
+fn score_tables(plan: &ScorePlan, attention: &Tables, workspace: &DeviceSpan<'_>) -> Tables {
     let own = plan.tables.as_ref().map(|tables| tables.tables(workspace).tile_base);
     Tables { tile_base: own.unwrap_or(attention.tile_base), ..*attention }
-}
-
-/// The specialisations of a call: tables, attention, lists.
-pub(super) fn specialisations(kernels: &Kernels, problem: &SelectProblem) -> [Specialisation; 3] {
-    let of = |kernel| problem.sizes.specialisation(kernel, kernels.set(), 64);
-    [of(Kernel::Prepare), of(Kernel::Band), problem.kernel(kernels.set())]
 }
 
 /// A planned forward with its kernels.
@@ -87,8 +178,7 @@ pub struct Select {
     kernels: Arc<Kernels>,
     plan: SelectPlan,
     prepare: Arc<PrepareKernel>,
-    attention: BandStep,
-    lists: SelectStep,
+    step: SelectStep,
 }
 
 impl Select {
@@ -96,17 +186,18 @@ impl Select {
     ///
     /// # Errors
     /// The kernels do not support the problem, or cannot be had.
-    pub fn plan(kernels: &Arc<Kernels>, problem: &SelectProblem) -> Result<Self> {
-        let used = specialisations(kernels, problem);
-        let facts = kernels.device().facts();
-        problem.check(facts, &used[..2])?;
-        let plan = SelectPlan::new(problem, [&used[1], &used[2]], facts)?;
+    pub fn plan(kernels: &Arc<Kernels>, problem: &SelectProblem, options: &PlanOptions) -> Result<Self> {
+        let (set, facts) = (kernels.set(), kernels.device().facts());
+        let [prepare, attention] = [Kernel::Prepare, Kernel::Band].map(|k| problem.sizes.specialisation(k, set, 64));
+        problem.check(facts, &[prepare, attention])?;
+        let plan = SelectPlan::new(problem, set, facts, &kernels.one_pass(&problem.sizes, options))?;
+        let mut used = problem.kernels(set, plan.lists.is_one_pass());
+        used.push(prepare);
         kernels.get(&used)?;
         Ok(Self {
             kernels: Arc::clone(kernels),
-            prepare: kernels.one(&used[0])?,
-            attention: BandStep::new(kernels, &problem.attention(), plan.attention)?,
-            lists: SelectStep::new(kernels, problem, plan.scores)?,
+            prepare: kernels.one(&prepare)?,
+            step: SelectStep::new(kernels, problem, plan.attention, &plan.lists)?,
             plan,
         })
     }
@@ -143,11 +234,11 @@ impl Select {
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let tables = self.plan.tables.tables(workspace);
         self.prepare.launch(context.stream, &self.plan.tables.params(batch, workspace))?;
-        if let Some(own) = &self.plan.scores.tables {
+        if let Some(own) = self.plan.lists.tables() {
             self.prepare.launch(context.stream, &own.params(batch, workspace))?;
         }
-        self.attention.launch(context.stream, batch, &tables, (tensors, Branch::default()), softmax_scale)?;
-        let tables = score_tables(&self.plan.scores, &tables, workspace);
-        self.lists.launch(context.stream, batch, &tables, (tensors, topk_indices), softmax_scale)
+        let memory = SelectMemory { tables: &tables, workspace, scratch: &self.plan.scratch.span(workspace) };
+        let work = (tensors, Branch::default(), Some(topk_indices));
+        self.step.launch(context.stream, batch, memory, work, softmax_scale)
     }
 }

@@ -163,7 +163,7 @@ fn plan(kernels: &Arc<Kernels>, work: &Work) -> Result<Launch> {
         Work::BandBackward { problem, deterministic } => {
             Launch::BandBackward(BandBackward::plan(kernels, problem, &options(deterministic))?)
         }
-        Work::Select(problem) => Launch::Select(Select::plan(kernels, problem)?),
+        Work::Select(problem) => Launch::Select(Select::plan(kernels, problem, &PlanOptions::default())?),
         Work::Compress(problem) => Launch::Compress(CompressForward::plan(kernels, problem)?),
         Work::CompressBackward(problem) => Launch::CompressBackward(CompressBackward::plan(kernels, problem)?),
         Work::Nsa { problem, rotation, saves } => {

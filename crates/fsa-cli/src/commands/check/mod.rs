@@ -25,7 +25,8 @@ use scope::Scope;
 /// With --device cuda the stages and dtypes that CUDA has are run, and what is left out is named. Every case runs on the
 /// CPU backend too, which must pass as well; the greatest difference of the two is shown, in units of the bound. A backward
 /// runs with deterministic sums, whose bits are compared, and once more with those that may come in any order. Half of the
-/// cases of stage `selected` and of the whole take one route, half the other, unless --route names one.
+/// cases of stage `selected` and of the whole take one route, half the other, unless --route names one; likewise lists of
+/// blocks are made in one pass with compressed attention or in their own, where both are possible.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub struct Flags {

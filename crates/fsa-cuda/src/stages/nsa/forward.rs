@@ -13,7 +13,7 @@ use crate::selected::SelectedForward;
 use crate::source::Kernel;
 use crate::stages::band::BandStep;
 use crate::stages::compress::CompressStep;
-use crate::stages::select::{SelectStep, score_tables};
+use crate::stages::select::{SelectMemory, SelectStep};
 use crate::stages::tensors::passes;
 use crate::stages::{AttentionTensors, CompressTensors, RopeRows, RopeTurn};
 use fsa_core::{Error, Result, Rope};
@@ -36,7 +36,6 @@ pub struct NsaForward {
     prepare: Arc<PrepareKernel>,
     compress: [CompressStep; 2],
     rope: Option<RopeTurn>,
-    compressed: BandStep,
     select: SelectStep,
     selected: SelectedForward,
     window: BandStep,
@@ -74,7 +73,8 @@ impl NsaForward {
         let pass = plan.pass();
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
         let selected = SelectedPlan::with_lists(&plan.part().selected(), set, facts, &options, Lists::Selected);
-        let mut all = pass.kernels(set, &[Kernel::Band, Kernel::Select]);
+        let mut all = pass.kernels(set, &[Kernel::Band]);
+        all.extend(pass.select().kernels(set, plan.lists.is_one_pass()));
         all.extend(selected.kernels(set));
         kernels.get(&all)?;
         let [key, value] = problem.with_kv_heads(plan.compress_heads).compress();
@@ -90,8 +90,7 @@ impl NsaForward {
                 CompressStep::new(kernels, &value, plan.compress[1])?,
             ],
             rope: rope.map(|(rope, dim)| RopeTurn::plan(kernels, &pass.sizes, rope, dim)).transpose()?,
-            compressed: BandStep::new(kernels, &pass.select().attention(), plan.attention)?,
-            select: SelectStep::new(kernels, &pass.select(), plan.scores)?,
+            select: SelectStep::new(kernels, &pass.select(), plan.attention, &plan.lists)?,
             selected: SelectedForward::of(kernels, selected)?,
             window,
             replays: Replays::default(),
@@ -169,7 +168,7 @@ impl NsaForward {
             return self.rotate(pass, tensors, state);
         }
         self.prepare.launch(stream, &plan.tables.params(batch, &workspace))?;
-        if let Some(own) = &plan.scores.tables {
+        if let Some(own) = plan.lists.tables() {
             self.prepare.launch(stream, &own.params(batch, &workspace))?;
         }
         let first = self.compresses_first();
@@ -235,12 +234,11 @@ impl NsaForward {
         self.rotate(pass, tensors, state)?;
         let [key, value] = state.compressed;
         let compressed = attention(0, [key, value], tensors, state);
+        // A state that is computed again has its lists.
+        let lists = recompute.is_none().then_some(&tensors.topk_indices);
+        let memory = SelectMemory { tables, workspace: &workspace, scratch: &self.plan.scratch.span(&workspace) };
         let branch = self.branch(0, tensors);
-        self.compressed.launch(stream, batch, tables, (&compressed, branch), softmax_scale)?;
-        if recompute.is_none() {
-            let scores = score_tables(&self.plan.scores, tables, &workspace);
-            self.select.launch(stream, batch, &scores, (&compressed, &tensors.topk_indices), softmax_scale)?;
-        }
+        self.select.launch(stream, batch, memory, (&compressed, branch, lists), softmax_scale)?;
         if !self.plan.is_halved() {
             if self.plan.window_first(first) {
                 self.launch_window(pass, stream, tensors, state)?;

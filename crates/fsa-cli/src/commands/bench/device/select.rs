@@ -36,7 +36,7 @@ impl Lists {
 
 impl Operation for Lists {
     fn plan(&self, setup: &Setup<'_>) -> fsa::Result<Planned<'_>> {
-        let planned = Select::plan(setup.kernels, &self.problem)?;
+        let planned = Select::plan(setup.kernels, &self.problem, &setup.options)?;
         let (batch, tensors, scale) = (&self.buffers.batch, self.buffers.tensors(setup), setup.scale());
         let ids = self.topk_indices.span();
         let bytes = planned.workspace_bytes();

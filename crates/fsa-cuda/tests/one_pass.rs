@@ -1,0 +1,75 @@
+//! Compressed attention and the lists of blocks in one pass and in two, on a GPU: windows and heads that one kernel takes, of which the
+//! cases of the conformance suite have few.
+
+use fsa_core::{DType, NsaConfig, ScoreHeads, Stage};
+use fsa_cuda::{CudaBackend, Environment};
+use fsa_oracle::generate::generate;
+use fsa_oracle::suite::run_case;
+use fsa_oracle::{Case, Pass};
+
+/// Heads of a group.
+const GROUPS: [usize; 4] = [4, 16, 2, 8];
+
+/// The backend that makes the lists in one pass where it can, or never.
+fn backend(one_pass: bool) -> CudaBackend {
+    let environment = Environment { one_pass: Some(one_pass), ..Environment::read().expect("valid") };
+    CudaBackend::with(&environment).expect("a device")
+}
+
+fn both_ways(cases: &[Case]) {
+    for one_pass in [true, false] {
+        let backend = backend(one_pass);
+        for case in cases {
+            let outcome = run_case(&backend, case);
+            assert!(outcome.passed(), "in one pass: {one_pass}: {outcome:#?}");
+        }
+    }
+}
+
+/// A generated case with windows and heads that one kernel takes.
+fn case(stage: Stage, pass: Pass, number: usize) -> Case {
+    let dtype = [DType::Bf16, DType::F16][number % 2];
+    let mut case = generate(stage, pass, dtype, 1, number);
+    let kernel_stride = case.config.kernel_stride.max(4);
+    case.config = NsaConfig {
+        kernel_size: kernel_stride * [2, 1, 2][number % 3],
+        kernel_stride,
+        block_size: 4 * kernel_stride,
+        score_heads: ScoreHeads::GroupSum,
+        ..case.config
+    };
+    let group = GROUPS[number % GROUPS.len()];
+    case.num_kv_heads = case.num_kv_heads.min(16 / group);
+    case.num_q_heads = group * case.num_kv_heads;
+    (case.head_dim, case.value_dim) = (case.head_dim.min(128), case.value_dim.min(128));
+    case
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn lists_of_generated_cases_conform() {
+    both_ways(&(0..60).map(|number| case(Stage::Select, Pass::Forward, number)).collect::<Vec<_>>());
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn the_whole_conforms() {
+    let of = |pass| move |number| case(Stage::Nsa, pass, number);
+    both_ways(&(0..30).map(of(Pass::Forward)).chain((0..15).map(of(Pass::Backward))).collect::<Vec<_>>());
+}
+
+/// More tiles than multiprocessors: scores of the next tile come while blocks of this one are chosen.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn many_tiles_conform() {
+    let config = NsaConfig { kernel_size: 8, kernel_stride: 4, block_size: 16, ..NsaConfig::default() };
+    let of = |num_kv_heads: usize, group: usize, lens: &[usize]| Case {
+        query_lens: lens.to_vec(),
+        kv_lens: lens.iter().map(|len| len + len / 3).collect(),
+        num_q_heads: num_kv_heads * group,
+        num_kv_heads,
+        config: config.clone(),
+        ..Case::new(Stage::Select, Pass::Forward, DType::Bf16)
+    };
+    both_ways(&[of(2, 16, &[900, 0, 7, 1100]), of(12, 8, &[500, 30]), of(40, 4, &[400, 1, 60])]);
+}
