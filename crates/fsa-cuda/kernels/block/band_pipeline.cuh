@@ -56,10 +56,10 @@ struct BandWork {
         }
         return w;
     }
-    // First key of step n, counted from the last; scores of blocks are pooled from the first on.
-    FSA_DEVICE int key(int n) const { return BLOCK_MASK ? listed[n] & ~1 : (first_step + (BLOCK_SCORES ? n : steps - 1 - n)) * STEP_KEYS; }
+    // First key of step n, counted from the last. Scores of blocks are pooled from the first on; they belong to rows that see all keys up to one.
+    FSA_DEVICE int key(int n) const { return BLOCK_MASK ? listed[n] & ~1 : (BLOCK_SCORES ? n : first_step + steps - 1 - n) * STEP_KEYS; }
     // Whether some row does not see it as a whole: because of the position, because of its blocks.
-    FSA_DEVICE bool has_end(int n) const { return keys.needs_mask(key(n), STEP_KEYS); }
+    FSA_DEVICE bool has_end(int n) const { return BLOCK_SCORES ? key(n) + STEP_KEYS > keys.end_common : keys.needs_mask(key(n), STEP_KEYS); }
     FSA_DEVICE bool has_gaps(int n) const { return BLOCK_MASK && (listed[n] & 1); }
     FSA_DEVICE bool needs_mask(int n) const { return has_end(n) || has_gaps(n); }
 };
