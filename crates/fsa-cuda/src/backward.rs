@@ -158,38 +158,33 @@ impl BackwardKernels {
         }
     }
 
-    /// What the scale of sums has to know of the keys of some kv heads.
-    pub(crate) fn bounds(
+    /// Launches what goes over all blocks of some kv heads.
+    pub(crate) fn over_blocks(
         &self,
         stream: &Stream,
+        step: OverBlocks,
         plan: &IndexPlan,
         kv_heads: usize,
         params: &BackwardParams,
     ) -> Result<()> {
-        self.bounds.launch(stream, dims([plan.max_blocks as u32, kv_heads as u32, 1], SMALL_THREADS), params)
+        let (function, parts) = match step {
+            OverBlocks::Bounds => (&self.bounds, 1),
+            OverBlocks::Clear => (&self.clear, 1),
+            OverBlocks::Finish => (&self.finish, 2),
+        };
+        function.launch(stream, dims([plan.max_blocks as u32, kv_heads as u32, parts], SMALL_THREADS), params)
     }
+}
 
-    /// Zeros for the sums of blocks with several units, before the first launch of their kv heads.
-    pub(crate) fn clear(
-        &self,
-        stream: &Stream,
-        plan: &IndexPlan,
-        kv_heads: usize,
-        params: &BackwardParams,
-    ) -> Result<()> {
-        self.clear.launch(stream, dims([plan.max_blocks as u32, kv_heads as u32, 1], SMALL_THREADS), params)
-    }
-
-    /// Gradients of keys and values in the dtype, after the last launch of their kv heads, where no unit finished them.
-    pub(crate) fn finish(
-        &self,
-        stream: &Stream,
-        plan: &IndexPlan,
-        kv_heads: usize,
-        params: &BackwardParams,
-    ) -> Result<()> {
-        self.finish.launch(stream, dims([plan.max_blocks as u32, kv_heads as u32, 2], SMALL_THREADS), params)
-    }
+/// Before the first and after the last launch of some kv heads.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum OverBlocks {
+    /// What the scale of sums has to know of the keys.
+    Bounds,
+    /// Zeros for the sums of blocks with several units.
+    Clear,
+    /// Gradients of keys and values in the dtype, where no unit finished them.
+    Finish,
 }
 
 fn dims(grid: [u32; 3], threads: usize) -> LaunchDims {

@@ -1,25 +1,18 @@
 //! On a GPU: gradients of attention to an interval of keys in one pass, where those of queries are added up in memory, are those
 //! in two, whatever the magnitudes; and not finite in the same rows.
 
+mod noise;
+
 use fsa_core::{Batch, DType};
 use fsa_cuda::driver::{DeviceBuffer, DeviceSpan, Stream, UploadedBatch};
 use fsa_cuda::plan::{BandProblem, Keys, PlanOptions, QuerySums, Sizes, Windows};
 use fsa_cuda::stages::{AttentionGradTensors, AttentionTensors, BandBackward, BandForward, LaunchContext, TensorSpan};
 use fsa_cuda::{CudaBackend, KernelSet};
 use half::bf16;
+use noise::noise;
 
 const DIM: usize = 128;
 const SCALE: f32 = 0.088;
-
-/// Pseudo-random numbers between -1 and 1, the same in every run.
-fn noise(count: usize, seed: u32) -> Vec<bf16> {
-    let mut state = seed;
-    let next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        bf16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0)
-    };
-    std::iter::repeat_with(next).take(count).collect()
-}
 
 fn tensor(span: DeviceSpan<'_>, heads: usize) -> TensorSpan<'_> {
     TensorSpan::contiguous(span, heads, DIM)

@@ -2,6 +2,8 @@
 //! asks of this backward beside them, statistics of gated rows and gradients that are added to; nor on how gradients of queries are added up,
 //! whatever the magnitudes.
 
+mod noise;
+
 use fsa_core::{Batch, DType};
 use fsa_cuda::driver::{DeviceBuffer, Stream, UploadedBatch};
 use fsa_cuda::plan::{BackwardPlan, PlanOptions, Problem, QuerySums, Route};
@@ -10,21 +12,12 @@ use fsa_cuda::selected::{
 };
 use fsa_cuda::{CudaBackend, Kernels};
 use half::bf16;
+use noise::noise;
 use std::sync::Arc;
 
 const HEADS: usize = 2;
 const DIM: usize = 64;
 const CU_SEQLENS: [usize; 4] = [0, 300, 300, 1001];
-
-/// Pseudo-random numbers between -1 and 1, the same in every run.
-fn noise(count: usize, seed: u32) -> Vec<bf16> {
-    let mut state = seed;
-    let next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        bf16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0)
-    };
-    std::iter::repeat_with(next).take(count).collect()
-}
 
 /// Every row lists the first block, and the two up to its own.
 fn indices(cu_seqlens: &[usize], topk: usize, block_size: usize) -> Vec<i32> {

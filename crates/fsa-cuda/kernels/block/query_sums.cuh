@@ -82,13 +82,6 @@ FSA_DEVICE u32 pack_sums(f32 lo, f32 hi) {
 FSA_DEVICE void unpack_sums(u32 word, f32& lo, f32& hi) {
     asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(lo), "=f"(hi) : "r"(word));
 }
-// One group (32 columns) of one of the thread's two rows (HIGH: row + 8), scaled, as four pairs.
+// One group of a row's sums, as `pack_group`.
 template <bool HIGH>
-FSA_DEVICE Vec4 pack_group_sums(const Piece& acc, int group, f32 scale) {
-    u32 w[4];
-    FSA_UNROLL for (int j = 0; j < 4; ++j) {
-        const int e = (group * 4 + j) * 4 + (HIGH ? 2 : 0);
-        w[j] = pack_sums(acc[e] * scale, acc[e + 1] * scale);
-    }
-    return Vec4{w[0], w[1], w[2], w[3]};
-}
+FSA_DEVICE Vec4 pack_group_sums(const Piece& acc, int group, f32 scale) { return pack_group<HIGH>(acc, group, scale, [](f32 lo, f32 hi) { return pack_sums(lo, hi); }); }

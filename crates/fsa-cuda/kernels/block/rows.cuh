@@ -15,16 +15,18 @@ constexpr int PIECES = HEAD_DIM / PIECE_COLUMNS;
 constexpr int PIECE_GROUPS = PIECE_COLUMNS / 32;
 typedef f32 Piece[PIECE_COLUMNS / 2];
 
-// One group (32 columns) of one of the thread's two rows (HIGH: row + 8), scaled, as four pairs.
-template <bool HIGH>
-FSA_DEVICE Vec4 pack_group(const Piece& acc, int group, f32 scale) {
+// One group (32 columns) of one of the thread's two rows (HIGH: row + 8), scaled, as four pairs that `pack` makes.
+template <bool HIGH, typename Pack>
+FSA_DEVICE Vec4 pack_group(const Piece& acc, int group, f32 scale, Pack pack) {
     u32 w[4];
     FSA_UNROLL for (int j = 0; j < 4; ++j) {
         const int e = (group * 4 + j) * 4 + (HIGH ? 2 : 0);
-        w[j] = pack2(acc[e] * scale, acc[e + 1] * scale);
+        w[j] = pack(acc[e] * scale, acc[e + 1] * scale);
     }
     return Vec4{w[0], w[1], w[2], w[3]};
 }
+template <bool HIGH>
+FSA_DEVICE Vec4 pack_group(const Piece& acc, int group, f32 scale) { return pack_group<HIGH>(acc, group, scale, [](f32 lo, f32 hi) { return pack2(lo, hi); }); }
 
 // Where a thread stores fragments of one of its rows and of the row of the neighbouring quad (lane ^ 4). Two quads write one
 // 128-byte line of one row, then of the other: whole lines cross to L2 with a sixth less traffic than halves.

@@ -1,7 +1,7 @@
 //! Backward of stage `selected`: index, then head by head and chunk by chunk one KV-major pass.
 
 use super::{BackwardTensors, MANY_LAUNCHES};
-use crate::backward::BackwardKernels;
+use crate::backward::{BackwardKernels, OverBlocks};
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
@@ -136,13 +136,13 @@ impl KvOuterBackward {
         let all_heads = kv_heads.start * group..kv_heads.end * group;
         let params = self.params(pass, sums, &Work { heads: all_heads.clone(), chunk: 0, keys: keys.clone() });
         if self.finishes_sums() {
-            self.backward.clear(stream, plan, kv_heads.len(), &params)?;
+            self.backward.over_blocks(stream, OverBlocks::Clear, plan, kv_heads.len(), &params)?;
         } else {
             sums.grad_key.span(&pass.workspace).fill(0, stream)?;
             sums.grad_value.span(&pass.workspace).fill(0, stream)?;
         }
         if self.plan.query_sums == QuerySums::Scaled {
-            self.backward.bounds(stream, plan, kv_heads.len(), &params)?;
+            self.backward.over_blocks(stream, OverBlocks::Bounds, plan, kv_heads.len(), &params)?;
         }
         if problem.total_q > 0 {
             for head in all_heads.clone().step_by(self.plan.heads) {
@@ -152,7 +152,7 @@ impl KvOuterBackward {
                 })?;
             }
         }
-        Ok(self.backward.finish(stream, plan, kv_heads.len(), &params)?)
+        Ok(self.backward.over_blocks(stream, OverBlocks::Finish, plan, kv_heads.len(), &params)?)
     }
 
     /// First chunk of which a row may see a key of the range, as far as shapes say.
