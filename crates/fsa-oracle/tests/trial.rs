@@ -1,4 +1,4 @@
-//! How a backend is tried: more than two calls, and beside another one.
+//! How a backend is tried: more than two calls, in any order, and beside another one.
 
 use fsa_core::{
     AttentionArgs, AttentionGradArgs, AttentionGrads, AttentionOutput, AttentionStage, Backend, CombineArgs,
@@ -12,11 +12,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 const LINE: &str = "window:forward:f32:seed=5:q=40:kv=40:hq=2:hkv=1:d=16:window=8";
 
-/// Right, but for the result of one call: `faulty` of all calls of the forward.
+/// Right, but for the result of one call: `faulty` of all calls of either pass.
 #[derive(Default)]
 struct Faulty {
     faulty: usize,
     calls: AtomicUsize,
+}
+
+impl Faulty {
+    fn scale(&self, args: &AttentionArgs<'_>) -> Option<f32> {
+        let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
+        Some(if call == self.faulty { 2.0 * args.scale() } else { args.scale() })
+    }
 }
 
 impl Backend for Faulty {
@@ -30,9 +37,8 @@ impl Backend for Faulty {
         args: &AttentionArgs<'_>,
         out: &mut AttentionOutput<'_>,
     ) -> Result<()> {
-        let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
-        let scale = if call == self.faulty { 2.0 * args.scale() } else { args.scale() };
-        NaiveBackend::default().attention(stage, &AttentionArgs { softmax_scale: Some(scale), ..*args }, out)
+        let args = AttentionArgs { softmax_scale: self.scale(args), ..*args };
+        NaiveBackend::default().attention(stage, &args, out)
     }
 
     fn attention_backward(
@@ -42,7 +48,8 @@ impl Backend for Faulty {
         grad: &AttentionGradArgs<'_>,
         grads: &mut AttentionGrads<'_>,
     ) -> Result<()> {
-        NaiveBackend::default().attention_backward(stage, args, grad, grads)
+        let args = AttentionArgs { softmax_scale: self.scale(args), ..*args };
+        NaiveBackend::default().attention_backward(stage, &args, grad, grads)
     }
 
     fn select(&self, _: &SelectArgs<'_>, _: &mut AttentionOutput<'_>, _: &mut TensorViewMut<'_>) -> Result<()> {
@@ -134,4 +141,21 @@ fn a_wrong_backend_beside_a_right_one_is_a_failure_under_its_name() {
     let beside = outcome.beside.expect("asked for");
     assert!(beside.worst_ratio > 1.0 && outcome.worst_ratio <= 1.0);
     assert!(beside.difference.is_some_and(|difference| difference.ratio > 1.0));
+}
+
+#[test]
+fn a_backward_in_any_order_is_called_once_and_must_be_right() {
+    let repeatable = NaiveBackend::default();
+    let backward: Case = LINE.replace("forward", "backward").parse().expect("a case");
+    // A forward, whose results the backward starts from, and the backward.
+    for (faulty, passes) in [(0, true), (2, false)] {
+        let unordered = Faulty { faulty, ..Faulty::default() };
+        let outcome = Trial::new(&repeatable).unordered(&unordered).run_case(&backward);
+        assert_eq!((unordered.calls.load(Ordering::SeqCst), outcome.passed()), (2, passes), "{:?}", outcome.failures);
+        assert_eq!(outcome.worst_ratio <= 1.0, passes);
+        assert!(outcome.failures.iter().all(|failure| failure.starts_with("in any order: ")), "{:?}", outcome.failures);
+    }
+    let unordered = Faulty { faulty: 1, ..Faulty::default() };
+    assert!(Trial::new(&repeatable).unordered(&unordered).run_case(&case()).passed());
+    assert_eq!(unordered.calls.load(Ordering::SeqCst), 0, "forwards have one order");
 }

@@ -8,6 +8,7 @@ import fsa_rs  # noqa: E402
 from fsa_rs import _torch, _torch_nsa, _torch_operator  # noqa: E402
 from test_torch_operators import CU_K, DIFFERENTIABLE, chosen, compressed, equal, qkv, results, selected  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -118,6 +119,17 @@ def test_transforms_take_operators(called):
     with pytest.raises(RuntimeError, match="functorch"):  # that PyTorch refuses it, it can say
         torch.func.grad(lambda q: selected(q, k, v)[0].square().sum())(q)
     assert called == ["_ATTENTION"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's own decompositions
+def test_tangents_are_refused(called):
+    q, k, v = qkv(grad=False)
+    with forward_ad.dual_level():
+        plain = selected(q, k, v)
+        with pytest.raises(NotImplementedError, match="attention: expected tensors without tangents"):
+            selected(forward_ad.make_dual(q, torch.ones_like(q)), k, v)
+    assert called == ["_ATTENTION"]
+    equal(plain, selected(q, k, v))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -25,7 +26,17 @@ def _observed() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
+
+
+def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
+    """Neither kernels nor custom operators see the tangent of a dual tensor: it would be lost without a word."""
+    if forward_ad._current_level < 0:
+        return
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
+        raise NotImplementedError(f"{name}: expected tensors without tangents, got a dual tensor")
 
 
 class _Route(NamedTuple):
@@ -50,6 +61,7 @@ class Operator:
         save: Callable[..., None] | None = None,
         differentiate: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
+        self.name = name
         registered = torch.library.custom_op(f"fsa_rs::{name}", kernels[0], mutates_args=(), schema=schema)
         registered.register_kernel("cuda")(kernels[1])
         registered.register_fake(fake)
@@ -64,6 +76,7 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         if _observed():
+            _refuse_tangents(self.name, arguments)
             return self.operator(*arguments)
         route, differentiates = self.on_cpu, False
         for x in arguments:
