@@ -147,6 +147,32 @@ FSA_DEVICE void settle(Candidates& c, int most) {
     __syncwarp();
 }
 
+// What a token's lanes know of its candidates while they append to them.
+struct Tally {
+    i32 count;
+    f32 bound;
+    u32 worst;
+};
+// Appends the block of every lane that is present and beats the bound of its token, of which `takes` are appended to; LANES lanes a token. The candidates
+// of all settle where those of one have no room.
+template <int LANES>
+FSA_DEVICE void append_lanes(Candidates& c, Tally& t, f32 score, int block, bool present, bool takes) {
+    const int lane = lane_number() & (LANES - 1), shift = lane_number() & 31 & ~(LANES - 1);
+    const auto votes_for = [&] {    // of the token's lanes, a bit each
+        return __ballot_sync(ALL_LANES, present && (!(score <= t.bound) || (score == t.bound && ~(u32)block > t.worst))) >> shift & ((1u << LANES) - 1);
+    };
+    u32 votes = votes_for();
+    if (__any_sync(ALL_LANES, t.count + __popc(votes) > CANDIDATES)) {
+        if (lane == 0 && takes) c.count = t.count;
+        __syncwarp();
+        settle<LANES>(c, 0);
+        if (takes && t.count > c.places) t = {c.count, c.bound, c.worst};
+        votes = votes_for();
+    }
+    if (votes >> lane & 1) c.keys[t.count + __popc(votes & ((1u << lane) - 1))] = block_key(score, block);
+    t.count += __popc(votes);
+}
+
 // Writes the row of LANES lanes' token: the first blocks, its candidates ascending, the last ones, then -1. Where there are more places than candidates,
 // `unmet` and the next blocks follow.
 template <int LANES>

@@ -147,15 +147,14 @@ struct Chooser {
     }
     // Makes what reaches the bound candidates, and keeps the best.
     FSA_DEVICE void offer(Candidates& c, const f32* scores, int end, i32 (&best)[2]) const {
-        const int lane = piece(), shift = lane_number() & 24, places = c.places;
+        const int lane = piece(), places = c.places;
         order_lanes<TOKEN_LANES>(best, lane);
         const i32 known = key_at<TOKEN_LANES>(best, places - 1);
-        f32 bound = places == 0 ? -neg_inf() : places > 2 * TOKEN_LANES || known < 0 ? 0.0f : __int_as_float(known);
-        u32 worst = 0;
-        int count = 0;
+        const f32 bound = places == 0 ? -neg_inf() : places > 2 * TOKEN_LANES || known < 0 ? 0.0f : __int_as_float(known);
+        Tally tally = {0, bound, 0};
         FSA_NO_UNROLL for (int first = first_step(); first < end; first += 2 * PART_STEPS) {
             const f32* from = scores + first * GROUPS;
-            const i32 least = __float_as_int(bound);
+            const i32 least = __float_as_int(tally.bound);
             u32 passing = ~0u;
             if (first + PART_STEPS < end) passing = below(from + PART_STEPS * GROUPS, least, passing);
             passing = ~below(from, least, passing);
@@ -164,26 +163,10 @@ struct Chooser {
                 const int bit = present ? __popc((passing & (0u - passing)) - 1) : 0, block = block_of(first + bit / 4, bit & 3);
                 const f32 score = from[bit / 4 * GROUPS + (bit & 3)];
                 passing &= passing - 1;
-                const auto votes_for = [&] {    // of the token's lanes, a bit each
-                    return __ballot_sync(ALL_LANES, present && (score > bound || (score == bound && ~(u32)block > worst))) >> shift & 255;
-                };
-                u32 votes = votes_for();
-                if (__any_sync(ALL_LANES, count + __popc(votes) > CANDIDATES)) {
-                    if (lane == 0) c.count = count;
-                    __syncwarp();
-                    settle<TOKEN_LANES>(c, 0);
-                    if (count > places) {
-                        count = c.count;
-                        bound = c.bound;
-                        worst = c.worst;
-                    }
-                    votes = votes_for();
-                }
-                if (votes >> lane & 1) c.keys[count + __popc(votes & ((1u << lane) - 1))] = block_key(score, block);
-                count += __popc(votes);
+                append_lanes<TOKEN_LANES>(c, tally, score, block, present, true);
             }
         }
-        if (lane == 0) c.count = count;
+        if (lane == 0) c.count = tally.count;
         __syncwarp();
         settle<TOKEN_LANES>(c, 0);
     }

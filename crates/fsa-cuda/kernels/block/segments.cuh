@@ -57,24 +57,23 @@ FSA_DEVICE f32 find_bound(const f32* scores, int places, const u32 (&present)[2]
 
 // Adds the segments of four tokens, `chunks` of 32 blocks, to their candidates; all lanes take part.
 FSA_DEVICE void offer_segments(Candidates& c, const TokenSegment& t, int chunks) {
-    const int lane = lane_number() & (SEGMENT_LANES - 1), shift = lane_number() & 24, places = c.places;
+    const int lane = lane_number() & (SEGMENT_LANES - 1), places = c.places;
     const bool takes = places > 0 && t.first < t.end;
     const LaneBlocks low = LaneBlocks::before(t.first - t.begin, lane), high = LaneBlocks::before(t.end - t.begin, lane);
     const u32 present[2] = {takes ? high.word[0] & ~low.word[0] : 0, takes ? high.word[1] & ~low.word[1] : 0};
-    i32 count = c.count;
-    f32 bound = c.bound;
-    u32 worst = c.worst, passing[2] = {0, 0};
-    const bool opens = takes && bound < 0.0f;
+    Tally tally = {c.count, c.bound, c.worst};
+    u32 passing[2] = {0, 0};
+    const bool opens = takes && tally.bound < 0.0f;
     if (__any_sync(ALL_LANES, opens)) {
         const f32 found = find_bound(t.scores, places, present, chunks, lane);
-        if (opens) bound = found;
+        if (opens) tally.bound = found;
     }
     FSA_NO_UNROLL for (int half = 0; half * LaneScores::CHUNKS < chunks; ++half) {
         const LaneScores s(t.scores, half, chunks, lane);
         u32 bits = 0;
         FSA_UNROLL for (int i = 0; i < LaneScores::CHUNKS; ++i)
             FSA_UNROLL for (int v = 0; v < 4; ++v)
-                if (!(__int_as_float(s.bits(i, v)) < bound)) bits |= 1u << (4 * i + v);
+                if (!(__int_as_float(s.bits(i, v)) < tally.bound)) bits |= 1u << (4 * i + v);
         if (half == 0) passing[0] = bits & present[0];
         else passing[1] = bits & present[1];
     }
@@ -85,29 +84,13 @@ FSA_DEVICE void offer_segments(Candidates& c, const TokenSegment& t, int chunks)
         else passing[0] ^= lowest;
         const int bit = (second ? 32 : 0) + __popc(lowest - 1), at = word != 0 ? 32 * (bit >> 2) + 4 * lane + (bit & 3) : 0, block = t.begin + at;
         const f32 score = t.scores[at];
-        const auto votes_for = [&] {    // of the token's lanes, a bit each
-            return __ballot_sync(ALL_LANES, word != 0 && (!(score <= bound) || (score == bound && ~(u32)block > worst))) >> shift & 255;
-        };
-        u32 votes = votes_for();
-        if (__any_sync(ALL_LANES, count + __popc(votes) > CANDIDATES)) {
-            if (lane == 0 && takes) c.count = count;
-            __syncwarp();
-            settle<SEGMENT_LANES>(c, 0);
-            if (takes && count > places) {
-                count = c.count;
-                bound = c.bound;
-                worst = c.worst;
-            }
-            votes = votes_for();
-        }
-        if (votes >> lane & 1) c.keys[count + __popc(votes & ((1u << lane) - 1))] = block_key(score, block);
-        count += __popc(votes);
+        append_lanes<SEGMENT_LANES>(c, tally, score, block, word != 0, takes);
     }
     __syncwarp();
     if (lane == 0 && takes) {
-        c.count = count;
-        c.bound = bound;
-        c.worst = worst;
+        c.count = tally.count;
+        c.bound = tally.bound;
+        c.worst = tally.worst;
     }
     __syncwarp();
 }
