@@ -58,13 +58,22 @@ fn exception(error: Error) -> PyErr {
             let known = NAMES.iter().find(|(rust, _)| *rust == input.argument);
             let argument = known.map_or(input.argument.as_str(), |(_, python)| python);
             // Messages mention other arguments only as prefix sums: `the last element of cu_seqlens_kv`.
-            let expected = input.expected.replace("cu_seqlens_kv", "cu_seqlens_k");
-            PyValueError::new_err(format!("{argument}: expected {expected}, got {}", input.got))
+            let expected = dtypes(input.expected.replace("cu_seqlens_kv", "cu_seqlens_k"));
+            PyValueError::new_err(format!("{argument}: expected {expected}, got {}", dtypes(input.got)))
         }
         Error::Unsupported { .. } => PyNotImplementedError::new_err(error.to_string()),
         Error::OutOfMemory { .. } => PyMemoryError::new_err(error.to_string()),
         other => PyRuntimeError::new_err(other.to_string()),
     }
+}
+
+/// A text about a dtype, with the names of NumPy and PyTorch.
+fn dtypes(text: String) -> String {
+    if !text.starts_with("dtype ") {
+        return text;
+    }
+    let names = [("bf16", "bfloat16"), ("f16", "float16"), ("f32", "float32"), ("i32", "int32")];
+    names.iter().fold(text, |text, (rust, python)| text.replace(rust, python))
 }
 
 /// Puts the names of a call in the place of those that a stage uses.

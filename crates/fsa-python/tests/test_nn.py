@@ -341,6 +341,16 @@ def test_activation_checkpointing(reentrant):
     equal(plain, step(Checkpointed()))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_it_can_be_exported():
+    module = layer()
+    tokens_of_any_number = ({0: torch.export.Dim("total")}, None)
+    program = torch.export.export(module, (tokens(), CU), dynamic_shapes=tokens_of_any_number)
+    lengths = torch.tensor([0, 70, 70, 79, 100], dtype=torch.int32)
+    for x, cu in ((tokens(), CU), (tokens()[:100], lengths)):
+        equal([program.module()(x, cu)], [module(x, cu)])
+
+
 def test_only_what_requires_a_gradient_gets_one():
     module = layer()
     module.requires_grad_(False)
@@ -359,9 +369,16 @@ CALLS = [
     (tokens().to("meta"), CU, ValueError, "x: expected a tensor on cpu, as the weights, got one on meta"),
     (tokens(), CU.to("meta"), ValueError, "cu_seqlens: expected a tensor on cpu, as x, got one on meta"),
     (tokens(), CU.float(), ValueError, r"cu_seqlens: expected int32 or int64 \[batch \+ 1\], got float32 \[5\]"),
+    (tokens().numpy(), CU, TypeError, "x: expected torch.Tensor, got numpy.ndarray"),
+    (tokens(), CU.tolist(), TypeError, "cu_seqlens: expected torch.Tensor, got list"),
     (tokens(), CU[None], ValueError, r"cu_seqlens: expected int32 or int64 \[batch \+ 1\], got int32 \[1, 5\]"),
     (tokens()[:100], CU, ValueError, "q: expected 179 rows, the last element of cu_seqlens_q, got 100 rows"),
 ]
+
+
+def test_weights_in_float64_are_refused():
+    with pytest.raises(NotImplementedError, match="dtype of the weights is not supported: got float64, supported: flo"):
+        layer().double()(tokens(), CU)
 
 
 @pytest.mark.parametrize(("x", "cu_seqlens", "kind", "message"), CALLS)
@@ -373,6 +390,9 @@ def test_errors_of_a_call_name_the_argument(x, cu_seqlens, kind, message):
 ARGUMENTS = [
     ({"num_q_heads": 5}, ValueError, "num_q_heads: expected a positive number .* of num_kv_heads 2, got 5 heads"),
     ({"head_dim": 20, "rope_config": None}, NotImplementedError, "head_dim is not supported: got 20, supported: mul"),
+    ({"num_q_heads": 6.0}, TypeError, "num_q_heads: expected an integer, got 6.0"),
+    ({"hidden_size": -24}, ValueError, "hidden_size: expected a non-negative integer, got -24"),
+    ({"rope_config": {"rope_theta": 1e4}}, TypeError, "rope_config: expected RopeConfig or None, got dict"),
     ({"head_dim": 32}, ValueError, "rope_config.head_dim: expected 32, as head_dim, got 16"),
     ({"kernel_size": 20}, ValueError, "kernel_size: expected a positive multiple of kernel_stride 8, got 20"),
     ({"block_size": 48}, ValueError, "block_size: expected one of 16, 32, 64, 128, 256, got 48"),

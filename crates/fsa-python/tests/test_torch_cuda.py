@@ -156,8 +156,10 @@ def test_layouts_of_ids_and_prefix_sums():
     equal(plain, setting.everything(layout="ths"))
 
 
-@pytest.mark.parametrize("dim", [64, 128, 72])
-@pytest.mark.parametrize("block_size", [16, 64, 128])
+BLOCKS_AND_DIMS = [(block_size, dim) for dim in (64, 128, 72) for block_size in (16, 64, 128)] + [(256, 64), (64, 256)]
+
+
+@pytest.mark.parametrize(("block_size", "dim"), BLOCKS_AND_DIMS)
 def test_twenty_repetitions_are_bitwise_equal(block_size, dim):
     case = Case(q_lens=(1500,), k_lens=(1500,), heads=(8, 2), dims=(dim, dim))
     setting = Setting(case)

@@ -268,7 +268,7 @@ def call(**changes):
 
 ERRORS = [
     ({"q": qkv(torch.float64)[0]}, NotImplementedError, "dtype of q is not supported: got float64"),
-    ({"k": qkv(torch.float16)[1]}, ValueError, "k: expected dtype f32, got dtype f16"),
+    ({"k": qkv(torch.float16)[1]}, ValueError, "k: expected dtype float32, got dtype float16"),
     ({"block_size": 17}, ValueError, "block_size: expected one of"),
     ({"cu_seqlens_q": CU_Q.long()}, ValueError, "cu_seqlens_q: expected dtype int32, got dtype int64"),
     ({"topk_indices": IDS.long()}, ValueError, "topk_indices: expected dtype int32"),
@@ -280,6 +280,8 @@ ERRORS = [
         TypeError,
         "k: expected torch.Tensor, as the first argument, got numpy.ndarray",
     ),
+    ({"k": None}, TypeError, "k: expected torch.Tensor, as the first argument, got NoneType"),
+    ({"cu_seqlens_k": None}, TypeError, "cu_seqlens_k: expected torch.Tensor, as the first argument, got NoneType"),
     ({"q": [1.0]}, TypeError, "q: expected numpy.ndarray or torch.Tensor, got list"),
 ]
 

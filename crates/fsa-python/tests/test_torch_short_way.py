@@ -114,11 +114,23 @@ def test_a_negated_view_is_read_as_what_it_stands_for(called):
     assert called == ["_ATTENTION"]
 
 
-def test_transforms_take_operators(called):
+@pytest.mark.filterwarnings("ignore")  # that it is a loop
+def test_a_map_over_batches_takes_the_operator(called):
     q, k, v = qkv(grad=False)
-    with pytest.raises(RuntimeError, match="functorch"):  # that PyTorch refuses it, it can say
-        torch.func.grad(lambda q: selected(q, k, v)[0].square().sum())(q)
+    batches = torch.stack([q, 2 * q])
+    out, lse = torch.func.vmap(lambda q: selected(q, k, v))(batches)
     assert called == ["_ATTENTION"]
+    for at, batch in enumerate(batches):
+        equal([out[at], lse[at]], selected(batch, k, v))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, lambda f: lambda q: torch.func.vjp(f, q)])
+@pytest.mark.parametrize("batches", [False, True])
+def test_gradients_of_transforms_are_refused(transform, batches):
+    q, k, v = qkv(grad=False)
+    differentiated = transform(lambda q: selected(q, k, v)[0].square().sum())
+    with pytest.raises(NotImplementedError, match=r"attention: .* of torch.func are not supported: use torch.autograd"):
+        torch.func.vmap(differentiated)(torch.stack([q, q])) if batches else differentiated(q)
 
 
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's own decompositions

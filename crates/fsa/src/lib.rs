@@ -11,7 +11,8 @@
 //!
 //! Every argument is checked before anything is written: an error names the argument, what was
 //! expected and what came, and leaves the outputs as they were. The results do not depend on the
-//! number of threads, bit for bit. Sums and softmax state are f32 whatever the dtype of the tensors.
+//! number of threads, bit for bit. Sums and softmax state are f32 whatever the dtype of the tensors, except that
+//! on Hopper gradients of bf16 queries are added up in scaled f16.
 //!
 //! `docs/algorithm.md` in the repository defines every stage, `docs/numerics.md` what precision each has.
 //!

@@ -37,7 +37,8 @@ from ._api import (
 from ._native import __version__
 
 if TYPE_CHECKING:
-    from . import compat, nn
+    from . import compat as compat
+    from . import nn as nn
 
 __all__ = [
     "__version__",

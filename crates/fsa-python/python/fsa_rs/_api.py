@@ -17,12 +17,16 @@ ScoreHeads = Literal["group_sum", "first_head"]
 Recompute = Literal["none", "rotated", "all"]
 
 
+#: Arrays of a call that may be ``None``.
+_OPTIONAL = frozenset(("k_weight", "k_position", "v_weight", "v_position"))
+
+
 def _library(**arrays: Any) -> Any:
-    """The module that computes on this kind of array. The first array decides; ``None`` is none."""
+    """The module that computes on this kind of array. The first array decides."""
     first, array = next(iter(arrays.items()))
     library, kind = (_numpy, np.ndarray) if isinstance(array, np.ndarray) else _torch_library(first, array)
     for name, array in arrays.items():
-        if array is not None and not isinstance(array, kind):
+        if not isinstance(array, kind) and not (array is None and name in _OPTIONAL):
             raise TypeError(f"{name}: expected {_name(kind)}, as the first argument, got {_name(type(array))}")
     return library
 
@@ -44,7 +48,10 @@ def _name(kind: type) -> str:
 
 
 def _size(name: str, value: Any) -> int:
-    size = operator.index(value)
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
     if size < 0:
         raise ValueError(f"{name}: expected a non-negative integer, got {size}")
     return size
@@ -56,15 +63,24 @@ def _rows(name: str, array: Any) -> None:
         raise ValueError(f"{name}: expected 3 axes, got shape {list(array.shape)}")
 
 
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+
+
 def _scale(softmax_scale: float | None) -> float | None:
-    return None if softmax_scale is None else float(softmax_scale)
+    return None if softmax_scale is None else _number("softmax_scale", softmax_scale)
+
+
+def _layout(layout: str) -> None:
+    if layout not in ("hts", "ths"):
+        raise ValueError(f"layout: expected 'hts' or 'ths', got {layout!r}")
 
 
 def _hts(layout: str, indices: Any) -> Any:
     """Swaps the first two axes of ``indices`` if ``layout`` is not that of the extension."""
-    if layout not in ("hts", "ths"):
-        raise ValueError(f"layout: expected 'hts' or 'ths', got {layout!r}")
-    _rows("topk_indices", indices)
     return indices.swapaxes(0, 1) if layout == "ths" else indices
 
 
@@ -101,12 +117,13 @@ def _recompute(recompute: Recompute) -> Recompute:
 
 def _window(window_size: int | tuple[int, int]) -> int:
     """FlashAttention's pair, or its left half."""
-    if not isinstance(window_size, tuple):
-        return _size("window_size", window_size)
-    left, right = map(operator.index, window_size)
-    if right != 0:
-        raise NotImplementedError(f"window_size[1] is not supported: got {right}, supported: 0 (causal)")
-    return _size("window_size", left)
+    if isinstance(window_size, (tuple, list)):
+        if len(window_size) != 2:
+            raise ValueError(f"window_size: expected an integer or a pair (left, 0), got {window_size!r}")
+        window_size, right = window_size
+        if right != 0:
+            raise NotImplementedError(f"window_size[1] is not supported: got {right!r}, supported: 0 (causal)")
+    return _size("window_size", window_size)
 
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -118,15 +135,20 @@ def _rope(theta: float | None, scaling: Mapping[str, Any] | None) -> list[float]
         if scaling is not None:
             raise ValueError("rope_scaling: expected None without rope_theta, got a mapping")
         return []
-    kind = "default" if scaling is None else scaling.get("rope_type", scaling.get("type"))
-    if scaling is None or kind == "default":
-        return [float(theta)]
+    base = _number("rope_theta", theta)
+    if scaling is None:
+        return [base]
+    if not isinstance(scaling, Mapping):
+        raise TypeError(f"rope_scaling: expected None or a mapping, got {scaling!r}")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "default":
+        return [base]
     if kind != "llama3":
         raise NotImplementedError(f"rope_type is not supported: got {kind!r}, supported: 'default', 'llama3'")
     missing = [name for name in _LLAMA3 if name not in scaling]
     if missing:
-        raise ValueError(f"rope_scaling: expected {', '.join(_LLAMA3)}, got none of: {', '.join(missing)}")
-    return [float(theta), *(float(scaling[name]) for name in _LLAMA3)]
+        raise ValueError(f"rope_scaling: expected {', '.join(_LLAMA3)}, got a mapping without {', '.join(missing)}")
+    return [base, *(_number(f"rope_scaling[{name!r}]", scaling[name]) for name in _LLAMA3)]
 
 
 def _result(outputs: tuple[Any, Any], return_lse: bool) -> Any:
@@ -168,8 +190,7 @@ def selected_attn_varlen_func(
             ``validate`` is set: wrong ones are undefined behaviour there.
         softmax_scale: factor of the logits; ``None`` is ``head_dim ** -0.5``.
         deterministic: ask for a backward that repeats bit for bit; ``torch.use_deterministic_algorithms`` asks,
-            too. On the CPU it always does. On CUDA it costs time, and gradients of queries may still differ in
-            their last bits for blocks of 256, and of 128 with a ``head_dim`` above 192.
+            too. On the CPU it always does. On CUDA it costs time.
         return_lse: also return ``lse``.
         validate: refuse ids that are out of range or repeated in a row, and on CUDA wrong prefix sums. There this
             waits for the device.
@@ -189,6 +210,8 @@ def selected_attn_varlen_func(
     """
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k=k, v=v, topk_indices=topk_indices, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    _layout(layout)
+    _rows("topk_indices", topk_indices)
     stage = (_hts(layout, topk_indices), _size("block_size", block_size), bool(validate))
     return _result(library.attention(stage, packed, _scale(softmax_scale), bool(deterministic)), return_lse)
 
@@ -333,6 +356,7 @@ def compressed_attn_varlen_func(
     """
     packed = (q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k_cmp=k_cmp, v_cmp=v_cmp, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    _layout(layout)
     sizes = _sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, 0, score_heads)
     out, lse, topk_indices = library.select(sizes, packed, _scale(softmax_scale), bool(deterministic))
     return out, lse, _hts(layout, topk_indices)
@@ -371,6 +395,7 @@ def topk_blocks(
     """
     packed = (q, k_cmp, k_cmp, cu_seqlens_q, cu_seqlens_k)
     library = _library(q=q, k_cmp=k_cmp, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    _layout(layout)
     sizes = _sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, 0, score_heads)
     topk_indices = library.select(sizes, packed, _scale(softmax_scale), False)[2]
     return _hts(layout, topk_indices)  # type: ignore[no-any-return]
@@ -436,6 +461,7 @@ def nsa_attn_varlen_func(
     names = ("k_weight", "k_position", "v_weight", "v_position")
     library = _library(**arrays, **dict(zip(names, parameters, strict=True)))
     _rows("k", k)
+    _layout(layout)
     window = _window(window_size)
     sizes = _sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window, score_heads)
     options = (sizes, _rope(rope_theta, rope_scaling), _scale(softmax_scale))

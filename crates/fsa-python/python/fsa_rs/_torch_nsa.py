@@ -47,7 +47,7 @@ def _nsa(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     saves = save and recompute != "all"
     # The extension writes all parts or none.
     whole = parts.allocate(out) if saves and recompute == "rotated" else state
-    _native.nsa(options, inputs, (out, topk_indices), parts.views(whole) if saves else ())
+    _native.nsa(options, inputs, (out, topk_indices), parts.cleared(whole) if saves else ())
     if whole is not state:
         state.copy_(whole[: len(state)])
     return outputs
@@ -66,7 +66,7 @@ def _nsa_backward(*arguments: Any) -> list[Tensor]:
     if recompute != "none":
         state = parts.allocate(grad_out)
         again = (torch.empty_like(grad_out), torch.empty_like(topk_indices))
-        _native.nsa(options, inputs, again, parts.views(state))
+        _native.nsa(options, inputs, again, parts.cleared(state))
     by_input = _spread(arguments, grads)
     parameters = (by_input[6:8], by_input[8:10])
     required = (*by_input[:3], by_input[5])

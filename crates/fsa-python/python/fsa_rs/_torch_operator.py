@@ -39,6 +39,19 @@ def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
         raise NotImplementedError(f"{name}: expected tensors without tangents, got a dual tensor")
 
 
+def _refuse_transforms(name: str, arguments: tuple[Any, ...]) -> None:
+    """The gradient of a custom operator is none that ``torch.func.grad`` and its like can take."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    functorch = torch._C._functorch
+    for x in arguments:
+        while isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x):
+            if functorch.is_gradtrackingtensor(x):
+                transforms = "grad, vjp, jacrev and hessian of torch.func are not supported"
+                raise NotImplementedError(f"{name}: {transforms}: use torch.autograd.grad or backward")
+            x = functorch.get_unwrapped(x)
+
+
 class _Route(NamedTuple):
     """A kernel, and the same with its gradient as one node of autograd, if there is one."""
 
@@ -77,6 +90,7 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         if _observed():
             _refuse_tangents(self.name, arguments)
+            _refuse_transforms(self.name, arguments)
             return self.operator(*arguments)
         route, differentiates = self.on_cpu, False
         for x in arguments:

@@ -50,7 +50,6 @@ class Layout:
         if on_device:
             widest = max(dim, value_dim)
             dim = value_dim = next((padded for padded in _native.HEAD_DIMS if padded >= widest), widest)
-        self.on_device = on_device
         compressed = tokens // max(kernel_stride, 1)
         shapes = [(compressed, kv_heads, dim), (compressed, kv_heads, value_dim)] + 3 * [(rows, heads, value_dim)]
         if rotates:
@@ -60,7 +59,7 @@ class Layout:
         for _ in range(3):
             self.parts.append(Part(end, torch.float32, (heads, rows), (rows, 1)))
             end = self.parts[-1].end
-        self.lse_end, end = end, -(-end // 16) * 16  # vectors are read in pieces of 16 bytes
+        end = -(-end // 16) * 16  # vectors are read in pieces of 16 bytes
         for shape in shapes:
             self.parts.append(Part(end, dtype, shape, (shape[1] * shape[2], shape[2], 1)))
             end = self.parts[-1].end
@@ -70,15 +69,14 @@ class Layout:
 
     def allocate(self, q: Tensor, again: bool = False) -> Tensor:
         """Room for what is kept, or for what is computed again."""
-        first, end = (self.kept, self.bytes) if again else (0, self.kept)
-        state = q.new_empty((end - first,), dtype=torch.uint8)
-        if self.on_device:
-            return state
-        # Rows after the last compressed one are not written; on a device the extension sets them to zero.
-        compressed = self.parts[COMPRESSED][-1].end
-        if first < compressed <= end:
-            state[self.lse_end - first : compressed - first].zero_()
-        return state
+        return q.new_empty((self.bytes - self.kept if again else self.kept,), dtype=torch.uint8)
+
+    def cleared(self, state: Tensor) -> list[Tensor]:
+        """The parts before the extension writes them on the CPU: it leaves rows after the last compressed one alone."""
+        views = self.views(state)
+        for compressed in views[:2]:
+            compressed.zero_()
+        return views
 
     def views(self, state: Tensor) -> list[Tensor]:
         """The parts as tensors, in the order of the extension on the CPU: `lse` behind the branches."""

@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("fsa_rs.nn needs PyTorch: pip install torch", name=error.name) from None
 
 from . import _native
-from ._api import Recompute, ScoreHeads, _recompute, _rope, _sizes, nsa_attn_varlen_func
+from ._api import Recompute, ScoreHeads, _name, _recompute, _rope, _size, _sizes, nsa_attn_varlen_func
 
 __all__ = ["FlashSparseAttention", "RopeConfig"]
 
@@ -131,6 +131,10 @@ class FlashSparseAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        hidden_size, head_dim = _size("hidden_size", hidden_size), _size("head_dim", head_dim)
+        num_q_heads, num_kv_heads = _size("num_q_heads", num_q_heads), _size("num_kv_heads", num_kv_heads)
+        if rope_config is not None and not hasattr(rope_config, "rope_theta"):
+            raise TypeError(f"rope_config: expected RopeConfig or None, got {_name(type(rope_config))}")
         theta, scaling = (None, None) if rope_config is None else (rope_config.rope_theta, rope_config.rope_scaling)
         if rope_config is not None and rope_config.head_dim != head_dim:
             raise ValueError(f"rope_config.head_dim: expected {head_dim}, as head_dim, got {rope_config.head_dim}")
@@ -220,11 +224,15 @@ class FlashSparseAttention(nn.Module):
     def _check(self, x: Tensor, cu_seqlens: Tensor) -> None:
         """What the projections would refuse in words of their own."""
         weight = self.proj_q.weight
+        for name, given in (("x", x), ("cu_seqlens", cu_seqlens)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name}: expected torch.Tensor, got {_name(type(given))}")
         if x.ndim != 2 or x.shape[1] != self.hidden_size:
             raise ValueError(f"x: expected shape [total, {self.hidden_size}], got shape {list(x.shape)}")
-        if x.dtype not in _DTYPES:
-            supported = "float32, bfloat16, float16"
-            raise NotImplementedError(f"dtype of x is not supported: got {_dtype(x)}, supported: {supported}")
+        for name, tensor in (("x", x), ("the weights", weight)):
+            if tensor.dtype not in _DTYPES:
+                got, supported = _dtype(tensor), "float32, bfloat16, float16"
+                raise NotImplementedError(f"dtype of {name} is not supported: got {got}, supported: {supported}")
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x: expected dtype {_dtype(weight)}, as the weights, got dtype {_dtype(x)}")
         if x.device != weight.device:

@@ -56,7 +56,6 @@ impl StageFlag {
 /// Writes out and lse; for nsa lse_compressed, lse_selected and lse_window instead of lse; topk_indices where blocks were chosen; with
 /// --backward the gradient of every input, under its name with grad_ before it.
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
 pub struct Flags {
     /// Tensors to read
     #[arg(value_name = "IN.safetensors")]

@@ -37,7 +37,6 @@ use work::{Measured, Work};
 /// are the device's, with a cold L2 cache, for launched calls and for replays of the recorded call, beside the time that
 /// the host takes to give a call.
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
 pub struct Flags {
     /// Definition to measure: acceptance, quick, stages, shapes, scaling, cuda or cuda_stages [quick; cuda on a GPU]
     #[arg(long, value_name = "NAME")]

@@ -28,7 +28,6 @@ use scope::Scope;
 /// cases of stage `selected` and of the whole take one route, half the other, unless --route names one; likewise lists of
 /// blocks are made in one pass with compressed attention or in their own, where both are possible.
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
 pub struct Flags {
     /// Cases per stage, pass and dtype
     #[arg(long, value_name = "N", default_value_t = 100)]

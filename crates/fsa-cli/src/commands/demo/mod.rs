@@ -35,7 +35,6 @@ const DEFAULT_TOKENS: usize = 32_768;
 /// predictions of dense attention, of native sparse attention and of its window alone; times; the error against the f64
 /// oracle on sampled rows; and draws which blocks each kv head chose. In f32; on a GPU in bf16, from and to host memory.
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
 pub struct Flags {
     /// Any file [docs/algorithm.md of this version]
     file: Option<PathBuf>,
