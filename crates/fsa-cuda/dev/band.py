@@ -94,21 +94,21 @@ def fill_forward(p, s, q, k, v, out, lse, scale, step, every=1):
     p.query_map, p.key_map, p.value_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(k, step, 1, every), tensor_map(v, step, 1, every)
 
 
-CHOICE_BYTES = 4 * 13760    # of the warps that choose
+CHOICE_BYTES = {1: 4 * 13760, 2: 8 * 512}      # of the warps that choose: beside those that attend, or these, for their rows
 
 
 def forward_select(s, q, k, v, out, lse, ids, scale, block_size=64, init=1, local=2):
-    """Compressed attention and the choice of blocks in one pass: 2, 4, 8 or 16 heads a group, blocks of four compressed keys."""
-    p, grid = aligned(BandSelectParams), s.persistent(s.hk)
+    """Compressed attention and the choice of blocks in one pass: 1, 2, 4, 8 or 16 heads a group, blocks of four compressed keys."""
+    p, grid, way = aligned(BandSelectParams), s.persistent(s.hk), 2 if s.hq == s.hk else 1
     fill_forward(p.attention, s, q, k, v, out, lse, scale, 128, 4)
     c = p.choice
     c.max_steps = -(-max(b - a for a, b in zip(s.cu_kv, s.cu_kv[1:])) // (32 * block_size * 4)) * 4
-    words = grid[0] * 2 * 128 * 33 * c.max_steps
+    words = grid[0] * (3 - way) * 128 * 33 * c.max_steps
     if "slots" not in s.__dict__:
         s.slots = torch.full((words,), math.nan, device=DEVICE)
     c.scores, c.topk_indices, c.topk, c.init_blocks, c.local_blocks = s.slots.data_ptr(), ids.data_ptr(), ids.shape[2], init, local
-    shared = -(-q.shape[2] // 64) * 128 * (128 + 4 * 128) + CHOICE_BYTES
-    Module.get("band_sm90.cuh", dict(defines(q.shape[2], q.dtype, block_size), FSA_BLOCK_SCORES=1)).launch("band", grid, 512, shared, p)
+    shared = -(-q.shape[2] // 64) * 128 * (128 + 4 * 128) + CHOICE_BYTES[way]
+    Module.get("band_sm90.cuh", dict(defines(q.shape[2], q.dtype, block_size), FSA_BLOCK_SCORES=way)).launch("band", grid, 640 - 128 * way, shared, p)
 
 
 def forward(s, q, k, v, out, lse, scale):
@@ -121,32 +121,46 @@ def forward(s, q, k, v, out, lse, scale):
     Module.get(sets.file("band"), s.defines(d, q.dtype)).launch("band", s.persistent(s.hk), 384 if HOPPER else 128, shared, p)
 
 
-def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1, only=None, one_pass=False):
-    """In two passes, or in one; `only` is one of the kernels by its last word."""
+def given_stats(out, lse, grad_out, gate):
+    """Statistics of the rows of a branch of the whole and their bounds, as combine_statistics makes them; gate is [rows, heads]."""
+    delta, size, gate = (out.double() * grad_out.double()).sum(2).T.float(), grad_out.float().abs().sum(2).T, gate.float().T
+    sees = torch.isfinite(lse)
+    bits = delta.contiguous().view(torch.int32) & ~1 | (gate < 0).int()
+    stats = torch.stack([torch.where(sees, lse * LOG2_E - torch.log2(gate.abs()), math.inf), torch.where(sees, bits.view(torch.float32), 0.0)], 2).contiguous()
+    bound = lambda x: torch.where(sees & torch.isfinite(x), x.abs(), 0.0).max()
+    return stats, torch.stack([bound(gate * size), bound(gate * delta)]).view(torch.int32)
+
+
+def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1, only=None, one_pass=False, given=None, window=None, accumulate=False):
+    """In two passes, or in one; `only` is one of the kernels by its last word. `given` are statistics of rows with bounds; `window` is its size and the same of
+    the rows' attention to it, which the one pass does too."""
     d = q.shape[2]
     s = s.of_64_rows() if one_pass else s
     gq, gk, gv = grads
     p = aligned(BandBackwardParams)
     p.band = s.band()
     p.query, p.key, p.value, p.out, p.grad_out, p.grad_query, p.grad_key, p.grad_value = (tensor(x) for x in (q, k, v, out, grad_out, gq, gk, gv))
-    stats = s.__dict__.setdefault("stats", torch.empty(s.hq, s.cu_q[-1], 2, device=DEVICE))
+    stats = given[0] if given else s.__dict__.setdefault("stats", torch.empty(s.hq, s.cu_q[-1], 2, device=DEVICE))
     partial = s.__dict__.setdefault(f"partial{splits}", torch.empty((splits, 2) + tuple(k.shape), device=DEVICE) if splits > 1 else stats)
     p.lse, p.grad_lse, p.row_stats, p.partial_keys = lse.data_ptr(), None if grad_lse is None else grad_lse.data_ptr(), stats.data_ptr(), partial.data_ptr()
     p.scale_log2, p.scale, p.num_kv_heads, p.num_tiles, p.num_key_tiles, p.splits, p.resident = scale * LOG2_E, scale, s.hk, s.num_tiles, s.num_key_tiles, splits, MULTIPROCESSORS
     p.query_map, p.grad_out_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(grad_out, s.tile_tokens, s.tile_heads)
     p.key_map, p.value_map = tensor_map(k, 128, 1), tensor_map(v, 128, 1)
-    m = Module.get("band_sums_sm90.cuh" if one_pass else sets.file("band_backward"), s.defines(d, q.dtype))
+    p.accumulate = p.accumulate_keys = accumulate
+    m = Module.get("band_sums_sm90.cuh" if one_pass else sets.file("band_backward"), dict(s.defines(d, q.dtype), **(dict(FSA_WINDOW_TOO=1) if window else {})))
     halves = -(-d // 64)
     shared = halves * 128 * 128 * 6 if HOPPER else halves * 128 * (2 * 64 + 3 * 64)
     threads = 384 if HOPPER else 128
     if one_pass:
         bounds = s.__dict__.setdefault("bounds", torch.zeros(4, dtype=torch.int32, device=DEVICE))
-        p.key_bounds, p.row_bounds = bounds.data_ptr(), bounds.data_ptr() + 8
+        p.key_bounds, p.row_bounds = bounds.data_ptr(), (given[1] if given else bounds[2:]).data_ptr()
+        if window:
+            p.window_size, p.window_stats, p.window_bounds = window[0], window[1].data_ptr(), window[2].data_ptr()
         p.sums_map = tensor_map(gq.view(torch.float16), s.tile_tokens, s.tile_heads)
         targets, of_bounds = -(-gq.numel() * 2 // 16384), -(-s.cu_keys[-1] // 64) * s.hk
         if only is None:
             bounds.zero_()
-    if only in (None, "delta"):
+    if only in (None, "delta") and not given:
         m.launch("band_delta", (-(-s.cu_q[-1] // 8) * -(-s.hq // 8), 1, 1), 256, 0, p)
     if one_pass:
         if only in (None, "open"):
@@ -337,6 +351,9 @@ def check():
     ok &= check_case("dense packed f16", packed_q, packed_kv, 4, 2, dtype=torch.float16)
     ok &= check_case("dense 500", [0, 500], [0, 500], 2, 1)
     ok &= check_case("compressed 32/16", [0, 1100], [0, 1100], 4, 2, compressed=(32, 16), splits=2)
+    # Whole tiles of rows see all keys of a tile that is not full, behind which are those of the next sequence.
+    ok &= check_case("all of the last tile", [0, 303, 500], [0, 303, 500], 4, 1, compressed=(32, 16))
+    ok &= check_case("all of the last tile, g 64", [0, 210, 300], [0, 210, 300], 64, 1)
     ok &= check_case("compressed 8/8 packed", packed_q, packed_kv, 3, 1, compressed=(8, 8))
     for d in (64, 96):
         ok &= check_case(f"head_dim {d}", [0, 300], [0, 300], 4, 2, d=d, window=150)
@@ -352,6 +369,8 @@ def check():
         ok &= check_select("default", [0, 1500], [0, 1500], 4, 2, one_pass=True)
         ok &= check_select("16/16 packed", [0, 5, 5, 700, 1500], [0, 90, 90, 1000, 2000], 4, 1, compressed=(16, 16), topk=6, one_pass=True)
         ok &= check_select("g 16, last tokens", [0, 100], [0, 20000], 16, 1, one_pass=True)
+        ok &= check_select("g 1", [0, 1300], [0, 1300], 2, 2, topk=8, one_pass=True)
+        ok &= check_select("g 1, longer than registers", [0, 100], [0, 80000], 1, 1, one_pass=True)
     print("band all ok" if ok else "BAND SOME FAILED", flush=True)
 
 

@@ -46,7 +46,7 @@ def stage(n, hk, kind, hq=32, d=128, block_size=64, topk=16, phases=("forward", 
     if "select" in phases and s.compressed:
         ids = torch.empty(hk, n, topk, dtype=torch.int32, device="cuda")
         row.append(f"select {time_graph(lambda: select(s, q, k, lse, ids, scale, block_size)):7.3f}")
-        if band.HOPPER and hq // hk in (2, 4, 8, 16):
+        if band.HOPPER and hq // hk in (1, 2, 4, 8, 16):
             row.append(f"both in one {time_graph(lambda: forward_select(s, q, k, v, out, lse, ids, scale, block_size)):7.3f}")
     if "backward" in phases:
         grad_out, grads = torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]

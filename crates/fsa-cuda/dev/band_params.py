@@ -62,9 +62,9 @@ class BandSelectParams(ctypes.Structure):
 
 class BandBackwardParams(ctypes.Structure):
     _pack_ = 1
-    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats", "row_bounds", "key_bounds")] + [
+    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats", "row_bounds", "key_bounds", "window_stats", "window_bounds")] + [
         (n, Tensor) for n in ("grad_query", "grad_key", "grad_value")] + [("partial_keys", ptr), ("scale_log2", f32), ("scale", f32)] + [
-        (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits", "resident", "accumulate", "accumulate_keys")] + [
+        (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits", "resident", "accumulate", "accumulate_keys", "window_size")] + [
         (n, TensorMap) for n in ("query_map", "grad_out_map", "key_map", "value_map", "sums_map")])
 
 

@@ -51,16 +51,17 @@ class Module:
             cls._cache[key] = cls(stage, defines)
         return cls._cache[key]
 
-    def launch(self, name, grid, threads, shared_bytes, params, stream=None, pdl=False):
+    def launch(self, name, grid, threads, shared_bytes, params, stream=None, pdl=False, priority=0):
         if name not in self.functions:
             function = ctypes.c_void_p()
             _check(cuda().cuModuleGetFunction(ctypes.byref(function), self.module, name.encode()), f"function {name}")
-            _check(cuda().cuFuncSetAttribute(function, 8, 227 * 1024 - 4096), f"shared memory of {name}")
             self.functions[name] = function
+        _check(cuda().cuFuncSetAttribute(self.functions[name], 8, shared_bytes), f"shared memory of {name}")
         argument = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.pointer(params), ctypes.c_void_p))
         handle = (stream or torch.cuda.current_stream()).cuda_stream
-        if pdl and PDL:
-            attribute = LaunchAttribute(6, 0, (ctypes.c_int * 16)(1))
+        if pdl and PDL or priority:
+            number, value = (8, priority) if priority else (6, 1)
+            attribute = LaunchAttribute(number, 0, (ctypes.c_int * 16)(value))
             config = LaunchConfig(*grid, threads, 1, 1, shared_bytes, handle, ctypes.pointer(attribute), 1)
             _check(cuda().cuLaunchKernelEx(ctypes.byref(config), self.functions[name], argument, None), f"launch {name}")
             return

@@ -2,6 +2,7 @@
 
 check     attention to all blocks with a mask, against float64 and with the hostile lists of run.py
 bench     both routes at the shapes of bench/records/h200/*-routes.json, medians of graph replays, one JSON object a line
+check_both, bench_whole: the backward of selected blocks and window in one pass, and beside KV-outer and window apart
 FSA_DEV_SET=sm80: the portable kernels
 """
 import json, math, sys
@@ -46,10 +47,13 @@ class Masked(Shape):
         self.build()
         band.forward(self, q, k, v, out, lse, scale)
 
-    def backward(self, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1):
+    def backward(self, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1, **options):
         self.prepare()
         self.build()
-        band.backward(self, q, k, v, out, lse, grad_out, grads, scale, grad_lse, splits)
+        band.backward(self, q, k, v, out, lse, grad_out, grads, scale, grad_lse, splits, **options)
+
+    def of_64_rows(self):
+        return self
 
 
 def check_case(name, cu_q, cu_kv, hq, hk, d=128, dtype=torch.bfloat16, block_size=64, topk=16, kind="random", twist=None, rows=None, splits=1, backward=True):
@@ -132,6 +136,110 @@ def times(n, g, hq=32, d=128, block_size=64, topk=16, kind="random"):
             ("backward", "kv_outer"): lambda: back.backward(out, lse, grad_out, grads), ("backward", "dense_masked"): lambda: masked.backward(q, k, v, out, lse, grad_out, grads, scale, splits=splits)}
     first = {key: time_graph(way) for key, way in ways.items()}
     return {key: min(first[key], time_graph(way)) for key, way in ways.items()}      # the second round after all of the first
+
+
+def both_case(name, cu_q, cu_kv, hq, hk, topk, window, block_size=64, kind="random", twist=None, splits=1, gates=None, complete=False):
+    """Selected blocks and window in one pass, against float64."""
+    d, scale = 128, 128 ** -0.5
+    q, k, v = band.make(Shape(cu_q, cu_kv, hq, hk), d, torch.bfloat16)
+    ids = cases.select(cu_q, cu_kv, hk, topk, block_size, kind)
+    if twist:
+        q, k, v, ids = twist(q, k, v, ids)
+    torch.manual_seed(1)
+    grad_out, gates = torch.randn_like(q), torch.rand(*q.shape[:2], 2, device=DEVICE) if gates is None else gates(q.shape[0], q.shape[1])
+    attention, near = (Shape(cu_q, cu_kv, hq, hk) if complete else Masked(cu_q, cu_kv, hq, hk, d, ids, block_size)), Shape(cu_q, cu_kv, hq, hk, window=window)
+    branches = []
+    for s, gate in zip((attention, near), gates.unbind(2)):
+        out, lse = torch.full_like(q, 7.0), torch.full((hq, cu_q[-1]), 7.0, device=DEVICE)
+        s.forward(q, k, v, out, lse, scale) if isinstance(s, Masked) else band.forward(s, q, k, v, out, lse, scale)
+        branches.append(band.given_stats(out, lse, grad_out, gate))
+    grads = [torch.full_like(x, 7.0) for x in (q, k, v)]
+    fused = Shape(cu_q, cu_kv, hq, hk, rows=64) if complete else Masked(cu_q, cu_kv, hq, hk, d, ids, block_size, rows=64)
+    run = fused.backward if not complete else lambda *a, **o: band.backward(fused, *a, **o)
+    run(q, k, v, out, lse, grad_out, grads, scale, splits=splits, one_pass=True, given=branches[0], window=(window, *branches[1]))
+    torch.cuda.synchronize()
+    tables = every_block(cu_q, cu_kv, hk, block_size) if complete else ids, None
+    want = [0.0, 0.0, 0.0]
+    for lists, gate, near_window in zip(tables, gates.unbind(2), (None, window)):
+        if near_window is None:
+            w = cases.reference_gradients(q, k, v, lists, block_size, cu_q, cu_kv, scale, grad_out.float() * gate[:, :, None], torch.zeros(hq, cu_q[-1], device=DEVICE))
+        else:
+            w = band.reference(near, q, k, v, scale, grad_out.float() * gate[:, :, None])
+        want = [a + b.cpu() for a, b in zip(want, w)]
+    return all([cases.compare(f"both {name} grad_{which}", got, w.numpy(), 1e-2) for which, got, w in zip("qkv", grads, want)])
+
+
+def every_block(cu_q, cu_kv, hk, block_size):
+    blocks = -(-max(b - a for a, b in zip(cu_kv, cu_kv[1:])) // block_size)
+    return torch.arange(blocks, dtype=torch.int32, device=DEVICE).expand(hk, cu_q[-1], blocks).contiguous()
+
+
+def check_both():
+    hostile = lambda q, k, v, ids: (q, k, v, cases.hostile(ids))
+    packed_q, packed_kv = [0, 1, 1, 130, 391, 456, 777], [0, 1, 1, 190, 451, 516, 1016]
+
+    def nothing(q, k, v, ids):
+        ids[:, 200:600] = -1
+        return q, k, v, ids
+
+    def apart(q, k, v, ids):                            # log-sum-exps far apart
+        k[100:140] *= 40
+        return q, k, v, ids
+    signs = lambda n, h: torch.randn(n, h, 2, device=DEVICE) * (torch.rand(n, h, 2, device=DEVICE) < 0.8) * 3
+    ok = both_case("tiny", [0, 40], [0, 40], 2, 1, 2, 10)
+    ok &= both_case("last key", [0, 257], [0, 257], 2, 1, 2, 10)
+    ok &= both_case("complete", [0, 500], [0, 500], 4, 1, 8, 200, complete=True, splits=2)
+    ok &= both_case("700", [0, 700], [0, 700], 4, 2, 6, 200)
+    ok &= both_case("g 1 window 0", [0, 600], [0, 600], 2, 2, 5, 0)
+    ok &= both_case("g 16 long window", [0, 400], [0, 400], 16, 1, 3, 5000, gates=signs)
+    ok &= both_case("packed hostile", packed_q, packed_kv, 5, 1, 5, 100, twist=hostile, gates=signs, splits=2)
+    ok &= both_case("block 16", packed_q, packed_kv, 2, 1, 20, 77, block_size=16, gates=signs)
+    ok &= both_case("block 32", packed_q, packed_kv, 2, 1, 9, 300, block_size=32)
+    ok &= both_case("block 256", [0, 900], [0, 900], 2, 1, 2, 128, block_size=256)
+    ok &= both_case("rows without blocks", [0, 900], [0, 900], 2, 1, 6, 64, twist=nothing)
+    ok &= both_case("far apart", [0, 500], [0, 500], 2, 1, 3, 64, twist=apart)
+    ok &= both_case("group of 160", [0, 200], [0, 200], 160, 1, 2, 30)
+    print("both all ok" if ok else "BOTH SOME FAILED", flush=True)
+
+
+def splits_of(s):
+    """As plan/band.rs has it."""
+    enough = 1.5 * band.MULTIPROCESSORS / (s.num_key_tiles * s.hk)
+    rows = min(s.cu_q[-1] // (len(s.cu_q) - 1), s.window + 128) * (s.hq // s.hk)
+    return min(32, 1 << max(0, math.ceil(math.log2(max(enough, 1)))), 1 << max(0, math.floor(math.log2(max(rows / 512, 1)))))
+
+
+def times_of_whole(n, g, hq=32, d=128, block_size=64, topk=16, window=512, kind="random"):
+    """Milliseconds of the backward of selected blocks and window inside the whole, apart and in one pass: {way: ms}."""
+    hk, cu, scale = hq // g, [0, n], d ** -0.5
+    q, k, v = band.make(Shape(cu, cu, hq, hk), d, torch.bfloat16)
+    ids, complete = cases.select(cu, cu, hk, topk, block_size, kind), n <= topk * block_size
+    attention = lambda rows: Shape(cu, cu, hq, hk, rows=rows) if complete else Masked(cu, cu, hq, hk, d, ids, block_size, rows=rows)
+    near, two, one = Shape(cu, cu, hq, hk, window=window), attention(128), attention(64)
+    op, grad_out, grads = SelectedBackward(q, k, v, ids, block_size), torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]
+    branches = []
+    for s in (two, near):
+        out, lse = torch.empty_like(q), torch.empty(hq, n, device=DEVICE)
+        s.forward(q, k, v, out, lse, scale) if isinstance(s, Masked) else band.forward(s, q, k, v, out, lse, scale)
+        branches.append(band.given_stats(out, lse, grad_out, torch.ones(n, hq, device=DEVICE)))
+
+    def run(s, given, **options):
+        s.prepare()
+        if isinstance(s, Masked):
+            s.build()
+        band.backward(s, q, k, v, out, lse, grad_out, grads, scale, splits=splits_of(s), given=given, **options)
+    ways = {"one_pass": lambda: run(one, branches[0], one_pass=True, window=(window, *branches[1])), "window": lambda: run(near, branches[1], accumulate=True),
+            "dense_masked": lambda: run(two, branches[0], accumulate=True), "kv_outer": lambda: op.backward(out, lse, grad_out, grads)}
+    first = {key: time_graph(way) for key, way in ways.items()}
+    return {key: min(first[key], time_graph(way)) for key, way in ways.items()}
+
+
+def bench_whole(shapes=[(n, g) for n in (512, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192) for g in (1, 4, 16)], window=512):
+    """KV-outer with the window after it, and one pass for both, as the routes of a backward with a window."""
+    for n, g in shapes:
+        ms = times_of_whole(n, g, window=window)
+        for route, sum_ms in (("kv_outer", ms["kv_outer"] + ms["window"]), ("dense_masked", ms["one_pass"])):
+            print(json.dumps({"n": n, "g": g, "hq": 32, "d": 128, "bk": 64, "T": 16, "window": window, "pass": "backward", "route": route, "ms": round(sum_ms, 4)}), flush=True)
 
 
 SHAPES = [(n, g, 32, 128, 64, 16) for n in (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384) for g in (1, 4, 16)] + [(n, 4, 32, 128, 128, 8) for n in (1024, 2048, 4096, 8192)] + [

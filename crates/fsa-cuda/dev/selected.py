@@ -80,8 +80,8 @@ class Selected:
         ptr = lambda name: s[name].data_ptr()
         self.layout = P.Layout(self.cu_q.data_ptr(), self.cu_kv.data_ptr(), ptr("tile_base"), ptr("block_base"), ptr("chunk_token"), ptr("tiles"),
                                self.batch, total_q, p.num_chunks, p.chunk_tiles, p.max_tiles)
-        self.index = P.Index(topk_indices.data_ptr(), ptr("plane"), ptr("entries"), ptr("row_info"), ptr("units"), ptr("unit_counts"), None, topk, p.slots, p.has_dense,
-                             p.num_subs, p.sub_tiles, p.max_blocks, p.window_blocks, p.unit_entries, p.full_units, ordered)
+        self.index = P.Index(topk_indices.data_ptr(), ptr("plane"), ptr("entries"), ptr("row_info"), ptr("units"), ptr("unit_counts"), None, None, topk, p.slots, p.has_dense,
+                             p.num_subs, p.sub_tiles, p.max_blocks, p.window_blocks, p.unit_entries, p.full_units, ordered, 0, 0)
         self.ordered = ordered
         self.index_parts, self.index_stream = index_parts, torch.cuda.Stream()
         self.side = [torch.cuda.Stream(priority=0) for _ in range(p.buffers)]
@@ -158,86 +158,82 @@ class Selected:
 
 
 class SelectedBackward(Selected):
-    """Head by head: row statistics, one KV-major pass, grad_query to 16 bit; grad_key and grad_value per kv head."""
+    """Some heads at a time: what the main kernel needs, one KV-major pass, gradients in 16 bits."""
 
-    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=None, buffers=2, query_partials=0, scaled_sums=1, heads=None, unit_heads=None, defines=None, **options):
-        d, topk = query.shape[2], topk_indices.shape[2]
+    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=None, buffers=None, query_partials=0, scaled_sums=1, heads=None, unit_heads=None, packs=1,
+                 priority=None, defines=None, **options):
+        (total_q, hq, d), hk, topk = query.shape, key.shape[1], topk_indices.shape[2]
         query_partials = query_partials if sets.has_partials(block_size, d) else 0
-        unit_entries = unit_entries or max(32 * block_size, 3072)
         self.scaled_sums = int(scaled_sums and not query_partials and sets.has_scaled_sums(d, query.dtype == torch.bfloat16))
         row_bytes = topk * d * 2 if query_partials else d * (2 if self.scaled_sums else 4)
         budget = (128 if query_partials else 32) * MIB
         chunk_tokens = chunk_tokens or budget // row_bytes
+        group, rows = hq // hk, min(chunk_tokens, total_q)
+        # Heads that a unit takes in turn, and those of one launch: their grad_query stays within the budget, and so do the sums of their kv heads.
+        turns = [n for n in (4, 2) if self.scaled_sums and rows >= 8192 and group % n == 0 and n * rows * row_bytes <= 64 * MIB]
+        self.unit_heads = unit_heads or (turns + [1])[0]
+        if heads is None:
+            is_full = rows >= (32768 if self.unit_heads > 1 else 65536) and not query_partials
+            heads = self.unit_heads if is_full else max(budget // (rows * row_bytes) // self.unit_heads, 1) * self.unit_heads
+        self.kv_heads = max(1, min(heads // group, 64 * MIB // (key.shape[0] * d * 8), hk))
+        self.heads = min(heads, group) if heads < group else group * self.kv_heads
+        full_unit = max(32 * block_size, 3072)
+        unit_entries = unit_entries or (full_unit if self.unit_heads == 1 else min(max(rows // 16, 1024), full_unit))
+        buffers = buffers or (3 if 3 * self.heads * rows * row_bytes <= 64 * MIB else 2)
+        self.priority = priority if priority is not None else -1 if rows >= 32768 else 0        # of the small kernels
         super().__init__(query, key, value, topk_indices, block_size, *args, has_dense=0, ordered=query_partials, chunk_tokens=chunk_tokens, unit_entries=unit_entries, buffers=buffers,
                          defines=dict(FSA_QUERY_PARTIALS=query_partials, FSA_SCALED_SUMS=self.scaled_sums, **(defines or {})), **options)
         p, f32 = self.plan, dict(dtype=torch.float32, device=query.device)
-        self.query_partials, self.rows = query_partials, min(p.chunk_tiles * TILE, query.shape[0])
-        # Heads of one launch: their grad_query stays within the budget, and so do the sums of their kv heads.
-        group, kv_bytes = self.hq // self.hk, key.shape[0] * d * 8
-        turns = [n for n in (4, 2) if self.scaled_sums and self.rows >= 32768 and group % n == 0 and n * self.rows * row_bytes <= 64 * MIB]
-        self.unit_heads = unit_heads or (turns + [1])[0]       # heads that a unit takes in turn
-        heads = heads or (self.unit_heads if self.unit_heads > 1 else max(1, budget // (self.rows * row_bytes)) if self.rows < 65536 or query_partials else 1)
-        self.kv_heads = max(1, min(heads // group, 64 * MIB // kv_bytes, self.hk))
-        self.heads = min(heads, group) if heads < group else group * self.kv_heads
-        self.owns_sums = unit_heads == min(self.heads, group)
+        self.query_partials, self.rows = query_partials, min(p.chunk_tiles * TILE, total_q)
+        self.owns_sums = self.unit_heads == min(self.heads, group)
         self.finishes_sums = self.owns_sums and p.num_chunks == 1 and sets.finishes_sums(d, query_partials)
         if self.finishes_sums:
-            self.scratch["block_units"] = torch.empty(self.hk * p.max_blocks, dtype=torch.int32, device=query.device)
-            self.index.block_units = self.scratch["block_units"].data_ptr()
+            self.scratch["block_sums"] = torch.empty(self.hk * p.max_blocks, dtype=torch.int32, device=query.device)
+            self.index.block_sums = self.scratch["block_sums"].data_ptr()
+        self.sum_rows = key.shape[0]
+        if self.finishes_sums and self.heads >= group and packs:    # one launch does all that a block's keys have part in
+            self.index.packs_sums = 1
+            self.index.max_split_blocks = min(p.max_blocks, p.chunk_tiles * TILE * p.slots // (unit_entries + 1))
+            self.sum_rows = self.index.max_split_blocks * block_size
+            self.scratch["split_blocks"] = torch.empty(self.hk * self.index.max_split_blocks + 1, dtype=torch.int32, device=query.device)
+            self.index.split_blocks = self.scratch["split_blocks"].data_ptr()
         self.row_stats = [torch.empty(self.heads, self.rows, 2, **f32) for _ in range(buffers)]
         self.acc_query = [torch.empty(self.heads, self.rows, row_bytes // 4, **f32) for _ in range(buffers)]
         self.bounds = torch.empty(2 * (self.hk + self.hq), **f32)      # of keys, then of rows: see block/query_sums.cuh
-        self.acc_kv = [torch.empty(2, self.kv_heads, key.shape[0], d, **f32) for _ in range(buffers)]
+        self.acc_kv = [torch.empty(2, self.kv_heads, self.sum_rows, d, **f32) for _ in range(buffers)]
 
     @property
     def backward_scratch_bytes(self):
         return self.plan.scratch_bytes + sum(t.numel() * 4 for t in self.row_stats + self.acc_query + self.acc_kv)
 
     def backward(self, out, lse, grad_out, grads, grad_lse=None):
-        p, group, module = self.plan, self.hq // self.hk, Module.get(sets.file("backward"), self.defines)
-        main = torch.cuda.current_stream()
+        p, group = self.plan, self.hq // self.hk
+        module, total_kv = Module.get(sets.file("backward"), self.defines), self.k.shape[0]
         threads, parts, shared = sets.backward_main(self.block_size, self.d, self.query_partials)
-        total_kv = self.k.shape[0]
-        wait_index = self.index_ahead(main)
+        per_row = self.d // 8 if self.query_partials or self.scaled_sums else self.d // 4       # lanes that finish a row
+        finish_rows = 256 // per_row * (1 if self.query_partials else 4)
+        main = torch.cuda.current_stream()
         self.bounds.zero_()
+        self.build_index()
         for stream in self.side:
             stream.wait_stream(main)
-
-        def clear(buffer, stream):
-            with torch.cuda.stream(stream):
-                buffer.zero_()
-
         for turn, kv_head in enumerate(range(0, self.hk, self.kv_heads)):
             b, kv_heads = turn % p.buffers, min(self.kv_heads, self.hk - kv_head)
-            stream = self.side[b]
-            if not self.finishes_sums:
-                clear(self.acc_kv[b], stream)
-            wait_index(stream, kv_head + kv_heads - 1)
-            end = (kv_head + kv_heads) * group
+            stream, acc, end = self.side[b], self.acc_query[b].data_ptr(), (kv_head + kv_heads) * group
             for head in range(kv_head * group, end, self.heads):
                 heads = min(self.heads, end - head)
                 for chunk in range(p.num_chunks):
-                    acc = self.acc_query[b].data_ptr()
-                    if not self.query_partials:
-                        clear(self.acc_query[b], stream)
                     a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
                                          grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, *(tensor(x) for x in grads),
                                          self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(),
-                                         self.bounds.data_ptr() + 8 * self.hk, self.bounds.data_ptr(), total_kv, self.scale * math.log2(math.e), self.scale, group,
+                                         self.bounds.data_ptr() + 8 * self.hk, self.bounds.data_ptr(), self.sum_rows, self.scale * math.log2(math.e), self.scale, group,
                                          chunk, head, self.unit_heads, self.rows, int(self.owns_sums and chunk == 0 and head % group == 0),
                                          int(self.finishes_sums and (head + heads) % group == 0), 0, total_kv, 0, 0, 0)
-                    if self.finishes_sums and head == kv_head * group:
-                        module.launch("backward_clear", (p.max_blocks, kv_heads, 1), 256, 0, a, stream)
-                    if self.scaled_sums and head == kv_head * group and chunk == 0:
-                        module.launch("backward_bounds", (p.max_blocks, kv_heads, 1), 256, 0, a, stream)
-                    module.launch("backward_delta", (ceil_div(self.rows, 64), heads, 1), 256, 0, a, stream)
+                    first_blocks = p.max_blocks if head == kv_head * group and chunk == 0 else 0
+                    last_blocks = (self.index.max_split_blocks if self.index.packs_sums else p.max_blocks) if head + heads == end and chunk == p.num_chunks - 1 else 0
+                    module.launch("backward_prepare", (ceil_div(self.rows, 64) + first_blocks, heads, 1), 256, 0, a, stream, priority=self.priority)
                     module.launch("backward", (p.full_units + p.max_blocks, parts, heads // self.unit_heads), threads, shared, a, stream)
-                    if self.query_partials:
-                        module.launch("backward_merge", (ceil_div(self.rows, 256 // (self.d // 8)), heads, 1), 256, 0, a, stream)
-                    else:
-                        module.launch("backward_convert", (ceil_div(self.rows * self.d // (8 if self.scaled_sums else 4), 256), heads, 1), 256, 0, a, stream)
-            a.first_head = kv_head * group
-            module.launch("backward_finish", (p.max_blocks, kv_heads, 2), 256, 0, a, stream)
-        for stream in self.side + [self.index_stream]:
+                    module.launch("backward_finish", (ceil_div(self.rows, finish_rows) + 2 * last_blocks, heads, 1), 256, 0, a, stream, priority=self.priority)
+        for stream in self.side:
             main.wait_stream(stream)
         return grads

@@ -17,12 +17,6 @@
 #include "block/unit_list.cuh"
 #include "tile/warp_rows.cuh"
 
-// grad_query of a (row, block) pair: 0 adds it to f32 rows in L2 (unordered), 1 stores it as a 16-bit partial in the row's slot,
-// summed in slot order by backward_merge.
-#ifndef FSA_QUERY_PARTIALS
-#define FSA_QUERY_PARTIALS 0
-#endif
-constexpr bool QUERY_PARTIALS = FSA_QUERY_PARTIALS != 0;
 constexpr int CTA_KEYS = HEAD_DIM <= 128 ? 64 : 32;         // smaller blocks are padded with masked keys
 constexpr int SPLIT = 64 / CTA_KEYS;                        // warps that share 16 keys
 constexpr int TILE_QUERIES = HEAD_DIM <= 192 ? 64 : 32;     // gathered rows of a step

@@ -26,14 +26,6 @@ typedef SwizzledTile<TILE_ROWS> RowTile;
 constexpr int DS_BYTES = 64 * 128;
 constexpr int STAGE_BYTES = 2 * RowTile::BYTES;
 constexpr u32 NO_ENTRY = 0xffffffffu;
-// grad_query of a (row, block) pair: 0 adds it to rows in L2 (unordered), 1 stores it as a 16-bit partial in the row's slot,
-// summed in slot order by backward_merge.
-#ifndef FSA_QUERY_PARTIALS
-#define FSA_QUERY_PARTIALS 0
-#endif
-constexpr bool QUERY_PARTIALS = FSA_QUERY_PARTIALS != 0;
-constexpr int QUERY_SUM_BYTES = HEAD_DIM * (SCALED_SUMS ? 2 : 4);      // of a row
-static_assert(!(QUERY_PARTIALS && SCALED_SUMS), "partials are not added up in memory");
 static_assert(!QUERY_PARTIALS || BLOCK_SIZE <= 128, "the two parts of a block of 256 would share a slot");
 constexpr int BACKWARD_CTAS = GROUPS == 1 ? 2 : 1;
 // dV while dS is computed, dK while dQ leaves: needs the fragments of P beside dP. Wider rows have no registers left for that.
@@ -210,6 +202,7 @@ struct Work {
     int tiles;                      // of one head
     int first_token;                // that sees the part's first key, relative to the chunk
     int kv_row, keys;               // the part's keys
+    int sums_row;                   // of the first
     bool alone;                     // no other unit has keys of the block
 };
 
@@ -246,6 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         work.count = unit.entry_count;
         work.first_token = unit.first_token + part - chunk_token;
         work.kv_row = unit.kv_row + part;
+        work.sums_row = unit.sums_row + part;
         work.keys = keys;
         work.alone = !unit.split;
     }
@@ -397,7 +391,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
 
     const int thread = thread_number(), first_key = thread / 32 * 16, my_key = first_key + (thread & 31) / 4, row = work.kv_row, all_keys = work.keys;
     const int launch_kv_head = sums_head(p), sums_kv_head = p.first_head / p.group_size + launch_kv_head;
-    const i64 sums_row = launch_kv_head * p.sum_rows + row;
+    const i64 sums_row = launch_kv_head * p.sum_rows + work.sums_row;
     if (p.finish_sums && work.alone) {
         const bool has_low = my_key < all_keys, has_high = my_key + 8 < all_keys;
         if (!p.first_sums) {

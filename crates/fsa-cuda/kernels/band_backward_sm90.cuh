@@ -175,13 +175,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_backward_queries(c
 
 // ---- grad_key and grad_value ----
 
-// Statistics of the rows of a tile as they are: two neighbouring rows' are one load.
-struct PairedStats {
-    RowStats of[CTA_ROWS];
-    FSA_DEVICE void put(int row, const RowStats& stats) { of[row] = stats; }
+constexpr i32 MASKED = 1, NEGATIVE = 2;     // some row does not see some key, has a gate below zero
+struct KeyRecords {
+    static constexpr int ROWS = CTA_ROWS;
+    RowStats stats[ROWS];
+    KeySpan spans[ROWS];
+    i32 special[ROWS / 32];
+
+    FSA_DEVICE i32 put(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r) {
+        const RowStats of_row = r.stats(p.row_stats, p.band);
+        const KeySpan span = r.exists ? key_span(p.band, r.position, w.rows.first_key, w.rows.keys, w.tokens.keys, r.blocks(p.band, w)) : make_span(0, 0, 0);
+        stats[r.row] = of_row;
+        spans[r.row] = span;
+        // A row that does not exist is masked, too: its zeros times a key that is not finite are NaN.
+        return __reduce_or_sync(0xffffffffu, (r.exists && span.sees_all<CTA_KEYS>(w.rows.keys) ? 0 : MASKED) | (is_negative(of_row) ? NEGATIVE : 0));
+    }
 };
-typedef RowRecords<CTA_ROWS, PairedStats> KeyRecords;
 typedef RowRing<KeyRecords, STAGES> KeyRowRing;
+
+// Zero for keys that a row does not see. Not a variant of the whole step: with two of them the compiler runs out of registers.
+FSA_DEVICE void mask_keys(PieceScores& s, const KeySpan* spans, int key_low) {
+    FSA_UNROLL for (int i = 0; i < PIECE_KEYS / 8; ++i) {
+        const SpanPair span = *(const SpanPair*)(spans + 8 * i + 2 * (threadIdx.x & 3));
+        FSA_UNROLL for (int e = 0; e < 4; ++e)
+            if (!(e & 1 ? span.second : span.first).sees(key_low, (e >> 1) * 8)) s[4 * i + e] = 0.0f;     // 16 keys lie in one block
+    }
+}
 
 struct KeyConsumer {
     const BandBackwardParams& p;
@@ -227,7 +246,7 @@ struct KeyConsumer {
             const KeyRecords& records = ring.record(n);
             FSA_NO_UNROLL for (int piece = 0; piece < CTA_ROWS / PIECE_KEYS; ++piece) {
                 const u32 query = ring.query(n) + piece * PIECE_BYTES, grad = ring.grad(n) + piece * PIECE_BYTES;
-                const RowStats* stats = records.stats.of + piece * PIECE_KEYS;
+                const RowStats* stats = records.stats + piece * PIECE_KEYS;
                 const KeySpan* spans = records.spans + piece * PIECE_KEYS;
                 add_rows(keys, values, query, grad, stats, spans, records.special[2 * piece] | records.special[2 * piece + 1]);
             }

@@ -1,12 +1,13 @@
 // WHAT   Attention of rows to an interval of keys (window, compressed, dense) on Hopper: online softmax over steps of keys, out and the natural-log
 //        lse. A row without a key gets 0 and -inf. With FSA_BLOCK_MASK to those keys of blocks that the row lists; steps that no row of a tile lists are
-//        left out. With FSA_BLOCK_SCORES of compressed attention: chooses blocks by the way (stage select), where all heads of a group vote, 2, 4, 8 or 16
-//        of them, kernel_size is kernel_stride or twice that, and a block has four compressed keys.
+//        left out. With FSA_BLOCK_SCORES of compressed attention: chooses blocks by the way (stage select), where all heads of a group vote, 1, 2, 4, 8 or
+//        16 of them, kernel_size is kernel_stride or twice that, and a block has four compressed keys.
 // GRID   As many ctas as there are multiprocessors, at most one per tile; each takes every gridDim.x-th tile of all heads, those with the most keys first.
 // ROLES  Two warpgroups of 64 rows consume, a thread of a third produces, its other warps check values. A consumer computes the next scores beside the
 //        current values' product, and the two consumers take turns to start products, so that the softmax of one runs under the products of the other.
 //        With FSA_BLOCK_SCORES keys and values come every fourth at a time, first steps first; consumers pool the probabilities of a step and leave the sums
-//        in memory (block/score_slots.cuh), and the warps of a fourth warpgroup choose for a tile's tokens (block/choice.cuh) while the next is attended to.
+//        in memory (block/score_slots.cuh), and the warps of a fourth warpgroup choose for a tile's tokens (block/choice.cuh) while the next is attended to. Of
+//        one head there are too many lists for these: the consumers' warps choose for their own rows at the end of a tile (block/row_choice.cuh).
 // SMEM   Query tile of 128 rows, two stages of keys and of values (128 rows each; 64 above head_dim 128). Boxes land swizzled as wgmma reads them. Behind
 //        them what the warps that choose need.
 // SYNC   An mbarrier pair per stage and for the queries, another barrier per stage for values that were checked; named barriers for the turns. An mbarrier
@@ -14,8 +15,10 @@
 #include "block/band_pipeline.cuh"
 #include "block/branch_rows.cuh"
 #include "block/softmax.cuh"
-#if FSA_BLOCK_SCORES
+#if FSA_BLOCK_SCORES == 1
 #include "block/choice.cuh"
+#elif FSA_BLOCK_SCORES == 2
+#include "block/row_choice.cuh"
 #endif
 
 constexpr int STAGES = 2;
@@ -199,9 +202,11 @@ FSA_DEVICE void hand_over(const ScoreSlots& slots, u32 n, int row, const RowStat
         references[8] = fabsf(high_reference) < -neg_inf() ? high_reference : -neg_inf();
     }
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(slots.ring.full + 8 * Ring<SLOTS>::place(n));
+    if (HAS_CHOOSERS && (threadIdx.x & 31) == 0) barrier_arrive(slots.ring.full + 8 * Ring<SLOTS>::place(n));
 }
+#endif
 
+#if FSA_BLOCK_SCORES == 1
 // Chooses blocks for the tokens of a tile while the consumers attend to the next one.
 FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const ScoreSlots& slots, ChoiceMemory* memory) {
     Chooser c = {choice, slots, memory[__shfl_sync(ALL_LANES, Chooser::warp(), 0)], p.band.tile_heads};
@@ -213,6 +218,13 @@ FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const Sco
         c.choose(tile, w.tile, w.steps, choice.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token) * choice.topk);
         slots.ring.release(tile++);
     }
+}
+#elif FSA_BLOCK_SCORES == 2
+// Chooses blocks for the warp's rows, a token each.
+FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const ScoreSlots& slots, RowCandidates* candidates, const BandWork& w) {
+    const int first = __shfl_sync(ALL_LANES, threadIdx.x / 32 * 16, 0), rows = min_i(w.tile.tokens, first + 16);
+    RowChooser c = {choice, slots.sums(0), slots.maxima(0), slots.references_of(0), candidates[first / 16], w.tile.position, rows, w.steps, lane_number()};
+    c.choose(first, choice.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token) * choice.topk);
 }
 #endif
 
@@ -237,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         m.key_ring.open();
         m.value_ring.open(CHECKED_READERS);
         m.checked.ring.open(0, CHECKERS);
-#if FSA_BLOCK_SCORES
+#if FSA_BLOCK_SCORES == 1
         handover.slots(all.choice).ring.open(CHOOSERS, CONSUMER_THREADS / 32);
 #endif
         barriers_ready();
@@ -250,12 +262,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(p.band, p.num_kv_heads, total_tiles(p), m.value_ring, [&](u32 step) { return m.value(step); });
         return;
     }
-#if FSA_BLOCK_SCORES
+#if FSA_BLOCK_SCORES == 1
     if (group > CONSUMERS) {
         registers_shrink<CHOOSER_REGISTERS>();
         choose(p, all.choice, handover.slots(all.choice), (ChoiceMemory*)(shared + SMEM_BYTES));
         return;
     }
+#endif
+#if FSA_BLOCK_SCORES
     u32 slot = 0;
 #endif
     registers_grow<CONSUMER_REGISTERS>();
@@ -269,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         c.low = c.high = {neg_inf(), 0.0f};
 #if FSA_BLOCK_SCORES
         const ScoreSlots slots = handover.slots(all.choice);
-        slots.ring.wait_free(slot);
+        if (HAS_CHOOSERS) slots.ring.wait_free(slot);
         c.scores.open(slots, slot, row);
 #endif
         if (w.steps > 0) c.attend(w, RowLimits::of(p.band, w.tile, row), RowLists::of(p.band, w.tile, w.kv_head, row));
@@ -277,5 +291,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         hand_over(slots, slot++, row, c.low, c.high);
 #endif
         c.store(w.tile, row);
+#if FSA_BLOCK_SCORES == 2
+        choose(p, all.choice, slots, (RowCandidates*)(shared + SMEM_BYTES), w);
+#endif
     }
 }

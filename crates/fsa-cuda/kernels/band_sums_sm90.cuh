@@ -2,11 +2,13 @@
 //        of keys meets its rows once, for grad_key and grad_value and for its part of grad_query, which is added to the target itself, as f16 in the place of
 //        bf16 and scaled so that nothing overflows (block/query_sums.cuh). The order of these additions is that of time.
 //        band_sums_open clears the target and takes the bounds of keys, band_delta those of rows where the caller has no statistics; band_sums_finish
-//        makes bf16 of f16 in place, band_backward_merge adds up splits.
+//        makes bf16 of f16 in place, band_backward_merge adds up splits. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO the
+//        rows also attend to their last keys in a softmax of its own: scores and dP are common, so five products do both.
 // GRID   (tiles of 128 keys, kv heads, splits) as the pass of keys: block/key_walk.cuh.
 // ROLES  Two warpgroups of 64 keys consume tiles of 64 rows, and multiply half the columns each of dS K. Of a third two warps bring the rows, and a thread
 //        each of the other two sends a warpgroup's half of grad_query on its way.
-// SMEM   128 keys and values, three stages of 64 rows of query and gradient, two of dS^T, 64 x 64 sums of each warpgroup.
+// SMEM   128 keys and values, three stages of 64 rows of query and gradient, two of dS^T, 64 x 64 sums of each warpgroup; of every stage's rows the
+//        statistics, and for each key the rows that see it, as bits.
 // SYNC   mbarriers: keys loaded, cleaned; rows loaded, checked, free; dS full, free; sums full, free. dS of a tile is multiplied beside the products of the
 //        next.
 #include "block/key_walk.cuh"
@@ -15,26 +17,120 @@
 
 static_assert(HEAD_DIM == 128 && IS_BF16, "a warpgroup's half of the columns is one box; f16 has no room to spare for sums");
 constexpr int SUM_ROWS = 64, ROW_STAGES = 3, DS_STAGES = 2;
+#ifndef FSA_WINDOW_TOO      // 1: the rows attend to the window in a softmax of its own, too, and the gradients are those of both
+#define FSA_WINDOW_TOO 0
+#endif
+constexpr bool WINDOW_TOO = FSA_WINDOW_TOO;
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+// What consumers have to mind of a tile of rows: some row does not see some key, has a gate below zero, sees some key, or none, through the window.
+constexpr i32 MASKED = 1, NEGATIVE = 2, WINDOW = 4, NO_WINDOW = 8;
+
 // Statistics of the rows of a tile, each number by itself: two neighbouring rows' are 8 bytes, for which there are registers.
 struct SplitStats {
-    struct __align__(8) Pair { f32 first, second; };
+    struct __align__(8) Pair {
+        f32 first, second;
+        FSA_DEVICE f32 of(int e) const { return e & 1 ? second : first; }
+    };
     f32 lse[SUM_ROWS], delta[SUM_ROWS];
 
     FSA_DEVICE void put(int row, const RowStats& stats) { lse[row] = stats.lse; delta[row] = stats.delta; }
+    // Of the two rows that the thread has in columns 8 i and on of 64.
+    static FSA_DEVICE Pair pair(const f32* numbers, int i) { return *(const Pair*)(numbers + 8 * i + 2 * (threadIdx.x & 3)); }
     // x = f(x, number of its row) for 64 keys x 64 rows.
     template <typename F>
     static FSA_DEVICE void apply(PieceScores& s, const f32* numbers, F f) {
         FSA_UNROLL for (int i = 0; i < PIECE_KEYS / 8; ++i) {
-            const Pair pair = *(const Pair*)(numbers + 8 * i + 2 * (threadIdx.x & 3));
-            FSA_UNROLL for (int e = 0; e < 4; ++e) s[4 * i + e] = f(s[4 * i + e], e & 1 ? pair.second : pair.first, 4 * i + e);
+            const Pair of_rows = pair(numbers, i);
+            FSA_UNROLL for (int e = 0; e < 4; ++e) s[4 * i + e] = f(s[4 * i + e], of_rows.of(e), 4 * i + e);
         }
     }
 };
-typedef RowRecords<SUM_ROWS, SplitStats> SumRecords;
+
+// The rows of a tile that see a key, a bit each, for every key of a tile: an interval of rows, of which some list the key's block.
+struct SeenKeys {
+    u32 rows[CTA_KEYS][SUM_ROWS / 32];
+
+    // A lane of the warp that brings rows 32 half and on, of which those `wanted` count if they are at most `window` keys behind this key; the first
+    // that is not before it is in the tile's token `from`.
+    FSA_DEVICE void put(const Band& band, int half, int key, int from, int window, u32 wanted) {
+        rows[key][half] = rows_before(band, from + min_i(window, 1 << 30) + 1, half) & ~rows_before(band, from, half) & wanted;
+    }
+
+  private:
+    // Rows of the first tokens of the tile.
+    static FSA_DEVICE u32 rows_before(const Band& band, int tokens, int half) {
+        return low_bits(min_i(max_i(tokens, 0), band.tile_tokens) * band.tile_heads - 32 * half);
+    }
+};
+
+struct SumRecords {
+    static constexpr int ROWS = SUM_ROWS;
+    SplitStats stats[1 + WINDOW_TOO];
+    SeenKeys seen[1 + WINDOW_TOO];
+    i32 special[ROWS / 32];
+
+    FSA_DEVICE i32 put(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r) {
+        i32 found = put_stats(stats[0], r, p.row_stats, p.band) | (WINDOW_TOO ? put_stats(stats[WINDOW_TOO], r, p.window_stats, p.band) : 0);
+        const u32 blocks = r.blocks(p.band, w), exist = __ballot_sync(ALL_LANES, r.exists);
+        // A row that does not exist is masked, too: its zeros times a value that is not finite are NaN.
+        found |= r.exists && sees_all(p, w, r, blocks) ? 0 : MASKED;
+        if (WINDOW_TOO && r.exists) found |= sees_window(p, w, r);
+        found = __reduce_or_sync(ALL_LANES, found);
+        if (found & WINDOW && found & NO_WINDOW) found |= MASKED;
+        if (found & MASKED) put_seen(p, r.row, first_position(p.band, w.rows.first_key) - r.tile_position, blocks, exist);
+        return found;
+    }
+    // What of 32 rows sees one of the thread's two keys, key_low or + 8, the first row being the thread's first in 32 columns of the accumulators.
+    FSA_DEVICE u32 seen_by(int attention, int key, int half) const {
+        if (attention == 1 && !(special[half] & WINDOW)) return 0;
+        return special[half] & MASKED ? seen[attention].rows[key][half] >> 2 * (threadIdx.x & 3) : ALL_LANES;
+    }
+
+  private:
+    static constexpr int SIZE = BLOCK_SIZE < CTA_KEYS ? BLOCK_SIZE : CTA_KEYS;
+
+    FSA_DEVICE void put_seen(const BandBackwardParams& p, int row, int begin, u32 blocks, u32 exist) {
+        const int lane = row % 32, half = row / 32;
+        FSA_NO_UNROLL for (int key = lane; key < CTA_KEYS; key += 32) {
+            const int from = begin + key * p.band.kernel_stride;
+            if (WINDOW_TOO) seen[WINDOW_TOO].put(p.band, half, key, from, p.window_size, exist);
+            u32 wanted = exist;
+            if constexpr (BLOCK_MASK) {     // every 16 keys lie in one block
+                const u32 one = __ballot_sync(ALL_LANES, blocks >> (key - lane) / SIZE & 1), other = __ballot_sync(ALL_LANES, blocks >> (key - lane + 16) / SIZE & 1);
+                wanted &= lane < 16 ? one : other;
+            }
+            seen[0].put(p.band, half, key, from, p.band.window, wanted);
+        }
+    }
+    // No row sees all of a tile that is not full: behind the last key are those of another sequence.
+    static FSA_DEVICE bool sees_all(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r, u32 blocks) {
+        if (BLOCK_MASK && ~blocks & ((1u << CTA_KEYS / SIZE) - 1)) return false;
+        return first_key(p.band, r.position) <= w.rows.first_key && end_key(p.band, r.position, w.tokens.keys) >= w.rows.first_key + CTA_KEYS;
+    }
+    static FSA_DEVICE i32 sees_window(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r) {
+        const int behind = r.position - w.rows.first_key;       // the tile's first key
+        if (behind < 0 || behind - CTA_KEYS >= p.window_size) return NO_WINDOW;
+        return behind >= CTA_KEYS - 1 && behind <= p.window_size ? WINDOW : WINDOW | MASKED;
+    }
+    static FSA_DEVICE i32 put_stats(SplitStats& stats, const RowOfTile& r, const RowStats* of_all, const Band& band) {
+        const RowStats of_row = r.stats(of_all, band);
+        stats.put(r.row, of_row);
+        return is_negative(of_row) ? NEGATIVE : 0;
+    }
+};
 typedef RowRing<SumRecords, ROW_STAGES> SumRowRing;
 constexpr int DS_BYTES = CTA_KEYS * 128, SUM_COLUMNS = HEAD_DIM / CONSUMERS, SUM_BYTES = SUM_ROWS * SUM_COLUMNS * 2;
 constexpr int SUMS_SMEM_BYTES = 2 * KeyTile::BYTES + SumRowRing::BYTES + DS_STAGES * DS_BYTES + CONSUMERS * SUM_BYTES;
 typedef f32 SumColumns[SUM_COLUMNS / 2];
+
+// Sums of two attentions stay below the sum of their bounds: half of the smaller scale.
+FSA_DEVICE SumScale scale_of(const BandBackwardParams& p) {
+    const SumScale one = sum_scale(*p.row_bounds, *p.key_bounds);
+    if constexpr (!WINDOW_TOO) return one;
+    const SumScale other = sum_scale(*p.window_bounds, *p.key_bounds);
+    return {0.5f * fminf(one.scale, other.scale), 2.0f * fmaxf(one.inverse, other.inverse)};
+}
 
 struct SumMemory {
     u32 key, value, ds, sums;
@@ -83,19 +179,24 @@ FSA_DEVICE void store_fragments(u32 tile, const PieceFragments& a) {
 struct SumConsumer {
     const BandBackwardParams& p;
     const SumMemory& m;
-    int group, key_low;             // the thread's first key of the tile
+    int held_group;
     Columns grad_key, grad_value;
+
+    // Number of the warpgroup. With two softmaxes there is no register for it and what follows from it.
+    FSA_DEVICE int group() const { return WINDOW_TOO ? __shfl_sync(ALL_LANES, thread_number() / WARPGROUP, 0) : held_group; }
+    // The thread's first key of the tile.
+    static FSA_DEVICE int key_low() { return thread_number() / 32 * 16 + lane_number() / 4; }
 
     // Passes dS^T of this warpgroup's keys on to both, as the n-th item: zeros, then those of the tiles. A branch around the product of the one before the
     // first would make ptxas wait for every product.
     FSA_DEVICE void pass_on(const PieceFragments& a, int n) const {
         m.ds_ring.wait_free(n);
-        store_fragments(m.ds_tile(n) + group * PIECE_BYTES, a);
+        store_fragments(m.ds_tile(n) + group() * PIECE_BYTES, a);
         if (lane_number() == 0) barrier_arrive(m.ds_ring.full + 8 * Ring<DS_STAGES>::place(n));
     }
     // Starts this warpgroup's columns of dS K, dS being the n-th item.
     FSA_DEVICE void start_queries(SumColumns& acc, int n) const {
-        const u32 ds = m.ds_tile(n), columns = m.key + group * KeyTile::HALF_BYTES;
+        const u32 ds = m.ds_tile(n), columns = m.key + group() * KeyTile::HALF_BYTES;
         m.ds_ring.wait(n);
         wgmma_fence();
         FSA_UNROLL for (int k = 0; k < CTA_KEYS / 16; ++k)
@@ -107,19 +208,62 @@ struct SumConsumer {
         wgmma_pin(acc);
         m.ds_ring.release(n);
         if (n == 0) return;
-        barrier_wait(m.sum_rings.empty + 8 * group, n & 1);
+        const int own = group();
+        barrier_wait(m.sum_rings.empty + 8 * own, n & 1);
         const f32 scale = *(const volatile f32*)m.scale;
         PieceFragments a;
         FSA_UNROLL for (int k = 0; k < SUM_COLUMNS / 16; ++k)
             FSA_UNROLL for (int i = 0; i < 4; ++i) a[k][i] = pack_sums(acc[8 * k + 2 * i] * scale, acc[8 * k + 2 * i + 1] * scale);
-        store_fragments(m.sum_tile(group), a);
-        if (lane_number() == 0) barrier_arrive(m.sum_rings.full + 8 * group);
+        store_fragments(m.sum_tile(own), a);
+        if (lane_number() == 0) barrier_arrive(m.sum_rings.full + 8 * own);
+    }
+
+    // Zero for keys that a row does not see.
+    FSA_DEVICE void mask(PieceScores& s, const SumRecords& records) const {
+        FSA_UNROLL for (int half = 0; half < 2; ++half) {
+            if (!(records.special[half] & MASKED)) continue;
+            const u32 low = records.seen_by(0, key_low(), half), high = records.seen_by(0, key_low() + 8, half);
+            FSA_UNROLL for (int n = 0; n < PIECE_KEYS / 4; ++n)
+                if (!sees(low, high, n)) s[16 * half + n] = 0.0f;
+        }
+    }
+    // Element n of 32 columns: two rows each of the thread's two keys, 8 columns apart.
+    static FSA_DEVICE bool sees(u32 low, u32 high, int n) { return (n & 2 ? high : low) >> (n / 4 * 8 + (n & 1)) & 1; }
+
+    // Probabilities and score gradients of the attention and of the window, each added up, from scores and dP, in place.
+    template <bool SPECIAL>
+    FSA_DEVICE void weigh_both(PieceScores& s, PieceScores& dp, const SumRecords& records) const {
+        u32 low, high, low_too, high_too;
+        FSA_UNROLL for (int i = 0; i < PIECE_KEYS / 8; ++i) {
+            if (SPECIAL && i % 4 == 0) {
+                low = records.seen_by(0, key_low(), i / 4), high = records.seen_by(0, key_low() + 8, i / 4);
+                low_too = records.seen_by(WINDOW_TOO, key_low(), i / 4), high_too = records.seen_by(WINDOW_TOO, key_low() + 8, i / 4);
+            }
+            typedef SplitStats::Pair Pair;
+            const SplitStats &one = records.stats[0], &other = records.stats[WINDOW_TOO];
+            const Pair lse = SplitStats::pair(one.lse, i), delta = SplitStats::pair(one.delta, i);
+            const Pair lse_too = SplitStats::pair(other.lse, i), delta_too = SplitStats::pair(other.delta, i);
+            FSA_UNROLL for (int e = 0; e < 4; ++e) {
+                const int n = 4 * i + e;
+                f32 x = exp2_fast(fmaf(s[n], p.scale_log2, -lse.of(e))), y = exp2_fast(fmaf(s[n], p.scale_log2, -lse_too.of(e)));
+                f32 dx = dp[n] - delta.of(e), dy = dp[n] - delta_too.of(e);
+                if (SPECIAL) {
+                    const bool seen = sees(low, high, n % 16), seen_too = sees(low_too, high_too, n % 16);
+                    x = seen ? with_sign_of(x, delta.of(e)) : 0.0f;
+                    y = seen_too ? with_sign_of(y, delta_too.of(e)) : 0.0f;
+                    dx = seen ? dx : 0.0f;
+                    dy = seen_too ? dy : 0.0f;
+                }
+                s[n] = x + y;
+                dp[n] = fmaf(x, dx, y * dy);
+            }
+        }
     }
 
     FSA_DEVICE void walk(int steps) {
-        const u32 keys = m.key + group * PIECE_BYTES, values = m.value + group * PIECE_BYTES;
         pass_on({}, 0);
         FSA_NO_UNROLL for (int n = 0; n < steps; ++n) {
+            const u32 own = group() * PIECE_BYTES, keys = m.key + own, values = m.value + own;
             const u32 query = m.rows.query(n), grad = m.rows.grad(n);
             PieceScores s, dp;
             m.rows.loaded.wait(n);
@@ -131,15 +275,24 @@ struct SumConsumer {
             m.rows.checked.wait(n);
             const SumRecords& records = m.rows.record(n);
             const i32 special = records.special[0] | records.special[1];
-            wgmma_wait<1>();
-            wgmma_pin(s);
-            SplitStats::apply(s, records.stats.lse, [&](f32 x, f32 lse, int) { return exp2_fast(fmaf(x, p.scale_log2, -lse)); });
-            if (special & MASKED) mask_keys(s, records.spans, key_low);
-            if (special & NEGATIVE) SplitStats::apply(s, records.stats.delta, [](f32 x, f32 delta, int) { return with_sign_of(x, delta); });
-            wgmma_wait<0>();
-            wgmma_pin(dp);
-            SplitStats::apply(dp, records.stats.delta, [&](f32 x, f32 delta, int e) { return s[e] * (x - delta); });
-            if (special & MASKED) mask_keys(dp, records.spans, key_low);
+            if (WINDOW_TOO && special & WINDOW) {
+                wgmma_wait<0>();
+                wgmma_pin(s);
+                wgmma_pin(dp);
+                if (special & (MASKED | NEGATIVE)) weigh_both<true>(s, dp, records);
+                else weigh_both<false>(s, dp, records);
+            } else {
+                wgmma_wait<1>();
+                wgmma_pin(s);
+                const SplitStats& stats = records.stats[0];
+                SplitStats::apply(s, stats.lse, [&](f32 x, f32 lse, int) { return exp2_fast(fmaf(x, p.scale_log2, -lse)); });
+                if (special & MASKED) mask(s, records);
+                if (special & NEGATIVE) SplitStats::apply(s, stats.delta, [](f32 x, f32 delta, int) { return with_sign_of(x, delta); });
+                wgmma_wait<0>();
+                wgmma_pin(dp);
+                SplitStats::apply(dp, stats.delta, [&](f32 x, f32 delta, int e) { return s[e] * (x - delta); });
+                if (special & MASKED) mask(dp, records);
+            }
             PieceFragments a, b;
             FSA_UNROLL for (int k = 0; k < PIECE_KEYS / 16; ++k) {
                 to_fragment<PIECE_KEYS>(a[k], s, k);
@@ -174,7 +327,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
     __shared__ f32 scale;
     if (threadIdx.x == 0) {
         w = KeyWork::find(p.band, p.num_kv_heads, p.resident);
-        scale = sum_scale(*p.row_bounds, *p.key_bounds).scale;
+        scale = scale_of(p).scale;
     }
     __syncthreads();
     if (w.rows.keys <= 0) return;
@@ -210,13 +363,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
         return;
     }
     registers_grow<240>();
-    SumConsumer c = {p, m, group, first_row_of_thread()};
+    SumConsumer c = {p, m, group};
     clear(c.grad_key);
     clear(c.grad_value);
     barrier_wait(m.clean_keys, 0);
     if (w.steps > 0) c.walk(w.steps);
-    store_key_sums(p, c.grad_key, p.grad_key, p.scale, 0, w, c.key_low);
-    store_key_sums(p, c.grad_value, p.grad_value, 1.0f, 1, w, c.key_low);
+    store_key_sums(p, c.grad_key, p.grad_key, p.scale, 0, w, c.key_low());
+    store_key_sums(p, c.grad_value, p.grad_value, 1.0f, 1, w, c.key_low());
 }
 
 // ---- Before and after ----
@@ -244,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(SMALL_THREADS) band_sums_open(const
 
 // bf16 of the sums, in their place.
 extern "C" __global__ void __launch_bounds__(SMALL_THREADS) band_sums_finish(const __grid_constant__ BandBackwardParams p) {
-    const f32 scale = p.scale * sum_scale(*p.row_bounds, *p.key_bounds).inverse;
+    const f32 scale = p.scale * scale_of(p).inverse;
     const auto finish = [&](u32 word) {
         f32 low, high;
         unpack_sums(word, low, high);

@@ -150,8 +150,8 @@ FSA_DEVICE void cta_scan(int (&value)[COUNT], int (&total)[COUNT]) {
     __syncthreads();
 }
 
-// Writes the units of one block: the full ones at `full`, the remainder at `rest`.
-FSA_DEVICE void write_units(const IndexParams& p, Unit* units, int block, int begin, int count, int full, int rest) {
+// Writes the units of one block: the full ones at `full`, the remainder at `rest`. `split` counts the blocks before that have several. Returns the row of its sums.
+FSA_DEVICE i32 write_units(const IndexParams& p, Unit* units, int block, int begin, int count, int full, int rest, int split) {
     const Layout& layout = p.layout;
     const int s = find_sequence(layout.block_base, layout.batch, block);
     const int q_begin = layout.cu_seqlens_q[s], q_len = layout.cu_seqlens_q[s + 1] - q_begin;
@@ -163,7 +163,7 @@ FSA_DEVICE void write_units(const IndexParams& p, Unit* units, int block, int be
     unit.first_token = key - (kv_len - q_len) + q_begin;
     unit.block = block;
     unit.split = count > p.index.unit_entries;
-    unit.reserved = 0;
+    unit.sums_row = p.index.packs_sums ? split * BLOCK_SIZE : unit.kv_row;
     for (; count >= p.index.unit_entries; count -= p.index.unit_entries, begin += p.index.unit_entries) {
         unit.entry_begin = begin;
         unit.entry_count = p.index.unit_entries;
@@ -174,6 +174,7 @@ FSA_DEVICE void write_units(const IndexParams& p, Unit* units, int block, int be
         unit.entry_count = count;
         units[p.index.full_units + rest] = unit;
     }
+    return unit.sums_row;
 }
 
 // A block's counts in consecutive pieces, 0 beyond the last: all loads are under way at once.
@@ -189,7 +190,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_co
     const int first = chunk * pieces_per_chunk, last = min_i(index.num_subs, first + pieces_per_chunk);
     i32* plane = index.plane + (i64)kv_head * index.num_subs * index.max_blocks;
     Unit* units = index.units + ((i64)kv_head * p.layout.num_chunks + chunk) * (index.full_units + index.max_blocks);
-    int carry[3] = {0, 0, 0};   // entries, full units, remainders
+    i32* split_blocks = index.split_blocks + (i64)kv_head * index.max_split_blocks;
+    int carry[4] = {0, 0, 0, 0};    // entries, full units, remainders, blocks of several units
     for (int base = 0; base < index.max_blocks; base += 1024) {
         const int block = base + threadIdx.x;
         const bool exists = block < index.max_blocks;
@@ -199,11 +201,17 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_co
             load_counts(here, plane + block, index.max_blocks, piece, last, exists);
             FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) count += here[i];
         }
-        int sum[3] = {count, count / index.unit_entries, count % index.unit_entries != 0}, total[3];
+        const bool splits = count > index.unit_entries;
+        int sum[4] = {count, count / index.unit_entries, count % index.unit_entries != 0, splits}, total[4];
         cta_scan(sum, total);
-        if (index.block_units && exists) index.block_units[(i64)kv_head * index.max_blocks + block] = ceil_div(count, index.unit_entries);
         int start = carry[0] + sum[0];
-        if (count > 0) write_units(p, units, block, start, count, carry[1] + sum[1], carry[2] + sum[2]);
+        i32 sums = LISTED_BY_NONE;
+        if (count > 0) {
+            const i32 row = write_units(p, units, block, start, count, carry[1] + sum[1], carry[2] + sum[2], carry[3] + sum[3]);
+            sums = splits ? row : LISTED_BY_ONE_UNIT;
+            if (splits && index.packs_sums) split_blocks[carry[3] + sum[3]] = block;
+        }
+        if (index.block_sums && exists) index.block_sums[(i64)kv_head * index.max_blocks + block] = sums;
         for (int piece = first; piece < last; piece += PIECES_AHEAD) {      // blocks without entries, too: the next piece's start is a run's end
             int here[PIECES_AHEAD];
             load_counts(here, plane + block, index.max_blocks, piece, last, exists);
@@ -212,8 +220,9 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_co
                 start += here[i];
             }
         }
-        FSA_UNROLL for (int k = 0; k < 3; ++k) carry[k] += total[k];
+        FSA_UNROLL for (int k = 0; k < 4; ++k) carry[k] += total[k];
     }
+    if (index.packs_sums) for (int i = carry[3] + threadIdx.x; i < index.max_split_blocks; i += 1024) split_blocks[i] = -1;
     if (threadIdx.x == 0) {
         i32* counts = index.unit_counts + ((i64)kv_head * p.layout.num_chunks + chunk) * 2;
         counts[0] = carry[1];

@@ -1,4 +1,4 @@
-//! Backward of stage `selected`: row statistics, one KV-major pass over five products, f32 sums to the dtype.
+//! Backward of stage `selected`: what the pass needs of rows and keys, one KV-major pass over five products, sums to the dtype.
 //!
 //! Kernel files: `kernels/backward_sm90.cuh`, `kernels/backward_sm80.cuh`.
 
@@ -11,15 +11,8 @@ use crate::source::{QuerySums, Specialisation};
 use std::sync::Arc;
 
 /// Kernels of the file and what they take.
-pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
-    ("backward_bounds", "BackwardParams"),
-    ("backward_delta", "BackwardParams"),
-    ("backward", "BackwardParams"),
-    ("backward_merge", "BackwardParams"),
-    ("backward_convert", "BackwardParams"),
-    ("backward_clear", "BackwardParams"),
-    ("backward_finish", "BackwardParams"),
-];
+pub(crate) const ENTRY_POINTS: &[(&str, &str)] =
+    &[("backward_prepare", "BackwardParams"), ("backward", "BackwardParams"), ("backward_finish", "BackwardParams")];
 
 /// Keys that a score tile covers.
 const TILE_KEYS: usize = 64;
@@ -27,12 +20,13 @@ const TILE_KEYS: usize = 64;
 const MAX_CTA_KEYS: usize = 128;
 /// Threads of a warpgroup.
 const WARPGROUP: usize = 128;
-/// Rows that a CTA of `backward_delta` takes.
-const DELTA_ROWS: usize = 64;
-/// Elements that a thread of `backward_merge`, and of `backward_convert` where they are f32, takes.
-const MERGE_ELEMENTS: usize = 8;
-const CONVERT_ELEMENTS: usize = 4;
-/// Threads of the small kernels.
+/// Rows that a CTA of `backward_prepare` takes.
+const PREPARE_ROWS: usize = 64;
+/// Rows that a thread of `backward_finish` takes part in, where they are no partials.
+const FINISH_STEPS: usize = 4;
+/// Rows from which on they go ahead of main kernels of other lanes, which would keep them waiting; shorter ones have soon ended.
+const AHEAD_ROWS: usize = 1 << 15;
+/// Threads of both.
 const SMALL_THREADS: usize = 256;
 
 /// The main kernel of the file: there are two for Hopper, and a portable one.
@@ -83,108 +77,90 @@ pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
     let main = Main::of(specialisation);
     let smem = smem_bytes(specialisation);
+    let small = [("PREPARE_ROWS", PREPARE_ROWS), ("FINISH_ROWS", finish_rows(specialisation))];
     if specialisation.set == KernelSet::Sm80 {
-        return vec![("SMEM_BYTES", smem), ("WARPGROUP", main.threads), ("CTA_KEYS", main.cta_keys)];
+        let main = [("SMEM_BYTES", smem), ("WARPGROUP", main.threads), ("CTA_KEYS", main.cta_keys)];
+        return main.into_iter().chain(small).collect();
     }
     let (smem_expression, threads) = if main.is_narrow {
         ("2 * RowTile::BYTES + 2 * STAGE_BYTES + 2 * DS_BYTES", "NARROW_THREADS")
     } else {
         ("2 * KeyTile::BYTES + 2 * STAGE_BYTES + GROUPS * DS_BYTES", "THREADS")
     };
-    vec![("(FSA_BACKWARD_NARROW)", usize::from(main.is_narrow)), (smem_expression, smem), (threads, main.threads)]
+    let is_narrow = ("(FSA_BACKWARD_NARROW)", usize::from(main.is_narrow));
+    [is_narrow, (smem_expression, smem), (threads, main.threads)].into_iter().chain(small).collect()
+}
+
+/// Rows that a CTA of `backward_finish` takes: sums or partials of 16 bytes a thread.
+fn finish_rows(specialisation: &Specialisation) -> usize {
+    let Specialisation { head_dim, query_sums, .. } = *specialisation;
+    match query_sums {
+        QuerySums::F32 => FINISH_STEPS * (SMALL_THREADS / (head_dim / 4)),
+        QuerySums::Scaled => FINISH_STEPS * (SMALL_THREADS / (head_dim / 8)),
+        QuerySums::Partials => SMALL_THREADS / (head_dim / 8),
+    }
+}
+
+/// Whether units that have a block to themselves can finish its sums of keys.
+pub(crate) fn finishes_sums(specialisation: &Specialisation) -> bool {
+    specialisation.set == KernelSet::Sm90 && !Main::of(specialisation).is_narrow
 }
 
 /// The loaded kernels.
 #[derive(Debug)]
 pub(crate) struct BackwardKernels {
-    bounds: Function<BackwardParams>,
-    delta: Function<BackwardParams>,
+    prepare: Function<BackwardParams>,
     backward: Function<BackwardParams>,
-    merge: Function<BackwardParams>,
-    convert: Function<BackwardParams>,
-    clear: Function<BackwardParams>,
     finish: Function<BackwardParams>,
     specialisation: Specialisation,
+}
+
+/// Which of the launches that share sums of keys one is. They go over all blocks before and after.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Turn {
+    pub is_first: bool,
+    pub is_last: bool,
 }
 
 impl BackwardKernels {
     pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
         Ok(Self {
-            bounds: module.function("backward_bounds")?,
-            delta: module.function("backward_delta")?,
+            prepare: module.function("backward_prepare")?,
             backward: module.function("backward")?,
-            merge: module.function("backward_merge")?,
-            convert: module.function("backward_convert")?,
-            clear: module.function("backward_clear")?,
             finish: module.function("backward_finish")?,
             specialisation: *specialisation,
         })
     }
 
-    /// Whether the main kernel can finish sums of keys.
-    pub(crate) fn finishes_sums(&self) -> bool {
-        self.specialisation.set == KernelSet::Sm90 && !Main::of(&self.specialisation).is_narrow
-    }
-
-    /// Row statistics of the chunk, unless they are given, its sums for `heads` query heads, and gradients of queries in the
-    /// dtype from partials or f32 sums.
+    /// All that some query heads and the rows of a chunk have part in: gradients of the queries, and sums of keys, which become
+    /// gradients after the last turn.
     pub(crate) fn launch(
         &self,
         stream: &Stream,
         plan: &IndexPlan,
         heads: usize,
+        turn: Turn,
         params: &BackwardParams,
     ) -> Result<()> {
         let (rows, heads) = (params.rows as usize, heads as u32);
-        let small = |ctas: usize| dims([ctas as u32, heads, 1], SMALL_THREADS);
-        if params.given_stats == 0 {
-            self.delta.launch(stream, small(rows.div_ceil(DELTA_ROWS)), params)?;
-        }
-        let Specialisation { head_dim, query_sums, .. } = self.specialisation;
+        let small = |kernel: &Function<BackwardParams>, ctas: usize| {
+            let dims = dims([ctas as u32, heads, 1], SMALL_THREADS);
+            if rows < AHEAD_ROWS {
+                kernel.launch(stream, dims, params)
+            } else {
+                kernel.launch_ahead(stream, dims, params)
+            }
+        };
+        let of_blocks = if turn.is_first { plan.max_blocks } else { 0 };
+        small(&self.prepare, rows.div_ceil(PREPARE_ROWS) + of_blocks)?;
         let main = Main::of(&self.specialisation);
         let grid = [plan.max_units() as u32, main.parts as u32, heads / params.unit_heads as u32];
         let smem_bytes = smem_bytes(&self.specialisation) as u32;
         self.backward.launch(stream, LaunchDims { smem_bytes, ..dims(grid, main.threads) }, params)?;
-        let convert = |elements: usize| {
-            self.convert.launch(stream, small((rows * head_dim).div_ceil(elements * SMALL_THREADS)), params)
-        };
-        match query_sums {
-            QuerySums::F32 => convert(CONVERT_ELEMENTS),
-            QuerySums::Scaled => convert(MERGE_ELEMENTS),
-            QuerySums::Partials => {
-                let rows_per_cta = SMALL_THREADS / (head_dim / MERGE_ELEMENTS);
-                self.merge.launch(stream, small(rows.div_ceil(rows_per_cta)), params)
-            }
-        }
+        // Keys and values.
+        let of_blocks = if turn.is_last { 2 * plan.blocks_with_sums() } else { 0 };
+        small(&self.finish, rows.div_ceil(finish_rows(&self.specialisation)) + of_blocks)
     }
-
-    /// Launches what goes over all blocks of some kv heads.
-    pub(crate) fn over_blocks(
-        &self,
-        stream: &Stream,
-        step: OverBlocks,
-        plan: &IndexPlan,
-        kv_heads: usize,
-        params: &BackwardParams,
-    ) -> Result<()> {
-        let (function, parts) = match step {
-            OverBlocks::Bounds => (&self.bounds, 1),
-            OverBlocks::Clear => (&self.clear, 1),
-            OverBlocks::Finish => (&self.finish, 2),
-        };
-        function.launch(stream, dims([plan.max_blocks as u32, kv_heads as u32, parts], SMALL_THREADS), params)
-    }
-}
-
-/// Before the first and after the last launch of some kv heads.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum OverBlocks {
-    /// What the scale of sums has to know of the keys.
-    Bounds,
-    /// Zeros for the sums of blocks with several units.
-    Clear,
-    /// Gradients of keys and values in the dtype, where no unit finished them.
-    Finish,
 }
 
 fn dims(grid: [u32; 3], threads: usize) -> LaunchDims {

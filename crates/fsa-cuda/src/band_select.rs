@@ -1,6 +1,6 @@
 //! Stage `compressed` and Stage `select` in one pass: the attention leaves scores of blocks and chooses by them.
 //!
-//! Kernel file: `kernels/band_select_sm90.cuh`.
+//! Kernel files: `kernels/band_select_sm90.cuh`; `kernels/band_select_rows_sm90.cuh` of one head.
 
 use crate::band::{self, step_keys, tile_rows};
 use crate::driver::{Function, LaunchDims, Module, Stream};
@@ -13,27 +13,44 @@ use std::sync::Arc;
 /// Kernels of the file and what they take.
 pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("band", "BandSelectParams")];
 
-/// The warpgroups of the attention and the one that chooses.
-const THREADS: usize = 512;
-/// Warps that choose, and shared memory of each.
-const CHOOSERS: usize = 4;
+/// Warpgroups of the attention: two that attend, and one that brings in what they need.
+const WARPGROUPS: usize = 3;
+const WARPGROUP: usize = 128;
+/// Shared memory of a warp that chooses: of another warpgroup, or, of one head, of those that attend.
 const CHOICE_BYTES: usize = 13760;
-/// Tiles of a CTA whose scores are in memory: one is attended to while blocks of the other are chosen.
-const SLOTS: usize = 2;
+const ROW_CHOICE_BYTES: usize = 512;
 /// Steps whose scores are read together.
 const PART_STEPS: usize = 4;
 /// Longest vectors that it takes.
 pub(crate) const MAX_HEAD_DIM: usize = 128;
 
-/// True if it takes these windows with groups of `heads`, all of which vote. Of one head there are too many lists to choose beside the
-/// attention: two passes are faster.
+/// True if it takes these windows with groups of `heads`, all of which vote.
 pub(crate) fn suits(scoring: &Scoring, heads: usize) -> bool {
-    scoring.suits_hopper(heads) && scoring.steps == GROUP_KEYS && matches!(heads, 2 | 4 | 8 | 16)
+    scoring.suits_hopper(heads) && scoring.steps == GROUP_KEYS && matches!(heads, 1 | 2 | 4 | 8 | 16)
+}
+
+/// Threads of a CTA. Of several heads one more warpgroup chooses; of one there are too many lists for it.
+fn threads(specialisation: &Specialisation) -> usize {
+    WARPGROUP * (WARPGROUPS + usize::from(!specialisation.one_head))
+}
+
+/// Tiles of a CTA whose scores are in memory: with warps of their own, blocks of one are chosen while the other is attended to.
+fn slots(specialisation: &Specialisation) -> usize {
+    if specialisation.one_head { 1 } else { 2 }
+}
+
+/// Shared memory of all warps that choose.
+fn choice_bytes(specialisation: &Specialisation) -> usize {
+    if specialisation.one_head {
+        tile_rows(specialisation) / 16 * ROW_CHOICE_BYTES
+    } else {
+        WARPGROUP / 32 * CHOICE_BYTES
+    }
 }
 
 /// Shared memory of a CTA.
 pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
-    band::smem_bytes(specialisation) + CHOOSERS * CHOICE_BYTES
+    band::smem_bytes(specialisation) + choice_bytes(specialisation)
 }
 
 /// Bound on the steps that hold the blocks of `tokens` tokens.
@@ -45,19 +62,24 @@ pub(crate) fn max_steps(specialisation: &Specialisation, tokens: usize) -> usize
 /// Memory for the scores of `ctas` CTAs and tiles of at most `max_steps` steps: of a row and step the sums of its blocks and their maximum.
 pub(crate) fn scores_bytes(specialisation: &Specialisation, ctas: usize, max_steps: usize) -> usize {
     let words = step_keys(specialisation) / GROUP_KEYS + 1;
-    ctas * SLOTS * tile_rows(specialisation) * words * max_steps * size_of::<f32>()
+    ctas * slots(specialisation) * tile_rows(specialisation) * words * max_steps * size_of::<f32>()
 }
 
 /// What the kernel file must agree with.
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
+    let memory = if specialisation.one_head {
+        "CONSUMER_THREADS / 32 * sizeof(RowCandidates)"
+    } else {
+        "CHOOSERS * sizeof(ChoiceMemory)"
+    };
     vec![
         ("SMEM_BYTES", band::smem_bytes(specialisation)),
-        ("CHOOSERS * sizeof(ChoiceMemory)", CHOOSERS * CHOICE_BYTES),
+        (memory, choice_bytes(specialisation)),
         ("SLOTS * CTA_ROWS * (GROUPS + 1) * 4", scores_bytes(specialisation, 1, 1)),
         ("PART_STEPS", PART_STEPS),
         ("STEP_KEYS", step_keys(specialisation)),
         ("CTA_ROWS", tile_rows(specialisation)),
-        ("THREADS", THREADS),
+        ("THREADS", threads(specialisation)),
     ]
 }
 
@@ -65,17 +87,19 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
 #[derive(Debug)]
 pub(crate) struct BandSelectKernel {
     band: Function<BandSelectParams>,
+    threads: usize,
     smem_bytes: usize,
 }
 
 impl BandSelectKernel {
     pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
-        Ok(Self { band: module.function("band")?, smem_bytes: smem_bytes(specialisation) })
+        let (threads, smem_bytes) = (threads(specialisation), smem_bytes(specialisation));
+        Ok(Self { band: module.function("band")?, threads, smem_bytes })
     }
 
     /// Writes `out`, `lse` and the lists of all rows: `ctas` CTAs that take one tile after the other.
     pub(crate) fn launch(&self, stream: &Stream, ctas: usize, params: &BandSelectParams) -> Result<()> {
-        let (grid, smem_bytes) = ([ctas as u32, 1, 1], self.smem_bytes as u32);
-        self.band.launch(stream, LaunchDims { grid, threads: THREADS as u32, smem_bytes, overlaps: false }, params)
+        let (grid, threads, smem_bytes) = ([ctas as u32, 1, 1], self.threads as u32, self.smem_bytes as u32);
+        self.band.launch(stream, LaunchDims { grid, threads, smem_bytes, overlaps: false }, params)
     }
 }

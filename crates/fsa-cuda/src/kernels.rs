@@ -148,12 +148,15 @@ impl Kernels {
     /// The options of a pass of stage `selected` with what the environment asks for, and the route that was measured to be faster,
     /// unless they say otherwise.
     pub(crate) fn routed(&self, problem: &Problem, pass: Pass, options: &PlanOptions) -> PlanOptions {
-        let measured = || match self.routing {
-            Routing::Fastest => self.measured.get(problem, pass).map(|times| times.faster()),
-            routing => routing.route(problem),
-        };
-        let options = self.one_pass(&problem.sizes(), &self.query_sums(options));
+        let options = self.asked(problem, options);
+        let measured = || self.measured.get(problem, pass).map(|times| times.faster());
         PlanOptions { route: options.route.or_else(measured), ..options }
+    }
+
+    /// The same without what was measured.
+    pub(crate) fn asked(&self, problem: &Problem, options: &PlanOptions) -> PlanOptions {
+        let options = self.one_pass(&problem.sizes(), &self.query_sums(options));
+        PlanOptions { route: options.route.or_else(|| self.routing.route(problem)), ..options }
     }
 
     pub(crate) fn lanes(&self) -> &Lanes {

@@ -6,23 +6,24 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Side streams of a set.
-pub(crate) const LANES: usize = 2;
+pub(crate) const LANES: usize = 3;
 
 /// Side streams that one call at a time uses.
 #[derive(Debug)]
 pub(crate) struct LaneSet {
-    pub lanes: [Stream; LANES],
-    done: [Event; LANES],
+    pub lanes: Vec<Stream>,
+    done: Vec<Event>,
     fork: Event,
 }
 
 impl LaneSet {
     fn new(device: &Arc<Device>) -> Result<Self> {
-        Self::of(device, [Stream::new(device)?, Stream::new(device)?])
+        Self::of(device, (0..LANES).map(|_| Stream::new(device)).collect::<Result<_>>()?)
     }
 
-    fn of(device: &Arc<Device>, lanes: [Stream; LANES]) -> Result<Self> {
-        Ok(Self { lanes, done: [Event::new(device)?, Event::new(device)?], fork: Event::new(device)? })
+    fn of(device: &Arc<Device>, lanes: Vec<Stream>) -> Result<Self> {
+        let done = lanes.iter().map(|_| Event::new(device)).collect::<Result<_>>()?;
+        Ok(Self { lanes, done, fork: Event::new(device)? })
     }
 
     /// The first `count` lanes wait for `stream`.
@@ -75,8 +76,8 @@ impl Lanes {
 
     /// The lanes for a call on `stream`.
     pub(crate) fn take(&self, stream: &Stream) -> Result<Taken<'_>> {
-        if let (Some(first), Some(second)) = (stream.branch(), stream.branch()) {
-            return Ok(Taken::Own(Box::new(LaneSet::of(stream.device(), [first, second])?)));
+        if let Some(branches) = (0..LANES).map(|_| stream.branch()).collect() {
+            return Ok(Taken::Own(Box::new(LaneSet::of(stream.device(), branches)?)));
         }
         let set = if stream.is_capturing()? { &self.captured } else { &self.running };
         Ok(Taken::Shared(set.lock().unwrap_or_else(PoisonError::into_inner)))

@@ -69,7 +69,7 @@ device_structs! {
         entry_begin: i32,
         entry_count: i32,
         split: i32,
-        reserved: i32,
+        sums_row: i32,
     }
 
     /// Up to 64 query rows of one sequence. Written by the index, read by all.
@@ -106,7 +106,8 @@ device_structs! {
         row_info: Address,
         units: Address,
         unit_counts: Address,
-        block_units: Address,
+        block_sums: Address,
+        split_blocks: Address,
         topk: i32,
         slots: i32,
         has_dense: i32,
@@ -117,6 +118,8 @@ device_structs! {
         unit_entries: i32,
         full_units: i32,
         ordered: i32,
+        packs_sums: i32,
+        max_split_blocks: i32,
     }
 
     /// Parameters of the kernels of `index`.
@@ -304,6 +307,8 @@ device_structs! {
         row_stats: Address,
         row_bounds: Address,
         key_bounds: Address,
+        window_stats: Address,
+        window_bounds: Address,
         grad_query: Tensor,
         grad_key: Tensor,
         grad_value: Tensor,
@@ -317,6 +322,7 @@ device_structs! {
         resident: i32,
         accumulate: i32,
         accumulate_keys: i32,
+        window_size: i32,
         query_map: TensorMap,
         grad_out_map: TensorMap,
         key_map: TensorMap,

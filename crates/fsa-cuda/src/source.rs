@@ -167,6 +167,11 @@ pub struct Specialisation {
     pub query_sums: QuerySums,
     /// Attention to an interval of keys only: rows see the blocks that they list.
     pub block_mask: bool,
+    /// [`QuerySums::Scaled`] of an interval of keys only: the gradients of attention to the window are added, of which the rows have
+    /// statistics of their own. Where there is no mask, too.
+    pub window_too: bool,
+    /// Attention that chooses blocks only: a group has one head.
+    pub one_head: bool,
 }
 
 impl Specialisation {
@@ -175,7 +180,8 @@ impl Specialisation {
         let depends = kernel.depends();
         let (is_bf16, head_dim) = if depends.rows { (dtype == DType::Bf16, head_dim) } else { (true, 128) };
         let block_size = if depends.block_size { block_size } else { 64 };
-        Self { kernel, set, is_bf16, head_dim, block_size, query_sums: QuerySums::F32, block_mask: false }
+        let (query_sums, [block_mask, window_too, one_head]) = (QuerySums::F32, [false; 3]);
+        Self { kernel, set, is_bf16, head_dim, block_size, query_sums, block_mask, window_too, one_head }
     }
 
     /// The same, or the portable kernel where the set has none of its own.
@@ -198,6 +204,16 @@ impl Specialisation {
         Self { block_mask: true, block_size, ..self }
     }
 
+    /// The specialisation of one pass that does the window, too.
+    pub fn with_window_too(self) -> Self {
+        Self { query_sums: QuerySums::Scaled, window_too: true, ..self }
+    }
+
+    /// The specialisation for groups of one head, or of several.
+    pub fn with_one_head(self, one_head: bool) -> Self {
+        Self { one_head, ..self }
+    }
+
     /// Path of its kernel file below `kernels/`: one for all architectures, or the one of its set.
     ///
     /// # Errors
@@ -205,6 +221,7 @@ impl Specialisation {
     pub fn file(&self) -> Result<&'static str, Error> {
         let stem = match (self.kernel, self.query_sums) {
             (Kernel::BandBackward, QuerySums::Scaled) => "band_sums",
+            (Kernel::BandSelect, _) if self.one_head => "band_select_rows",
             (kernel, _) => kernel.name(),
         };
         let names = [format!("{stem}.cuh"), format!("{stem}_{}.cuh", self.set)];
@@ -239,7 +256,7 @@ impl Specialisation {
         let writes = match self.query_sums {
             QuerySums::F32 => true,
             QuerySums::Scaled if self.kernel == Kernel::BandBackward => {
-                !portable && self.is_bf16 && self.head_dim == SUMS_HEAD_DIM && !self.block_mask
+                !portable && self.is_bf16 && self.head_dim == SUMS_HEAD_DIM && self.window_too >= self.block_mask
             }
             QuerySums::Scaled => !portable && self.is_bf16 && self.head_dim < 256,
             QuerySums::Partials => portable || (self.block_size <= MAX_PARTIALS_BLOCK && self.head_dim < 256),
@@ -311,6 +328,9 @@ impl Specialisation {
         if self.block_mask {
             let _ = writeln!(text, "#define FSA_BLOCK_MASK 1");
         }
+        if self.window_too {
+            let _ = writeln!(text, "#define FSA_WINDOW_TOO 1");
+        }
         let _ = writeln!(text, "#include \"{file}\"");
         text.push_str(&params::assertions());
         for (expression, value) in self.constants() {
@@ -342,8 +362,9 @@ impl fmt::Display for Specialisation {
         if depends.block_size || self.block_mask {
             write!(f, " block {block_size}")?;
         }
-        if self.block_mask {
-            f.write_str(" mask")?;
+        let flags = [(self.block_mask, " mask"), (self.window_too, " window too"), (self.one_head, " one head")];
+        for (_, text) in flags.into_iter().filter(|(is_set, _)| *is_set) {
+            f.write_str(text)?;
         }
         match self.query_sums {
             QuerySums::F32 => Ok(()),
@@ -372,9 +393,12 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                             [QuerySums::Scaled, QuerySums::Partials].map(|x| specialisation.with_query_sums(x)),
                         ),
                         Kernel::Band => all.push(specialisation.with_block_mask(block_size)),
+                        Kernel::BandSelect => all.push(specialisation.with_one_head(true)),
                         Kernel::BandBackward => all.extend([
                             specialisation.with_block_mask(block_size),
                             specialisation.with_query_sums(QuerySums::Scaled),
+                            specialisation.with_window_too(),
+                            specialisation.with_block_mask(block_size).with_window_too(),
                         ]),
                         _ => {}
                     }

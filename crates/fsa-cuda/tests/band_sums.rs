@@ -121,6 +121,7 @@ fn sums_in_memory_are_those_in_registers() {
     Case::new(compressed, [8, 2]).check("compressed", &backend);
     Case::new(Keys::Dense, [5, 1]).check("dense", &backend);
     Case::new(Keys::Dense, [80, 1]).check("a group larger than a tile", &backend);
+    Case::new(Keys::Dense, [64, 1]).check("rows that see all keys of a tile that is not full", &backend);
     for (name, factors) in [
         ("plain", [1.0; 4]),
         ("no gradient", [1.0, 1.0, 1.0, 0.0]),

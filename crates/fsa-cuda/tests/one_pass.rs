@@ -8,7 +8,7 @@ use fsa_oracle::suite::run_case;
 use fsa_oracle::{Case, Pass};
 
 /// Heads of a group.
-const GROUPS: [usize; 4] = [4, 16, 2, 8];
+const GROUPS: [usize; 5] = [4, 1, 16, 2, 8];
 
 /// The backend that makes the lists in one pass where it can, or never.
 fn backend(one_pass: bool) -> CudaBackend {
@@ -71,5 +71,25 @@ fn many_tiles_conform() {
         config: config.clone(),
         ..Case::new(Stage::Select, Pass::Forward, DType::Bf16)
     };
-    both_ways(&[of(2, 16, &[900, 0, 7, 1100]), of(12, 8, &[500, 30]), of(40, 4, &[400, 1, 60])]);
+    both_ways(&[
+        of(2, 16, &[900, 0, 7, 1100]),
+        of(12, 8, &[500, 30]),
+        of(40, 4, &[400, 1, 60]),
+        of(24, 1, &[900, 5, 300]),
+    ]);
+}
+
+/// Rows of one head with more blocks than their warp has registers for: they are read twice.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn long_rows_of_one_head_conform() {
+    let case = Case {
+        query_lens: vec![70, 3],
+        kv_lens: vec![18_500, 33_000],
+        num_q_heads: 2,
+        num_kv_heads: 2,
+        config: NsaConfig { kernel_size: 8, kernel_stride: 4, block_size: 16, ..NsaConfig::default() },
+        ..Case::new(Stage::Select, Pass::Forward, DType::Bf16)
+    };
+    both_ways(&[case]);
 }

@@ -7,6 +7,12 @@ FSA_DEVICE int min_i(int a, int b) { return a < b ? a : b; }
 FSA_DEVICE int max_i(int a, int b) { return a > b ? a : b; }
 FSA_DEVICE u32 min_u(u32 a, u32 b) { return a < b ? a : b; }
 FSA_DEVICE u32 max_u(u32 a, u32 b) { return a > b ? a : b; }
+// The lowest bits: all from 32 on, none below 1.
+FSA_DEVICE u32 low_bits(int count) {
+    u32 above;
+    asm("shl.b32 %0, 1, %1;" : "=r"(above) : "r"(max_i(count, 0)));     // 0 from 32 on
+    return above - 1;
+}
 FSA_DEVICE f32 neg_inf() { return __int_as_float(0xff800000); }
 
 // 2^x and log2 x, one instruction each, about 2 ulp; 2^-inf = 0.

@@ -39,8 +39,11 @@ struct __align__(16) Unit {
     i32 entry_begin;    // first entry, relative to the entries of this (kv head, chunk)
     i32 entry_count;
     i32 split;          // 1: other units of the same list share the block; 0: it is the only one
-    i32 reserved;
+    i32 sums_row;       // row of the sums of the block's first key, among those of its kv head
 };
+
+// In place of the row of sums of a block that has at most one unit.
+constexpr i32 LISTED_BY_NONE = -2, LISTED_BY_ONE_UNIT = -1;
 
 // 64 query rows of one sequence (the last tile of a sequence has fewer).
 struct __align__(16) Tile {
@@ -76,7 +79,8 @@ struct Index {
     u32* row_info;              // [num_kv_heads, total_q] see block/sequence.cuh
     Unit* units;                // [num_kv_heads, num_chunks, full_units + max_blocks]
     i32* unit_counts;           // [num_kv_heads, num_chunks, 2] full units, remainders
-    i32* block_units;           // [num_kv_heads, max_blocks] units of every block, where there is one chunk; or null
+    i32* block_sums;            // [num_kv_heads, max_blocks] where there is one chunk: the sums_row of blocks of several units, LISTED_BY_.. of others; or null
+    i32* split_blocks;          // [num_kv_heads, max_split_blocks] with packs_sums: the blocks of several units in the order of their sums, then -1
     i32 topk;
     i32 slots;                  // partials per row that the scratch has room for
     i32 has_dense;              // 1: sink and local blocks are left to the reduce stage; 0: every id is an entry
@@ -87,6 +91,8 @@ struct Index {
     i32 unit_entries;           // entries of a full unit
     i32 full_units;             // bound on the number of full units of a chunk, from shapes
     i32 ordered;                // 1: the order of a block's entries follows from the input; 0: it is any
+    i32 packs_sums;             // 1: only blocks of several units have sums, side by side; 0: sums_row is kv_row
+    i32 max_split_blocks;       // bound on blocks of several units, from shapes
 };
 
 struct IndexParams {
@@ -127,20 +133,20 @@ struct BackwardParams {
     Layout layout;
     Index index;                // has_dense = 0: every listed block is an entry
     Tensor query, key, value;
-    Tensor out, grad_out;       // out only for backward_delta
+    Tensor out, grad_out;       // out only where the statistics are not given
     const f32* lse;             // [num_q_heads, total_q], natural log
     const f32* grad_lse;        // the same shape, or null
     f32* row_stats;             // [heads in launch, rows] statistics of rows (block/row_stats.cuh), or [num_q_heads, total_q] given by the caller
-    void* grad_query;           // [heads in launch, rows, HEAD_DIM] f32 or scaled f16, fragment order, zero before the launch
+    void* grad_query;           // [heads in launch, rows, HEAD_DIM] f32 or scaled f16, fragment order
     void* partial;              // [heads in launch, rows, slots, HEAD_DIM] instead, with FSA_QUERY_PARTIALS
     Tensor grad_query_out;      // targets
     Tensor grad_key_out, grad_value_out;
-    f32* grad_key;              // [kv heads in launch, sum_rows, HEAD_DIM] f32, fragment order, zero before their first launch where units add; row 0 is
-                                // where that of key row 0 would be
+    f32* grad_key;              // [kv heads in launch, sum_rows, HEAD_DIM] f32, fragment order; Unit::sums_row says which row is a block's first. Without
+                                // packs_sums row 0 is where that of key row 0 would be
     f32* grad_value;            // the same
     RowBounds* row_bounds;      // [num_q_heads], or one given by the caller for all; zero before the first launch. With FSA_SCALED_SUMS
     KeyBounds* key_bounds;      // [num_kv_heads], the same
-    i64 sum_rows;               // rows of the sums, the first being that of first_key
+    i64 sum_rows;               // rows of the sums of a kv head; without packs_sums the first is that of first_key
     f32 scale_log2;
     f32 scale;
     i32 group_size;
@@ -235,7 +241,7 @@ struct BandParams {
 
 // Compressed attention that also chooses blocks: its probabilities, pooled to scores, and what is chosen by them.
 struct BlockChoice {
-    f32* scores;                // [ctas, 2] slots of a tile: sums of groups of four keys [128, max_steps, 32], maxima of rows [128, max_steps]
+    f32* scores;                // [ctas, SLOTS] slots of a tile: sums of groups of four keys [128, max_steps, 32], maxima of rows [128, max_steps]
     i32* topk_indices;          // [num_kv_heads, total_q, topk]
     i32 max_steps;              // bound on the blocks of a sequence / 32, a multiple of 4
     i32 topk;
@@ -255,6 +261,8 @@ struct BandBackwardParams {
     RowStats* row_stats;        // [num_q_heads, total_q]
     RowBounds* row_bounds;      // of all rows, raised where row_stats are written; null where grad_query is not added up in memory
     KeyBounds* key_bounds;      // of all keys; both zero before the first launch
+    const RowStats* window_stats;       // with FSA_WINDOW_TOO: of the same rows and keys in a softmax of its own, that of the last window_size earlier keys
+    const RowBounds* window_bounds;
     Tensor grad_query, grad_key, grad_value;
     f32* partial_keys;          // [splits, 2, total_keys, num_kv_heads, HEAD_DIM] f32 in natural order; null where splits = 1
     f32 scale_log2;
@@ -266,6 +274,7 @@ struct BandBackwardParams {
     i32 resident;               // ctas that the device runs at one time
     i32 accumulate;             // grad_query is added to
     i32 accumulate_keys;        // grad_key and grad_value are
+    i32 window_size;
     TensorMap query_map;        // boxes of tile_tokens x tile_heads
     TensorMap grad_out_map;     // the same
     TensorMap key_map;          // boxes of 128 keys of one head, of 64 above head_dim 128

@@ -1,5 +1,5 @@
-// The kernels of the backward that work row by row: statistics of rows before the main pass, the sum of a row's partials or its f32 sums after it,
-// and what the sums of keys need before the first and after the last launch of the main kernel.
+// The kernels of the backward before and after the main one, which the host launches around it: what it needs of rows, and of blocks of keys where it is the
+// first of the launches that share their sums; then gradients of rows, and where it was the last of these launches, of keys.
 #pragma once
 #include "block/query_sums.cuh"
 #include "block/row_stats.cuh"
@@ -11,6 +11,13 @@
 #define FSA_SCALED_SUMS 0
 #endif
 constexpr bool SCALED_SUMS = FSA_SCALED_SUMS != 0;
+// grad_query of a (row, block) pair: 0 adds it to rows in L2 (unordered), 1 stores it as a 16-bit partial in the row's slot, summed in slot order.
+#ifndef FSA_QUERY_PARTIALS
+#define FSA_QUERY_PARTIALS 0
+#endif
+constexpr bool QUERY_PARTIALS = FSA_QUERY_PARTIALS != 0;
+static_assert(!(QUERY_PARTIALS && SCALED_SUMS), "partials are not added up in memory");
+constexpr int QUERY_SUM_BYTES = HEAD_DIM * (SCALED_SUMS ? 2 : 4);      // of a row
 constexpr int ROW_WORDS = HEAD_DIM / 4;     // pieces of four f32 sums
 // In each kernel file, because the order of its sums is its own: four neighbouring columns of the 16 that a quad loaded, from what the
 // lane loaded, and the first of them.
@@ -59,44 +66,104 @@ FSA_DEVICE SumScale launch_scale(const BackwardParams& p, int launch_head) {
 
 FSA_DEVICE f32 dot_pairs(f32 sum, u32 a, u32 b) { return fmaf(unpack_lo(a), unpack_lo(b), fmaf(unpack_hi(a), unpack_hi(b), sum)); }
 
-// Row statistics of the launch's heads for the rows of the chunk. A lane per 16 bytes of a row, eight rows a warp whose loads are under way together.
+// The kernels below take places of ctas of the main one for as long as their loads take, so no load waits for another that it does not need.
+// A cta has rows of a head of the launch, or a block of a kv head; those of blocks come last, where the grid has them.
+FSA_DEVICE int block_cta(const BackwardParams& p, int rows) { return (int)blockIdx.x - ceil_div(p.rows, rows); }
+// The launch's head of a cta of rows, the last first: the main kernel goes from the first to the last, so it finds the first in L2 and leaves the last there.
+FSA_DEVICE int rows_head() { return gridDim.y - 1 - blockIdx.y; }
+// kv heads of the launch. Where it has a part of a group, one.
+FSA_DEVICE int launch_kv_heads(const BackwardParams& p) { return max_i(gridDim.y / p.group_size, 1); }
+
+// Rows of the launch.
+struct ChunkRows {
+    int first, end;
+};
+FSA_DEVICE ChunkRows chunk_rows(const BackwardParams& p) {
+    if (p.layout.num_chunks == 1) return {0, p.layout.total_q};
+    return {p.layout.chunk_token[p.chunk], p.layout.chunk_token[p.chunk + 1]};
+}
+
+// A block of the launch's kv head blockIdx.y.
+struct KeyBlock {
+    int row, keys;      // of key and value; no keys where there is no such block, or the launch does not do it
+    int sums;           // row of its sums, LISTED_BY_NONE or LISTED_BY_ONE_UNIT
+    FSA_DEVICE i64 first_sum(const BackwardParams& p) const { return (blockIdx.y * p.sum_rows + sums) * HEAD_DIM; }
+};
+FSA_DEVICE KeyBlock key_block(const BackwardParams& p, int block) {
+    const Layout& layout = p.layout;
+    const i64 kv_head = p.first_head / p.group_size + blockIdx.y;
+    const int s = find_sequence(layout.block_base, layout.batch, block), end = layout.cu_seqlens_kv[s + 1];
+    const int row = layout.cu_seqlens_kv[s] + (block - layout.block_base[s]) * BLOCK_SIZE;
+    const i32* sums = p.index.block_sums;
+    return {row, in_range(p, row) ? max_i(min_i(BLOCK_SIZE, end - row), 0) : 0, sums ? sums[kv_head * p.index.max_blocks + block] : row};
+}
+
+// Zeros for the rows' sums of grad_query, and their statistics, unless they are the caller's. A lane per 16 bytes of a row, eight rows a warp whose loads are
+// under way together.
 constexpr int DELTA_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;
-constexpr int DELTA_STEPS = 8 * DELTA_LANES / 32, DELTA_ROWS = 64;      // of a cta
+constexpr int DELTA_STEPS = 8 * DELTA_LANES / 32, PREPARE_ROWS = 64;    // of a cta
 FSA_DEVICE f32 sum_lanes(f32 x) {
     FSA_UNROLL for (int delta = DELTA_LANES / 2; delta > 0; delta /= 2) x += __shfl_xor_sync(0xffffffffu, x, delta);
     return x;
 }
-extern "C" __global__ void __launch_bounds__(256) backward_delta(const __grid_constant__ BackwardParams p) {
-    const int chunk_token = p.layout.chunk_token[p.chunk], end = p.layout.chunk_token[p.chunk + 1];
-    const int lane = threadIdx.x & 31, piece = lane % DELTA_LANES, head = p.first_head + blockIdx.y;
-    const int first = chunk_token + blockIdx.x * DELTA_ROWS + threadIdx.x / 32 * 8 + lane / DELTA_LANES;
+FSA_DEVICE void prepare_rows(const BackwardParams& p) {
+    const ChunkRows rows = chunk_rows(p);
+    const int lane = threadIdx.x & 31, piece = lane % DELTA_LANES, launch_head = rows_head(), head = p.first_head + launch_head;
+    const int first = rows.first + blockIdx.x * PREPARE_ROWS + threadIdx.x / 32 * 8 + lane / DELTA_LANES;
     auto token = [&](int step) { return first + step * (32 / DELTA_LANES); };
+    auto exists = [&](int step) { return piece < HEAD_DIM / 8 && token(step) < rows.end; };
+    auto clear = [&](int step) {
+        char* sums = (char*)p.grad_query + ((i64)launch_head * p.rows + token(step) - rows.first) * QUERY_SUM_BYTES + piece * 16;
+        FSA_UNROLL for (int at = 0; at < QUERY_SUM_BYTES; at += ROW_BYTES) store_global(sums + at, Vec4{0, 0, 0, 0});
+    };
+    if (p.given_stats) {
+        FSA_UNROLL for (int step = 0; step < DELTA_STEPS; ++step) if (!QUERY_PARTIALS && exists(step)) clear(step);
+        return;
+    }
     Vec4 out[DELTA_STEPS], grad[DELTA_STEPS];
+    f32 lse[DELTA_STEPS], grad_lse[DELTA_STEPS];
     FSA_UNROLL for (int step = 0; step < DELTA_STEPS; ++step) {
         out[step] = grad[step] = {0, 0, 0, 0};
-        if (piece < HEAD_DIM / 8 && token(step) < end) {
-            out[step] = load_global(tensor_row(p.out, token(step), head) + piece * 16);
-            grad[step] = load_global(tensor_row(p.grad_out, token(step), head) + piece * 16);
-        }
+        lse[step] = grad_lse[step] = 0.0f;
+        if (!exists(step)) continue;
+        out[step] = load_global_once(tensor_row(p.out, token(step), head) + piece * 16);
+        grad[step] = load_global(tensor_row(p.grad_out, token(step), head) + piece * 16);
+        const i64 at = (i64)head * p.layout.total_q + token(step);
+        lse[step] = p.lse[at];
+        if (p.grad_lse != nullptr) grad_lse[step] = p.grad_lse[at];
     }
-    u32 grad_bound = 0, delta_bound = 0;
+    RowBounds most = {0, 0};
     FSA_UNROLL for (int step = 0; step < DELTA_STEPS; ++step) {
+        if (!QUERY_PARTIALS && exists(step)) clear(step);
         const Vec4 a = out[step], b = grad[step];
-        f32 sum = sum_lanes(dot_pairs(dot_pairs(dot_pairs(dot_pairs(0.0f, a.x, b.x), a.y, b.y), a.z, b.z), a.w, b.w));
+        const f32 delta = sum_lanes(dot_pairs(dot_pairs(dot_pairs(dot_pairs(0.0f, a.x, b.x), a.y, b.y), a.z, b.z), a.w, b.w)) - grad_lse[step];
         const f32 size = SCALED_SUMS ? sum_lanes(sum_sizes(b)) : 0.0f;
-        if (piece == 0 && token(step) < end) {
-            const i64 at = (i64)head * p.layout.total_q + token(step);
-            const f32 lse = p.lse[at];
-            if (p.grad_lse != nullptr) sum -= p.grad_lse[at];
-            *row_stats_at(p, blockIdx.y, token(step) - chunk_token) = make_row_stats(lse, sum);
-            if (lse == neg_inf()) continue;     // sees no key
-            grad_bound = max_u(grad_bound, bound_bits(size));
-            delta_bound = max_u(delta_bound, bound_bits(sum));
-        }
+        if (piece == 0 && exists(step)) *row_stats_at(p, launch_head, token(step) - rows.first) = make_row_stats(lse[step], delta);
+        if (!exists(step) || lse[step] == neg_inf()) continue;      // sees no key
+        most.grad = max_u(most.grad, bound_bits(size));
+        most.delta = max_u(most.delta, bound_bits(delta));
     }
-    if constexpr (SCALED_SUMS) {
-        raise_bound(&p.row_bounds[head].grad, grad_bound);
-        raise_bound(&p.row_bounds[head].delta, delta_bound);
+    if constexpr (SCALED_SUMS) raise_bounds<256>(&p.row_bounds[head].grad, most.grad, most.delta);
+}
+
+// Before the main kernel. Of blocks: bounds of their keys, zeros for sums that units will be added to, and for gradients where no row lists the block.
+extern "C" __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ BackwardParams p) {
+    const int number = block_cta(p, PREPARE_ROWS), kv_head = p.first_head / p.group_size + blockIdx.y;
+    if (number < 0) return prepare_rows(p);
+    if (blockIdx.y >= launch_kv_heads(p)) return;
+    const KeyBlock block = key_block(p, number);
+    if (SCALED_SUMS && block.sums != LISTED_BY_NONE) raise_key_bounds<256>(p.key_bounds + kv_head, p.key, p.value, kv_head, block.row, block.keys);
+    if (block.sums >= 0) {
+        for (int n = threadIdx.x; n < block.keys * ROW_WORDS; n += 256) {
+            store_global(p.grad_key + block.first_sum(p) + 4 * n, Vec4{0, 0, 0, 0});
+            store_global(p.grad_value + block.first_sum(p) + 4 * n, Vec4{0, 0, 0, 0});
+        }
+    } else if (block.sums == LISTED_BY_NONE && !p.accumulate_keys) {
+        for (int n = threadIdx.x; n < block.keys * (HEAD_DIM / 8); n += 256) {
+            const int row = block.row + n / (HEAD_DIM / 8), at = n % (HEAD_DIM / 8) * 16;
+            store_global((char*)tensor_row(p.grad_key_out, row, kv_head) + at, Vec4{0, 0, 0, 0});
+            store_global((char*)tensor_row(p.grad_value_out, row, kv_head) + at, Vec4{0, 0, 0, 0});
+        }
     }
 }
 
@@ -110,51 +177,19 @@ FSA_DEVICE void store_words(char* target, const f32 (&sum)[8], f32 scale, bool a
     if (present) store_global(target, natural);
 }
 
-#if FSA_SCALED_SUMS
-// f16 sums of the chunk's rows to rows of the storage type.
-extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ BackwardParams p) {
-    constexpr int LANES = HEAD_DIM / 8;
-    const int chunk_token = p.layout.chunk_token[p.chunk], rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
-    const i64 n = (i64)blockIdx.x * 256 + threadIdx.x, row = n / LANES;
-    const int at = (int)(n % LANES) * 16;
-    const bool present = row < rows;
-    Vec4 v = {0, 0, 0, 0};
-    if (present) v = load_global_once((const char*)p.grad_query + ((i64)blockIdx.y * p.rows + row) * ROW_BYTES + at);
-    const u32 word[4] = {v.x, v.y, v.z, v.w};
-    const f32 inverse = launch_scale(p, blockIdx.y).inverse;
-    f32 sum[8];
-    FSA_UNROLL for (int j = 0; j < 4; ++j) {
-        unpack_sums(word[j], sum[2 * j], sum[2 * j + 1]);
-        sum[2 * j] *= inverse, sum[2 * j + 1] *= inverse;
-    }
-    store_words((char*)tensor_row(p.grad_query_out, chunk_token + row, p.first_head + blockIdx.y) + at, sum, p.scale, p.accumulate, present);
-}
-#else
-// f32 sums of the chunk's rows to rows of the storage type. A quad per 16 columns of a row, a lane per 16 bytes of the source.
-extern "C" __global__ void __launch_bounds__(256) backward_convert(const __grid_constant__ BackwardParams p) {
-    const int chunk_token = p.layout.chunk_token[p.chunk], rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
-    const i64 n = (i64)blockIdx.x * 256 + threadIdx.x, row = n / ROW_WORDS;
-    const int place = (int)(n % ROW_WORDS) * 4;
-    const bool present = row < rows;
-    Vec4 v = {0, 0, 0, 0};
-    if (present) v = load_global_once((const f32*)p.grad_query + ((i64)blockIdx.y * p.rows + row) * HEAD_DIM + place);
-    const NaturalColumns columns = natural_columns(v);
-    if (!present) return;
-    char* target = (char*)tensor_row(p.grad_query_out, chunk_token + row, p.first_head + blockIdx.y);
-    store_columns(target + ((place & ~15) + columns.first) * ELEMENT_BYTES, columns.sums, p.scale, p.accumulate);
-}
-#endif
-
-// Sum of a row's partials in slot order, times the softmax scale. HEAD_DIM / 8 lanes per row, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(256) backward_merge(const __grid_constant__ BackwardParams p) {
-    constexpr int LANES = HEAD_DIM / 8, ROWS = 256 / LANES, AHEAD = 8;
-    const int chunk_token = p.layout.chunk_token[p.chunk], rows = p.layout.chunk_token[p.chunk + 1] - chunk_token;
-    const int row = blockIdx.x * ROWS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    const bool present = threadIdx.x < ROWS * LANES && row < rows;
-    const int head = p.first_head + blockIdx.y;
+// grad_query of rows, from scaled f16 or f32 sums or 16-bit partials, times the softmax scale.
+#if FSA_QUERY_PARTIALS
+// Partials in slot order. 16 bytes a lane.
+constexpr int FINISH_LANES = HEAD_DIM / 8, FINISH_ROWS = 256 / FINISH_LANES;    // of a row; of a cta
+FSA_DEVICE void finish_rows(const BackwardParams& p) {
+    constexpr int AHEAD = 8;
+    const ChunkRows chunk = chunk_rows(p);
+    const int row = blockIdx.x * FINISH_ROWS + threadIdx.x / FINISH_LANES, lane = threadIdx.x % FINISH_LANES;
+    const bool present = threadIdx.x < FINISH_ROWS * FINISH_LANES && row < chunk.end - chunk.first;
+    const int launch_head = rows_head(), head = p.first_head + launch_head;
     RowInfo info = {0};
-    if (present) info.word = p.index.row_info[(i64)(head / p.group_size) * p.layout.total_q + chunk_token + row];
-    const char* source = (const char*)p.partial + ((i64)blockIdx.y * p.rows + row) * p.index.slots * ROW_BYTES + lane * 16;
+    if (present) info.word = p.index.row_info[(i64)(head / p.group_size) * p.layout.total_q + chunk.first + row];
+    const char* source = (const char*)p.partial + ((i64)launch_head * p.rows + row) * p.index.slots * ROW_BYTES + lane * 16;
     f32 sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     for (int first = 0; first < info.partials(); first += AHEAD) {
         Vec4 v[AHEAD];
@@ -167,56 +202,62 @@ extern "C" __global__ void __launch_bounds__(256) backward_merge(const __grid_co
             sum[4] += unpack_lo(v[a].z); sum[5] += unpack_hi(v[a].z); sum[6] += unpack_lo(v[a].w); sum[7] += unpack_hi(v[a].w);
         }
     }
-    store_words((char*)tensor_row(p.grad_query_out, chunk_token + row, head) + lane * 16, sum, p.scale, p.accumulate, present);
+    store_words((char*)tensor_row(p.grad_query_out, chunk.first + row, head) + lane * 16, sum, p.scale, p.accumulate, present);
 }
-
-// The block of a cta of the kernels below: blockIdx.x, of the launch's kv head blockIdx.y.
-struct KeyBlock {
-    int row, keys;      // of key and value; no keys where the launch does not do the block
-    int units;          // that add to its sums; more than one if nobody counted
-    i64 sums;           // first of its sums
-};
-FSA_DEVICE KeyBlock key_block(const BackwardParams& p) {
-    const Layout& layout = p.layout;
-    const int block = blockIdx.x, kv_head = p.first_head / p.group_size + blockIdx.y;
-    if (block >= layout.block_base[layout.batch]) return {0, 0, 0, 0};
-    const int s = find_sequence(layout.block_base, layout.batch, block);
-    const int row = layout.cu_seqlens_kv[s] + (block - layout.block_base[s]) * BLOCK_SIZE;
-    const int keys = in_range(p, row) ? min_i(BLOCK_SIZE, layout.cu_seqlens_kv[s + 1] - row) : 0;
-    const int units = p.index.block_units ? p.index.block_units[(i64)kv_head * p.index.max_blocks + block] : 2;
-    return {row, keys, units, (blockIdx.y * p.sum_rows + row) * HEAD_DIM};
-}
-
-// Largest elements of the keys of the launch's kv heads, for the scale; where the units of a block were counted, without the blocks that no row lists.
-extern "C" __global__ void __launch_bounds__(256) backward_bounds(const __grid_constant__ BackwardParams p) {
-    const KeyBlock block = key_block(p);
-    const int kv_head = p.first_head / p.group_size + blockIdx.y;
-    if (block.units > 0) raise_key_bounds<256>(p.key_bounds + kv_head, p.key, p.value, kv_head, block.row, block.keys);
-}
-
-// Before the first launch of the main kernel, where units without others finish their sums: zeros for those of several units.
-extern "C" __global__ void __launch_bounds__(256) backward_clear(const __grid_constant__ BackwardParams p) {
-    const KeyBlock block = key_block(p);
-    if (block.units < 2) return;
-    for (int n = threadIdx.x; n < block.keys * ROW_WORDS; n += 256) {
-        store_global(p.grad_key + block.sums + 4 * n, Vec4{0, 0, 0, 0});
-        store_global(p.grad_value + block.sums + 4 * n, Vec4{0, 0, 0, 0});
+#else
+// Some rows a thread, whose loads are under way together: of f16 sums 16 bytes a lane, which are as many of the gradient; of f32 sums a lane has four of the 16
+// columns of its quad.
+constexpr int FINISH_LANES = QUERY_SUM_BYTES / 16, FINISH_STEPS = 4, STEP_ROWS = 256 / FINISH_LANES, FINISH_ROWS = FINISH_STEPS * STEP_ROWS;
+FSA_DEVICE void finish_rows(const BackwardParams& p) {
+    const ChunkRows chunk = chunk_rows(p);
+    const int first = blockIdx.x * FINISH_ROWS + threadIdx.x / FINISH_LANES, lane = threadIdx.x % FINISH_LANES;
+    const int launch_head = rows_head(), head = p.first_head + launch_head;
+    auto present = [&](int step) { return threadIdx.x < STEP_ROWS * FINISH_LANES && first + step * STEP_ROWS < chunk.end - chunk.first; };
+    const char* sums = (const char*)p.grad_query + ((i64)launch_head * p.rows + first) * QUERY_SUM_BYTES + lane * 16;
+    Vec4 v[FINISH_STEPS];
+    FSA_UNROLL for (int step = 0; step < FINISH_STEPS; ++step) {
+        v[step] = Vec4{0, 0, 0, 0};
+        if (present(step)) v[step] = load_global_once(sums + step * STEP_ROWS * QUERY_SUM_BYTES);
+    }
+    f32 inverse = 1.0f;
+    if constexpr (SCALED_SUMS) inverse = launch_scale(p, launch_head).inverse;
+    FSA_UNROLL for (int step = 0; step < FINISH_STEPS; ++step) {
+        char* target = (char*)tensor_row(p.grad_query_out, chunk.first + first + step * STEP_ROWS, head);
+        if constexpr (SCALED_SUMS) {
+            const u32 word[4] = {v[step].x, v[step].y, v[step].z, v[step].w};
+            f32 sum[8];
+            FSA_UNROLL for (int j = 0; j < 4; ++j) {
+                unpack_sums(word[j], sum[2 * j], sum[2 * j + 1]);
+                sum[2 * j] *= inverse, sum[2 * j + 1] *= inverse;
+            }
+            store_words(target + lane * 16, sum, p.scale, p.accumulate, present(step));
+        } else {
+            const NaturalColumns columns = natural_columns(v[step]);
+            if (present(step)) store_columns(target + ((lane * 4 & ~15) + columns.first) * ELEMENT_BYTES, columns.sums, p.scale, p.accumulate);
+        }
     }
 }
+#endif
 
-// After the last: f32 sums of keys to rows of the storage type, and zeros for blocks that no row lists. What a single unit finished is left alone.
+// After the main kernel. Of blocks that have sums, two ctas each, for keys and values: rows of the storage type. What a single unit finished is left alone.
 extern "C" __global__ void __launch_bounds__(256) backward_finish(const __grid_constant__ BackwardParams p) {
-    const KeyBlock block = key_block(p);
-    const bool is_key = blockIdx.z == 0;
-    if (block.units == 1) return;
-    const f32* sums = (is_key ? p.grad_key : p.grad_value) + block.sums;
+    const int number = block_cta(p, FINISH_ROWS), kv_head = p.first_head / p.group_size + blockIdx.y;
+    if (number < 0) return finish_rows(p);
+    if (blockIdx.y >= launch_kv_heads(p)) return;
+    int listed = number / 2;
+    if (p.index.packs_sums) listed = p.index.split_blocks[(i64)kv_head * p.index.max_split_blocks + listed];
+    if (listed < 0) return;
+    const KeyBlock block = key_block(p, listed);
+    if (block.sums < 0) return;
+    const bool is_key = number % 2 == 0;
+    const f32* sums = (is_key ? p.grad_key : p.grad_value) + block.first_sum(p);
     for (int n = threadIdx.x; n < BLOCK_SIZE * ROW_WORDS; n += 256) {       // whole warps
         const int row = n / ROW_WORDS, place = n % ROW_WORDS * 4;
         Vec4 v = {0, 0, 0, 0};
-        if (row < block.keys && block.units > 0) v = load_global_once(sums + 4 * n);
+        if (row < block.keys) v = load_global_once(sums + 4 * n);
         const NaturalColumns columns = natural_columns(v);
         if (row >= block.keys) continue;
-        char* target = (char*)tensor_row(is_key ? p.grad_key_out : p.grad_value_out, block.row + row, p.first_head / p.group_size + blockIdx.y);
+        char* target = (char*)tensor_row(is_key ? p.grad_key_out : p.grad_value_out, block.row + row, kv_head);
         store_columns(target + ((place & ~15) + columns.first) * ELEMENT_BYTES, columns.sums, is_key ? p.scale : 1.0f, p.accumulate_keys);
     }
 }

@@ -11,18 +11,18 @@
 #ifndef FSA_CONSUMERS       // a kernel may have another number of consuming warpgroups
 #define FSA_CONSUMERS 2
 #endif
-#ifndef FSA_BLOCK_SCORES    // 1: an attention leaves the scores of blocks, and one more warpgroup chooses by them
+#ifndef FSA_BLOCK_SCORES    // an attention leaves the scores of blocks, and chooses by them: 1: one more warpgroup does; 2: the warps that attend do, for their rows
 #define FSA_BLOCK_SCORES 0
 #endif
-constexpr bool BLOCK_SCORES = FSA_BLOCK_SCORES;
+constexpr bool BLOCK_SCORES = FSA_BLOCK_SCORES != 0, HAS_CHOOSERS = FSA_BLOCK_SCORES == 1;
 constexpr int CONSUMERS = FSA_CONSUMERS, CTA_ROWS = CONSUMERS * TILE_ROWS, CONSUMER_THREADS = CONSUMERS * WARPGROUP;
-constexpr int WARPGROUPS = CONSUMERS + 1 + BLOCK_SCORES, THREADS = WARPGROUPS * WARPGROUP;
+constexpr int WARPGROUPS = CONSUMERS + 1 + HAS_CHOOSERS, THREADS = WARPGROUPS * WARPGROUP;
 constexpr int STEP_KEYS = HEAD_DIM <= 128 ? 128 : 64;
 constexpr int CHECKERS = 3, CHECKER_THREADS = CHECKERS * 32;    // warps of the producing warpgroup besides the one that loads
 // Together at most what the warpgroups start with, 168 per thread of three, 128 of four: registers beyond that belong to nobody, and who asks for them waits
 // for ever.
-constexpr int PRODUCER_REGISTERS = BLOCK_SCORES ? 24 : CONSUMERS == 2 ? 40 : 32, CHOOSER_REGISTERS = BLOCK_SCORES ? 88 : 0;
-constexpr int CONSUMER_REGISTERS = BLOCK_SCORES ? 200 : CONSUMERS == 2 ? 232 : 160;
+constexpr int PRODUCER_REGISTERS = HAS_CHOOSERS ? 24 : CONSUMERS == 2 ? 40 : 32, CHOOSER_REGISTERS = HAS_CHOOSERS ? 88 : 0;
+constexpr int CONSUMER_REGISTERS = HAS_CHOOSERS ? 200 : CONSUMERS == 2 ? 232 : 160;
 static_assert(PRODUCER_REGISTERS + CHOOSER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= WARPGROUPS * (65536 / THREADS / 8 * 8), "the registers of a cta");
 typedef SwizzledTile<CTA_ROWS> RowTile;
 typedef SwizzledTile<STEP_KEYS> KeyTile;

@@ -28,13 +28,16 @@ FSA_DEVICE void start_piece_sum(Columns& acc, const PieceFragments& a, u32 rows)
 struct KeyWork {
     KeyTileRows rows;
     BandSequence tokens;            // those that see a key of the tile, as a sequence of their own
-    i32 kv_head;
+    i32 kv_head, split;
     i32 first, steps;               // the split's tiles: number of the one that is walked first, and how many
     i32 stride;                     // from one to the next; below zero the last comes first
+    u32 reciprocal;                 // 2^16 / band.tile_heads, rounded up
 
     FSA_DEVICE static KeyWork find(const Band& band, int num_kv_heads, int resident) {
         KeyWork w;
-        const int number = blockIdx.y * gridDim.x + blockIdx.x;     // heads side by side, so that the longest walks start first
+        // Splits and heads side by side, so that the longest walks start first.
+        const int launched = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x, splits = gridDim.z, number = launched / splits;
+        w.split = launched - number * splits;
         w.kv_head = number % num_kv_heads;
         w.rows = find_key_tile(band, number / num_kv_heads, w.kv_head, CTA_KEYS);
         w.tokens = w.rows.sequence;
@@ -42,14 +45,14 @@ struct KeyWork {
         w.tokens.position += w.rows.first_token;
         w.tokens.tokens = (i32)(w.rows.rows / (u32)band.group_size);
         const int tiles = ceil_div(w.tokens.tokens, band.tile_tokens) * band.head_tiles;     // of tokens times of heads
-        const int split = blockIdx.z, splits = gridDim.z;
-        w.steps = ceil_div(max_i(tiles - split, 0), splits);
+        w.steps = ceil_div(max_i(tiles - w.split, 0), splits);
         // Ctas of one time meet the same rows, so that all but one find them in L2. Those of the first wave start together, and share the last rows.
         // Those of the next start one by one as the shortest walks end, each as much later as its first row is further on: forwards they go side by
         // side, and end together for the wave after them.
-        const bool backwards = (number + gridDim.x * gridDim.y * blockIdx.z) / resident % 2 == 0;
-        w.first = backwards ? split + (w.steps - 1) * splits : split;
+        const bool backwards = launched / resident % 2 == 0;
+        w.first = backwards ? w.split + (w.steps - 1) * splits : w.split;
         w.stride = backwards ? -splits : splits;
+        w.reciprocal = 65535u / (u32)band.tile_heads + 1;
         return w;
     }
 };
@@ -65,20 +68,23 @@ struct RowPlace {
     }
 };
 
-// What the producing warps bring for ROWS rows: STATS are their statistics.
-template <int ROWS, typename STATS>
-struct RowRecords {
-    static constexpr int COUNT = ROWS;
-    STATS stats;
-    KeySpan spans[ROWS];
-    i32 special[ROWS / 32];         // of 32 rows: MASKED and NEGATIVE
-};
-constexpr i32 MASKED = 1, NEGATIVE = 2;     // some row does not see some key, has a gate below zero
+// A row of a tile, as the thread sees it that brings it.
+struct RowOfTile {
+    i32 row;                        // of the tile
+    bool exists;
+    i32 token, head, position;      // row and head of query
+    i32 tile_position;              // of the tile's first row
 
-// A ring of tiles of ROWS rows of query and of grad_out, with their records.
+    FSA_DEVICE RowStats stats(const RowStats* of_all, const Band& band) const { return exists ? of_all[(i64)head * band.total_q + token] : no_row_stats(); }
+    // Its blocks from the first of a tile of keys on.
+    FSA_DEVICE u32 blocks(const Band& band, const KeyWork& w) const { return exists ? blocks_of_row(band, w.kv_head, token, w.rows.first_key) : 0; }
+};
+
+// A ring of tiles of rows of query and of grad_out, with what is known of the rows: `put` of the records takes a row, and returns what consumers have to
+// mind of its warp's rows, their `special`.
 template <typename Records, int STAGES>
 struct RowRing {
-    static constexpr int ROWS = Records::COUNT;
+    static constexpr int ROWS = Records::ROWS;
     typedef SwizzledTile<ROWS> Tile;
     static constexpr int BYTES = STAGES * 2 * Tile::BYTES, BARRIERS = 4 * STAGES;
     u32 tiles;
@@ -104,8 +110,9 @@ struct RowRing {
 
     // The first ROWS threads of the producing warpgroup: the first loads the tiles, and each brings the records of one row.
     FSA_DEVICE void bring(const BandBackwardParams& p, const KeyWork& w) const {
-        const int row = threadIdx.x - CONSUMER_THREADS, token_of_tile = row / p.band.tile_heads, head_of_tile = row - token_of_tile * p.band.tile_heads;
         FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n) {
+            // Exact, see BandTile. Not kept in registers from one tile to the next.
+            const int row = thread_number() - CONSUMER_THREADS, token_of_tile = (int)((u32)row * w.reciprocal >> 16), head_of_tile = row - token_of_tile * p.band.tile_heads;
             const RowPlace place = RowPlace::find(p.band, w, n);
             loaded.wait_free(n);
             if (row == 0) {
@@ -115,18 +122,9 @@ struct RowRing {
             }
             const int token = place.token + token_of_tile, head = place.head + head_of_tile;
             const bool exists = token_of_tile < p.band.tile_tokens && token < w.tokens.tokens && head < p.band.group_size;
-            RowStats stats = no_row_stats();
-            KeySpan span = make_span(0, 0, 0);
-            if (exists) {
-                stats = p.row_stats[(i64)(w.rows.first_head + head) * p.band.total_q + w.tokens.token + token];
-                const u32 blocks = blocks_of_row(p.band, w.kv_head, w.tokens.token + token, w.rows.first_key);
-                span = key_span(p.band, w.tokens.position + token, w.rows.first_key, w.rows.keys, w.tokens.keys, blocks);
-            }
+            const RowOfTile of_tile = {row, exists, w.tokens.token + token, w.rows.first_head + head, w.tokens.position + token, w.tokens.position + place.token};
             Records& to = record(n);
-            to.stats.put(row, stats);
-            to.spans[row] = span;
-            // A row that does not exist is masked, too: its zeros times a key that is not finite are NaN.
-            const bool masked = __any_sync(0xffffffffu, !exists || !span.sees_all<CTA_KEYS>(w.rows.keys)), negative = __any_sync(0xffffffffu, is_negative(stats));
+            const i32 special = to.put(p, w, of_tile);
             if (__any_sync(0xffffffffu, !exists && token_of_tile < p.band.tile_tokens)) {
                 loaded.wait(n);
                 if (!exists) { clear_row(query(n), row); clear_row(grad(n), row); }
@@ -134,7 +132,7 @@ struct RowRing {
             }
             __syncwarp();
             if (threadIdx.x % 32 == 0) {
-                to.special[row / 32] = (masked ? MASKED : 0) | (negative ? NEGATIVE : 0);
+                to.special[row / 32] = special;
                 barrier_arrive(checked.full + 8 * Ring<STAGES>::place(n));
             }
         }
@@ -156,15 +154,6 @@ FSA_DEVICE void load_keys(const BandBackwardParams& p, u32 key, u32 value, u32 b
     load_tile<CTA_KEYS>(value, &p.value_map, barrier, w.kv_head, row);
 }
 
-// Zero for keys that a row does not see. Not a variant of the whole step: with two of them the compiler runs out of registers.
-FSA_DEVICE void mask_keys(PieceScores& s, const KeySpan* spans, int key_low) {
-    FSA_UNROLL for (int i = 0; i < PIECE_KEYS / 8; ++i) {
-        const SpanPair span = *(const SpanPair*)(spans + 8 * i + 2 * (threadIdx.x & 3));
-        FSA_UNROLL for (int e = 0; e < 4; ++e)
-            if (!(e & 1 ? span.second : span.first).sees(key_low, (e >> 1) * 8)) s[4 * i + e] = 0.0f;     // 16 keys lie in one block
-    }
-}
-
 // Sums of 64 keys, of which the thread has key_low and + 8: to the storage type, or to the split's own.
 FSA_DEVICE void store_key_sums(const BandBackwardParams& p, Columns& acc, const Tensor& target, f32 scale, int which, const KeyWork& w, int key_low) {
     const int row = w.tokens.key_row + w.rows.first_key + key_low;
@@ -180,7 +169,7 @@ FSA_DEVICE void store_key_sums(const BandBackwardParams& p, Columns& acc, const 
         store_row<true>(high, acc, scale, has_high);
         return;
     }
-    f32* sums = p.partial_keys + ((((i64)blockIdx.z * 2 + which) * p.band.total_keys + row) * p.num_kv_heads + w.kv_head) * HEAD_DIM + 2 * (threadIdx.x & 3);
+    f32* sums = p.partial_keys + ((((i64)w.split * 2 + which) * p.band.total_keys + row) * p.num_kv_heads + w.kv_head) * HEAD_DIM + 2 * (threadIdx.x & 3);
     const i64 high = (i64)8 * p.num_kv_heads * HEAD_DIM;
     FSA_UNROLL for (int i = 0; i < HEAD_DIM / 8; ++i) {
         if (has_low) store_global8(sums + 8 * i, __float_as_uint(acc[4 * i]), __float_as_uint(acc[4 * i + 1]));

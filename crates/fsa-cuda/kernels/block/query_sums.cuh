@@ -26,6 +26,18 @@ FSA_DEVICE void raise_bound(u32* bound, u32 bits) {
     bits = __reduce_max_sync(0xffffffffu, bits);
     if ((threadIdx.x & 31) == 0 && bits > load_relaxed(bound)) max_global(bound, bits);
 }
+// Raises two bounds that lie side by side to the largest of a cta, once: additions to one word follow one another, and every cta has them.
+template <int THREADS>
+FSA_DEVICE void raise_bounds(u32* bounds, u32 first, u32 second) {
+    __shared__ u32 most[2][THREADS / 32];
+    first = __reduce_max_sync(0xffffffffu, first), second = __reduce_max_sync(0xffffffffu, second);
+    if ((threadIdx.x & 31) == 0) most[0][threadIdx.x / 32] = first, most[1][threadIdx.x / 32] = second;
+    __syncthreads();
+    if (threadIdx.x >= 2) return;
+    u32 bits = 0;
+    FSA_UNROLL for (int warp = 0; warp < THREADS / 32; ++warp) bits = max_u(bits, most[threadIdx.x][warp]);
+    if (bits > load_relaxed(bounds + threadIdx.x)) max_global(bounds + threadIdx.x, bits);
+}
 
 // Sum of the sizes of the elements of a piece.
 FSA_DEVICE f32 sum_sizes(Vec4 v) {
@@ -50,16 +62,21 @@ struct LargestElement {
 // Raises the bounds of a head by `rows` rows of key and value from `first` on. All threads of a cta of THREADS.
 template <int THREADS>
 FSA_DEVICE void raise_key_bounds(KeyBounds* bounds, const Tensor& key, const Tensor& value, int head, i64 first, int rows) {
-    constexpr int PIECES_OF_ROW = HEAD_DIM / 8;
+    constexpr int PIECES_OF_ROW = HEAD_DIM / 8, AHEAD = 4;      // loads of each that are under way together
     LargestElement of_key, of_value;
-    for (int n = thread_number(); n < rows * PIECES_OF_ROW; n += THREADS) {
-        const i64 row = first + n / PIECES_OF_ROW;
-        const int at = n % PIECES_OF_ROW * 16;
-        of_key.add(load_global_once(tensor_row(key, row, head) + at));
-        of_value.add(load_global_once(tensor_row(value, row, head) + at));
+    for (int n = thread_number(); n < rows * PIECES_OF_ROW; n += AHEAD * THREADS) {
+        Vec4 k[AHEAD], v[AHEAD];
+        FSA_UNROLL for (int i = 0; i < AHEAD; ++i) {
+            const int piece = n + i * THREADS, at = piece % PIECES_OF_ROW * 16;
+            const i64 row = first + piece / PIECES_OF_ROW;
+            const bool exists = piece < rows * PIECES_OF_ROW;
+            k[i] = v[i] = Vec4{0, 0, 0, 0};
+            if (exists) k[i] = load_global_once(tensor_row(key, row, head) + at);
+            if (exists) v[i] = load_global_once(tensor_row(value, row, head) + at);
+        }
+        FSA_UNROLL for (int i = 0; i < AHEAD; ++i) of_key.add(k[i]), of_value.add(v[i]);
     }
-    raise_bound(&bounds->key, of_key.bits());
-    raise_bound(&bounds->value, of_value.bits());
+    raise_bounds<THREADS>(&bounds->key, of_key.bits(), of_value.bits());
 }
 
 // Factor of the sums, and what takes it back. Sums stay below 2^13 and not 2^16, because probabilities of logits in the millions sum to 1 only roughly.

@@ -1,14 +1,14 @@
-// Scores of blocks on their way from the warps that attend to those that choose: sums of groups of keys relative to the row's maximum at their step, in memory
-// that stays in L2 for the most part, and the log-sum-exps that turn them into probabilities. Two slots of a tile's rows each. A row's 32 sums of a step are
+// Scores of blocks on their way from the warps that attend to those that choose, or to their own choice: sums of groups of keys relative to the row's maximum at their step, in memory
+// that stays in L2 for the most part, and the log-sum-exps that turn them into probabilities. Two slots of a tile's rows each, or one. A row's 32 sums of a step are
 // eight pieces of four groups, eight apart: piece 4 c + t has the groups 8 j + 2 t + c, so that a quad stores whole sectors.
 #pragma once
 #include "block/group_scores.cuh"
 #include "block/softmax.cuh"
 
-constexpr int SLOTS = 2;
+constexpr int SLOTS = HAS_CHOOSERS ? 2 : 1;
 
 struct ScoreSlots {
-    Ring<SLOTS> ring;           // readers are the warps that choose, writers those that attend
+    Ring<SLOTS> ring;           // readers are the warps that choose, writers those that attend; of no use where these are the same
     f32* references;            // [SLOTS, CTA_ROWS] in shared memory: log2-sum-exps, infinity of a row that does not vote
     f32* scores;                // [SLOTS] of this cta
     i32 max_steps;

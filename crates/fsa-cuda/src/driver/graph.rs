@@ -1,5 +1,6 @@
 //! CUDA graphs: a sequence of launches given to the device as one.
 
+use super::recording::INSTANTIATE_FLAGS;
 use super::{Device, Stream, check, ignore};
 use crate::error::{CudaError, Result};
 use cudarc::driver::sys;
@@ -33,8 +34,8 @@ impl<'a> Graph<'a> {
         let mut raw = std::ptr::null_mut();
         let mut instantiated = Ok(());
         if !graph.is_null() {
-            // SAFETY: `graph` was just captured; 0 asks for nothing special.
-            let status = unsafe { sys::cuGraphInstantiateWithFlags(&mut raw, graph, 0) };
+            // SAFETY: `graph` was just captured.
+            let status = unsafe { sys::cuGraphInstantiateWithFlags(&mut raw, graph, INSTANTIATE_FLAGS) };
             instantiated = check("cuGraphInstantiate", status);
             // SAFETY: the instance keeps what it needs, and nothing else names the graph.
             ignore(unsafe { sys::cuGraphDestroy(graph) });

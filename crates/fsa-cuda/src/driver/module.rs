@@ -68,6 +68,9 @@ impl Drop for Module {
     }
 }
 
+/// Priority of a launch that goes ahead; the least is 0 everywhere, and the lower the number, the higher the priority.
+const AHEAD: i32 = -1;
+
 /// Extent of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LaunchDims {
@@ -98,6 +101,15 @@ unsafe impl<P> Sync for Function<P> {}
 impl<P: KernelParams> Function<P> {
     /// Gives the kernel to `stream`; an empty grid gives nothing. The context of the device must be current.
     pub(crate) fn launch(&self, stream: &Stream, dims: LaunchDims, params: &P) -> Result<()> {
+        self.launch_with(stream, dims, params, 0)
+    }
+
+    /// The same; its CTAs go ahead of those of other streams that still wait for a multiprocessor.
+    pub(crate) fn launch_ahead(&self, stream: &Stream, dims: LaunchDims, params: &P) -> Result<()> {
+        self.launch_with(stream, dims, params, AHEAD)
+    }
+
+    fn launch_with(&self, stream: &Stream, dims: LaunchDims, params: &P, priority: i32) -> Result<()> {
         debug_assert!(Arc::ptr_eq(stream.device(), &self.module.device), "a stream of the kernel's device");
         let LaunchDims { grid: [x, y, z], threads, smem_bytes, overlaps } = dims;
         if x == 0 || y == 0 || z == 0 {
@@ -107,12 +119,21 @@ impl<P: KernelParams> Function<P> {
         if let Some(recording) = stream.recording() {
             let launch = Launch { function: self.raw, grid: dims.grid, threads, smem_bytes };
             // SAFETY: as for the launch below.
-            return unsafe { recording.kernel(&launch, argument, overlaps) };
+            return unsafe { recording.kernel(&launch, argument, overlaps, priority) };
         }
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        // One of them at most is asked for.
+        let mut attribute = if overlaps {
+            sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            }
+        } else {
+            sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PRIORITY,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue { priority },
+            }
         };
         let config = sys::CUlaunchConfig {
             gridDimX: x,
@@ -124,7 +145,7 @@ impl<P: KernelParams> Function<P> {
             sharedMemBytes: smem_bytes,
             hStream: stream.raw(),
             attrs: &mut attribute,
-            numAttrs: u32::from(overlaps),
+            numAttrs: u32::from(overlaps || priority != 0),
         };
         // SAFETY: the kernel takes one `P`, which its translation unit asserts by name, size and offsets; the driver
         // copies it and the configuration before it returns. The addresses in it are spans whose sizes the plan of the

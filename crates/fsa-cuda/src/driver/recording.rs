@@ -12,6 +12,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// First driver whose graphs know that a kernel may start before the one ahead of it has ended: CUDA 12.3.
 const OVERLAPS_SINCE: (u32, u32) = (12, 3);
 
+/// Nodes keep the priorities of their launches.
+pub(super) const INSTANTIATE_FLAGS: u64 =
+    sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY.0 as u64;
+
 /// A graph under construction.
 #[derive(Debug)]
 struct Construction {
@@ -103,11 +107,18 @@ impl Recording {
         Ok(())
     }
 
-    /// Writes down a kernel. With `overlaps` it may start before the kernel ahead of it has ended, if that is what it follows.
+    /// Writes down a kernel. With `overlaps` it may start before the kernel ahead of it has ended, if that is what it follows. A `priority`
+    /// other than 0 is that of its node.
     ///
     /// # Safety
     /// The grid and `argument` are what the kernel takes, as at a launch.
-    pub(super) unsafe fn kernel(&self, launch: &Launch, argument: *mut c_void, overlaps: bool) -> Result<()> {
+    pub(super) unsafe fn kernel(
+        &self,
+        launch: &Launch,
+        argument: *mut c_void,
+        overlaps: bool,
+        priority: i32,
+    ) -> Result<()> {
         let Launch { function, grid: [x, y, z], threads, smem_bytes } = *launch;
         let mut arguments = argument;
         let params = sys::CUDA_KERNEL_NODE_PARAMS {
@@ -131,7 +142,13 @@ impl Recording {
         self.add("cuGraphAddKernelNode", true, |node, graph, before, count| {
             let count = if ahead.is_null() { count } else { 0 };
             // SAFETY: `before` holds `count` nodes of `graph`; the driver copies parameters and argument.
-            let status = unsafe { sys::cuGraphAddKernelNode_v2(node, graph, before, count, &params) };
+            let mut status = unsafe { sys::cuGraphAddKernelNode_v2(node, graph, before, count, &params) };
+            if priority != 0 && status == sys::CUresult::CUDA_SUCCESS {
+                let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PRIORITY;
+                // SAFETY: the node was just made, and is a kernel; the driver copies the value.
+                status =
+                    unsafe { sys::cuGraphKernelNodeSetAttribute(*node, id, &sys::CUlaunchAttributeValue { priority }) };
+            }
             if ahead.is_null() || status != sys::CUresult::CUDA_SUCCESS {
                 return status;
             }
@@ -172,8 +189,10 @@ impl Recording {
     pub(super) fn instantiate(&self) -> Result<sys::CUgraphExec> {
         let _bound = self.graph.device.bind()?;
         let mut raw = std::ptr::null_mut();
-        // SAFETY: the graph lives while `self` does, `raw` outlives the call, and 0 asks for nothing special.
-        check("cuGraphInstantiate", unsafe { sys::cuGraphInstantiateWithFlags(&mut raw, self.graph.raw, 0) })?;
+        // SAFETY: the graph lives while `self` does, and `raw` outlives the call.
+        check("cuGraphInstantiate", unsafe {
+            sys::cuGraphInstantiateWithFlags(&mut raw, self.graph.raw, INSTANTIATE_FLAGS)
+        })?;
         Ok(raw)
     }
 }

@@ -5,6 +5,7 @@ use super::{
     BOUNDS_BYTES, IndexPlan, PlanOptions, Problem, QuerySums, Slot, Workspace, choose, kv_heads_per_pass, most_bytes,
 };
 use crate::arch::KernelSet;
+use crate::backward::finishes_sums;
 use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
 
@@ -12,12 +13,17 @@ use serde::Serialize;
 use std::fmt;
 use std::ops::Range;
 
-/// Launches of several kv heads that are under way: the tail of one runs beside the start of the next.
-pub(crate) const MAX_LANES: usize = 2;
+/// Launches of several kv heads that are under way: the tail of one runs beside the start of the next. A third where the sums of gradients
+/// of queries of all lanes nearly stay in L2.
+pub(crate) const MAX_LANES: usize = 3;
+const THREE_LANES_BYTES: usize = 64 << 20;
 /// Pairs of a full unit per key of its block, and the fewest: 3072 rows of 64 keys, 4096 of 128. With 2048 of 64 keys the
 /// pass took 3 % longer; longer units were no faster.
 const UNIT_ENTRIES_PER_KEY: usize = 32;
 const LEAST_UNIT_ENTRIES: usize = 3072;
+/// Units that take heads in turn have fewer where they would be few: this part of the rows of a head, and the fewest.
+const TURN_UNITS: usize = 16;
+const LEAST_TURN_ENTRIES: usize = 1024;
 /// Sums of gradients of queries that are under way in a lane, the largest that fit: they are to stay in L2 (50 MB on Hopper), except where
 /// units take heads in turn, which is worth more. The first is for these alone.
 const QUERY_SUM_BYTES: [usize; 5] = [64 << 20, 32 << 20, 16 << 20, 8 << 20, 4 << 20];
@@ -25,11 +31,12 @@ const QUERY_SUM_BYTES: [usize; 5] = [64 << 20, 32 << 20, 16 << 20, 8 << 20, 4 <<
 const QUERY_PARTIAL_BYTES: [usize; 4] = [128 << 20, 64 << 20, 32 << 20, 16 << 20];
 /// Rows of a head from which on a unit takes several heads in turn, and how many: its keys come once and its sums leave once. With fewer
 /// rows there would be too few units for the device.
-const TURN_ROWS: usize = 1 << 15;
+const TURN_ROWS: usize = 1 << 13;
 const TURN_HEADS: [usize; 2] = [4, 2];
-/// Rows of a head that keep the device busy in a launch of their own, where units cannot take turns: its sums of keys are then its own,
-/// which at 64K rows is worth 2 %.
+/// Rows of a head that keep the device busy in a launch of its own, and where units take turns, of the heads of a unit: sums of keys are then
+/// its own, which at 64K rows is worth 2 %.
 const FULL_LAUNCH_ROWS: usize = 1 << 16;
+const FULL_TURN_ROWS: usize = 1 << 15;
 /// f32 gradients of keys and values of one launch.
 const KEY_SUM_BYTES: usize = 64 << 20;
 
@@ -59,9 +66,15 @@ pub struct BackwardPlan {
     pub unit_heads: usize,
     /// Keys whose sums are under way: all, or a range of whole blocks where the next ranges follow.
     pub range_keys: usize,
+    /// Rows of the sums of one kv head.
+    pub sum_rows: usize,
+    /// No two query heads of a launch share sums of keys.
+    pub owns_sums: bool,
+    /// The launches of a kv head have the same units, one per block for most blocks: the last of them finishes their sums.
+    pub finishes_sums: bool,
     /// Lanes.
     pub lanes: usize,
-    sums: [LaneSums; MAX_LANES],
+    sums: Vec<LaneSums>,
     /// Bounds of keys, a pair per kv head, then of rows, a pair per query head: the scale of sums follows from them.
     pub(crate) bounds: Slot,
     /// Scratch memory.
@@ -85,12 +98,17 @@ struct Choice {
     lanes: usize,
     query_bytes: usize,
     key_ranges: usize,
+    /// Whether the main kernel can finish sums of keys.
+    main_finishes: bool,
 }
 
 impl BackwardPlan {
     /// Plans a checked problem.
     pub fn new(problem: &Problem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Self {
-        let options = &PlanOptions { query_sums: Some(problem.query_sums(set, options)), ..*options };
+        let query_sums = problem.query_sums(set, options);
+        let options = &PlanOptions { query_sums: Some(query_sums), ..*options };
+        let [_, main] = problem.backward_kernels(set, query_sums);
+        let main_finishes = finishes_sums(&main);
         let bytes = match options.query_sums {
             Some(QuerySums::Partials) => &QUERY_PARTIAL_BYTES[..],
             Some(QuerySums::Scaled) => &QUERY_SUM_BYTES[..],
@@ -101,19 +119,25 @@ impl BackwardPlan {
             let choices = kv_heads_per_pass(problem.num_kv_heads)
                 .filter(|kv_heads| *kv_heads >= lanes)
                 .flat_map(|kv_heads| bytes.iter().map(move |bytes| (kv_heads, *bytes)))
-                .map(|(kv_heads, query_bytes)| Choice { kv_heads, lanes, query_bytes, key_ranges: 1 });
+                .map(|(kv_heads, query_bytes)| Choice { kv_heads, lanes, query_bytes, key_ranges: 1, main_finishes });
             let plans = choices.map(|choice| Self::with(problem, facts, options, choice));
             choose(most, plans, |plan| plan.workspace.size_bytes(), Self::launches)
         };
         let fits = |plan: &Self| plan.workspace.size_bytes() <= most;
-        let two = plans(MAX_LANES.min(problem.num_kv_heads)).filter(fits);
-        let least = Choice { kv_heads: 1, lanes: 1, query_bytes: bytes[bytes.len() - 1], key_ranges: 1 };
+        let of_lanes = |lanes: usize| plans(lanes.min(problem.num_kv_heads)).filter(fits);
+        let two = of_lanes(2);
+        let three = of_lanes(MAX_LANES).filter(|three| {
+            let is_small = three.lanes * three.sums[0].grad_query.bytes <= THREE_LANES_BYTES;
+            is_small && two.as_ref().is_none_or(|two| three.launches() <= two.launches())
+        });
+        let several = three.or(two);
+        let least = Choice { kv_heads: 1, lanes: 1, query_bytes: bytes[bytes.len() - 1], key_ranges: 1, main_finishes };
         let one = || plans(1).unwrap_or_else(|| Self::with(problem, facts, options, least));
-        let best = match two {
-            Some(two) if options.deterministic || two.index.num_chunks == 1 => two,
+        let best = match several {
+            Some(plan) if options.deterministic || plan.index.num_chunks == 1 => plan,
             // Halves of chunks cost more than the second lane is worth.
-            Some(two) => {
-                Some(one()).filter(|one| fits(one) && 2 * one.index.num_chunks <= two.index.num_chunks).unwrap_or(two)
+            Some(plan) => {
+                Some(one()).filter(|one| fits(one) && 2 * one.index.num_chunks <= plan.index.num_chunks).unwrap_or(plan)
             }
             None => one(),
         };
@@ -133,21 +157,19 @@ impl BackwardPlan {
     }
 
     fn with(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions, choice: Choice) -> Self {
-        let Choice { kv_heads, lanes, query_bytes, key_ranges } = choice;
+        let Choice { kv_heads, lanes, query_bytes, key_ranges, main_finishes } = choice;
         let query_sums = options.query_sums.unwrap_or(QuerySums::F32);
         let sum_bytes = problem.head_dim * size_of::<f32>();
         let row_bytes = Self::row_bytes(problem, query_sums);
-        let is_merged = query_sums == QuerySums::Partials;
-        let head_bytes = if is_merged { query_bytes } else { query_bytes.min(QUERY_SUM_BYTES[1]) };
-        let chunk_tiles = (head_bytes / row_bytes / TILE_ROWS).max(1);
-        let sub_tiles = sub_tiles(problem, kv_heads).min(1 << chunk_tiles.ilog2());
-        let pieces = (chunk_tiles / sub_tiles).clamp(1, max_tiles(problem).div_ceil(sub_tiles));
-        let chunk_tiles = pieces * sub_tiles;
+        let [sub_tiles, chunk_tiles] = Self::chunk(problem, query_sums, (kv_heads, query_bytes));
+        let rows = (chunk_tiles * TILE_ROWS).min(problem.total_q);
+        let [kv_heads_per_launch, heads, unit_heads] =
+            Self::heads(problem, (query_sums, rows), (kv_heads, query_bytes));
         let unit_entries = if options.deterministic {
             // One unit per block and chunk: what adds to a key's gradient is one CTA per launch, in order of launches.
             chunk_tiles * TILE_ROWS * slots(problem, false) + 1
         } else {
-            (UNIT_ENTRIES_PER_KEY * problem.block_size).max(LEAST_UNIT_ENTRIES)
+            Self::unit_entries(problem, rows, unit_heads)
         };
         let mut workspace = Workspace::default();
         let input = IndexInput {
@@ -157,28 +179,31 @@ impl BackwardPlan {
             sub_tiles,
             chunk_tiles,
             unit_entries,
-            counts_units: true,
         };
-        let index = IndexPlan::new(problem, facts, &input, &mut workspace);
-        let rows = index.chunk_rows(problem);
-        let [kv_heads_per_launch, heads, unit_heads] =
-            Self::heads(problem, (query_sums, rows), (kv_heads, query_bytes));
+        let mut index = IndexPlan::new(problem, facts, &input, &mut workspace);
         let range_keys =
             problem.total_kv.div_ceil(key_ranges).next_multiple_of(problem.block_size).min(problem.total_kv);
-        let key_bytes = kv_heads_per_launch * Self::sum_rows_of(problem, range_keys) * sum_bytes;
+        let owns_sums = unit_heads == heads.min(problem.gqa_group_size());
+        let finishes_sums = main_finishes && owns_sums && index.num_chunks == 1 && range_keys == problem.total_kv;
+        if finishes_sums {
+            // Where one launch has all heads of a group, only blocks of several units pass through memory.
+            index.find_sums(kv_heads, heads == kv_heads_per_launch * problem.gqa_group_size(), &mut workspace);
+        }
+        let sum_rows = Self::sum_rows(problem, &index, range_keys);
+        let key_bytes = kv_heads_per_launch * sum_rows * sum_bytes;
         let bounds = (problem.num_kv_heads + problem.num_q_heads) * BOUNDS_BYTES;
         let bounds = workspace.add("bounds", if query_sums == QuerySums::Scaled { bounds } else { 0 });
-        let mut sums = [LaneSums::default(); MAX_LANES];
-        for lane in &mut sums[..lanes] {
-            lane.row_stats = workspace.add("row_stats", heads * rows * 2 * size_of::<f32>());
-            lane.grad_query = workspace.add("grad_query", heads * rows * row_bytes);
-            lane.grad_key = workspace.add("grad_key", key_bytes);
-            lane.grad_value = workspace.add("grad_value", key_bytes);
-        }
-        let deterministic = options.deterministic;
+        let lanes = lanes.min(kv_heads.div_ceil(kv_heads_per_launch)).max(1);
+        let lane = |_| LaneSums {
+            row_stats: workspace.add("row_stats", heads * rows * 2 * size_of::<f32>()),
+            grad_query: workspace.add("grad_query", heads * rows * row_bytes),
+            grad_key: workspace.add("grad_key", key_bytes),
+            grad_value: workspace.add("grad_value", key_bytes),
+        };
+        let sums = (0..lanes).map(lane).collect();
         Self {
             problem: *problem,
-            deterministic,
+            deterministic: options.deterministic,
             query_sums,
             kv_heads,
             index,
@@ -186,11 +211,39 @@ impl BackwardPlan {
             heads,
             unit_heads,
             range_keys,
+            sum_rows,
+            owns_sums,
+            finishes_sums,
             lanes,
             sums,
             bounds,
             workspace,
         }
+    }
+
+    /// Tiles of a piece of the index and of a chunk.
+    fn chunk(problem: &Problem, query_sums: QuerySums, (kv_heads, query_bytes): (usize, usize)) -> [usize; 2] {
+        let is_merged = query_sums == QuerySums::Partials;
+        let head_bytes = if is_merged { query_bytes } else { query_bytes.min(QUERY_SUM_BYTES[1]) };
+        let chunk_tiles = (head_bytes / Self::row_bytes(problem, query_sums) / TILE_ROWS).max(1);
+        let sub_tiles = sub_tiles(problem, kv_heads).min(1 << chunk_tiles.ilog2());
+        let pieces = (chunk_tiles / sub_tiles).clamp(1, max_tiles(problem).div_ceil(sub_tiles));
+        [sub_tiles, pieces * sub_tiles]
+    }
+
+    /// Rows of the sums of one kv head.
+    fn sum_rows(problem: &Problem, index: &IndexPlan, range_keys: usize) -> usize {
+        if index.packs_sums {
+            return index.max_split_blocks() * problem.block_size;
+        }
+        // A block of packed sequences may start at the last key of a range.
+        (range_keys + problem.block_size - 1).min(problem.total_kv)
+    }
+
+    /// Entries of a full unit.
+    fn unit_entries(problem: &Problem, rows: usize, unit_heads: usize) -> usize {
+        let most = (UNIT_ENTRIES_PER_KEY * problem.block_size).max(LEAST_UNIT_ENTRIES);
+        if unit_heads == 1 { most } else { (rows / TURN_UNITS).clamp(LEAST_TURN_ENTRIES, most) }
     }
 
     /// What a row of a head has as gradient of its query while it is added up.
@@ -201,16 +254,6 @@ impl BackwardPlan {
                 QuerySums::Scaled => size_of::<u16>(),
                 QuerySums::Partials => slots(problem, false) * problem.dtype.size_bytes(),
             }
-    }
-
-    /// Rows of sums that a range of keys needs: a block of packed sequences may start at its last key.
-    fn sum_rows_of(problem: &Problem, range_keys: usize) -> usize {
-        (range_keys + problem.block_size - 1).min(problem.total_kv)
-    }
-
-    /// Rows of the sums of one kv head.
-    pub(crate) fn sum_rows(&self) -> usize {
-        Self::sum_rows_of(&self.problem, self.range_keys)
     }
 
     /// The ranges of keys, by their first rows.
@@ -228,35 +271,26 @@ impl BackwardPlan {
         (kv_heads, query_bytes): (usize, usize),
     ) -> [usize; 3] {
         let (group, head_bytes) = (problem.gqa_group_size(), (rows * Self::row_bytes(problem, query_sums)).max(1));
-        let turns = |heads: &usize| rows >= TURN_ROWS && group % heads == 0 && heads * head_bytes <= query_bytes;
-        let in_turn = TURN_HEADS.into_iter().find(turns);
-        match (query_sums, in_turn) {
-            (QuerySums::Partials, _) => return [1, 1, 1],
-            (QuerySums::Scaled, Some(heads)) => return [1, heads, heads],
-            _ => {}
-        }
-        let fit = if rows < FULL_LAUNCH_ROWS { query_bytes.min(QUERY_SUM_BYTES[1]) / head_bytes } else { 1 };
+        let takes_turns = |heads: &usize| rows >= TURN_ROWS && group % heads == 0 && heads * head_bytes <= query_bytes;
+        let unit_heads = match query_sums {
+            QuerySums::Partials => return [1, 1, 1],
+            QuerySums::Scaled => TURN_HEADS.into_iter().find(takes_turns).unwrap_or(1),
+            QuerySums::F32 => 1,
+        };
+        let full_rows = if unit_heads > 1 { FULL_TURN_ROWS } else { FULL_LAUNCH_ROWS };
+        let fit = if rows < full_rows { query_bytes.min(QUERY_SUM_BYTES[1]) / head_bytes } else { unit_heads };
+        let fit = (fit / unit_heads).max(1) * unit_heads;
         if fit < group {
-            return [1, fit.max(1), 1];
+            return [1, fit, unit_heads];
         }
         let keys_fit = KEY_SUM_BYTES / (2 * problem.total_kv * problem.head_dim * size_of::<f32>()).max(1);
         let kv_heads = (fit / group).min(keys_fit).min(kv_heads).max(1);
-        [kv_heads, kv_heads * group, 1]
+        [kv_heads, kv_heads * group, unit_heads]
     }
 
     /// What a lane sums into.
     pub(crate) fn sums(&self, lane: usize) -> &LaneSums {
         &self.sums[lane]
-    }
-
-    /// Whether no two query heads of a launch share sums of keys.
-    pub(crate) fn owns_sums(&self) -> bool {
-        self.unit_heads == self.heads.min(self.problem.gqa_group_size())
-    }
-
-    /// Whether the launches of a kv head have the same units, one per block for most blocks: the last of them finishes their sums.
-    pub(crate) fn finishes_sums(&self) -> bool {
-        self.owns_sums() && self.index.num_chunks == 1 && self.range_keys == self.problem.total_kv
     }
 
     /// Kernels and fills that a call gives to the device.
@@ -265,10 +299,9 @@ impl BackwardPlan {
         let group = self.problem.gqa_group_size();
         let turns = num_kv_heads.div_ceil(self.kv_heads_per_launch);
         let of_queries = (self.kv_heads_per_launch * group).div_ceil(self.heads) * self.index.num_chunks;
-        let per_chunk = if self.query_sums == QuerySums::Partials { 3 } else { 4 };
-        let ranges = self.key_ranges().count();
-        let of_bounds = if self.query_sums == QuerySums::Scaled { 1 + turns * ranges } else { 0 };
-        1 + of_bounds + 3 * num_kv_heads.div_ceil(self.kv_heads) + turns * ranges * (4 + per_chunk * of_queries)
+        let of_bounds = usize::from(self.query_sums == QuerySums::Scaled);
+        let of_keys = turns * self.key_ranges().count();
+        1 + of_bounds + 3 * num_kv_heads.div_ceil(self.kv_heads) + 3 * of_keys * of_queries
     }
 }
 

@@ -12,8 +12,10 @@ use std::fmt;
 
 /// Parts into which the rows of a tile of keys are cut, at most.
 const MAX_SPLITS: usize = 32;
-/// Most splits with which gradients of queries are added up in memory unless the caller asks for it: with more the call is too
-/// short to gain what clearing and converting them costs.
+/// Rows that a split should walk of those that meet a tile of keys, on average.
+const MIN_SPLIT_ROWS: usize = 256;
+/// Most splits with which gradients of queries are added up in memory unless the caller asks for it: where more would be wanted the
+/// call is too short to gain what clearing and converting them costs.
 const MAX_SUMS_SPLITS: usize = 8;
 /// Most tiles of keys whose parts of a gradient are added up in f16: the error grows with the root of their number, and would
 /// exceed that of bf16.
@@ -195,15 +197,17 @@ impl BandBackwardPlan {
         let wanted = (3 * facts.multiprocessors / 2).div_ceil((num_key_tiles * kv_heads).max(1));
         let fits = |splits: &usize| *splits == 1 || splits * split_bytes <= left;
         let powers = std::iter::successors(Some(1), |splits| Some(2 * splits).filter(|next| *next <= MAX_SPLITS));
-        // The largest that fits of those before enough.
-        let enough = wanted.next_power_of_two();
+        // The largest that fits of those before enough, and before walks are too short: half of the rows meet a tile of keys, all the only one.
+        let seen = problem.keys.window_size().map_or(usize::MAX, |window| window.saturating_add(tile_keys));
+        let tokens = seen.min(sizes.total_q * (num_key_tiles + 1) / (2 * num_key_tiles).max(1));
+        let walks = (tokens * sizes.gqa_group_size() / MIN_SPLIT_ROWS).max(1);
+        let wanted = wanted.next_power_of_two();
+        let enough = wanted.min(1 << walks.ilog2());
         let splits = powers.take_while(|splits| *splits <= enough).filter(fits).last().unwrap_or(1);
         let scaled = kernel.with_query_sums(QuerySums::Scaled);
-        let adds_up = options.query_sums.map_or(splits <= MAX_SUMS_SPLITS, |sums| sums == QuerySums::Scaled);
-        let row_tiles = match problem.keys {
-            Keys::Window { window_size } => num_key_tiles.min(window_size / tile_keys + 2),
-            _ => num_key_tiles,
-        };
+        let adds_up = options.query_sums.map_or(wanted <= MAX_SUMS_SPLITS, |sums| sums == QuerySums::Scaled);
+        let row_tiles =
+            problem.keys.window_size().map_or(num_key_tiles, |size| num_key_tiles.min(size / tile_keys + 2));
         let can_add_up = !options.deterministic && scaled.exists(1) && row_tiles <= MAX_SUMMED_TILES;
         let query_sums = if adds_up && can_add_up { QuerySums::Scaled } else { QuerySums::F32 };
         let tiles = RowTiles::new(sizes, band_backward::tile_rows(&kernel.with_query_sums(query_sums)));

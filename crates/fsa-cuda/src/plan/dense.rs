@@ -2,7 +2,9 @@
 //! that a row lists, or without one where it lists them all.
 
 use super::tables::{TablePlan, TableSpec};
-use super::{BandBackwardPlan, BandProblem, Keys, PlanOptions, Problem, RowTiles, Slot, Workspace, most_bytes};
+use super::{
+    BandBackwardPlan, BandProblem, Keys, PlanOptions, Problem, QuerySums, RowTiles, Slot, Workspace, most_bytes,
+};
 use crate::arch::KernelSet;
 use crate::driver::{DeviceFacts, DeviceSpan};
 use crate::params::BlockMask;
@@ -112,6 +114,8 @@ pub struct DenseBackwardPlan {
     pub problem: Problem,
     /// The gradients of dense attention.
     pub attention: BandBackwardPlan,
+    /// Earlier keys of the sliding window, if its gradients are added in the same pass.
+    pub window_size: Option<usize>,
     /// Where its scratch lies.
     pub(crate) scratch: Slot,
     /// What the mask takes; none where every row lists all its blocks.
@@ -121,32 +125,64 @@ pub struct DenseBackwardPlan {
 }
 
 impl DenseBackwardPlan {
-    /// Plans a checked problem; `None` where the mask would take more than a copy of the lists, or than there is.
+    /// Plans a checked problem; `None` where the mask would take more than a copy of the lists, or than there is. `window_size` is
+    /// that of the whole, if the stage is a branch of it: one pass for both attentions, where that is possible.
     pub(crate) fn new(
         problem: &Problem,
         (set, facts): (KernelSet, &DeviceFacts),
         options: &PlanOptions,
-        lists: Lists,
-        gives_stats: bool,
+        window_size: Option<usize>,
     ) -> Option<Self> {
         let kernel = problem.sizes().specialisation(Kernel::BandBackward, set, problem.block_size);
-        // Two passes without atomics.
-        let options = PlanOptions { deterministic: true, ..*options };
-        let plan = if gives_stats { BandBackwardPlan::with_row_stats } else { BandBackwardPlan::new };
-        let attention = plan(&dense(problem), &kernel, facts, &options);
+        let band = dense(problem);
+        let of_both = |options: &PlanOptions| {
+            let query_sums = options.query_sums.or(Some(QuerySums::Scaled));
+            let options = PlanOptions { query_sums, ..*options };
+            let plan = BandBackwardPlan::with_row_stats(&band, &kernel, facts, &options);
+            (plan.query_sums == QuerySums::Scaled).then_some(plan)
+        };
+        // By itself in two passes without atomics.
+        let repeatable = PlanOptions { deterministic: true, ..*options };
+        let (attention, window_size, lists) = match window_size {
+            None => (BandBackwardPlan::new(&band, &kernel, facts, &repeatable), None, Lists::Given),
+            Some(_) => match of_both(options) {
+                Some(plan) => (plan, window_size, Lists::Selected),
+                None => {
+                    let plan = BandBackwardPlan::with_row_stats(&band, &kernel, facts, &repeatable);
+                    (plan, None, Lists::Selected)
+                }
+            },
+        };
         let mut workspace = Workspace::default();
         let scratch = workspace.add("attention", attention.workspace.size_bytes());
         let masked = !lists.are_complete(problem);
         let step_keys = band_backward::step_keys(&kernel);
         let mask = masked.then(|| MaskPlan::new(problem, &attention.tiles, step_keys, &mut workspace));
         let fits = mask.is_none_or(|mask| mask.words <= problem.topk);
-        let plan = Self { problem: *problem, attention, scratch, mask, workspace };
-        (fits && plan.workspace.size_bytes() <= most_bytes(problem, &options)).then_some(plan)
+        let plan = Self { problem: *problem, attention, window_size, scratch, mask, workspace };
+        (fits && plan.workspace.size_bytes() <= most_bytes(problem, options)).then_some(plan)
+    }
+
+    /// Whether gradients of selected blocks and window can be those of one pass.
+    pub(crate) fn takes_window(problem: &Problem, set: KernelSet, options: &PlanOptions) -> bool {
+        let kernel = problem.sizes().specialisation(Kernel::BandBackward, set, problem.block_size);
+        let f32_sums = options.deterministic || options.query_sums == Some(QuerySums::F32);
+        !f32_sums && kernel.with_window_too().exists(problem.topk)
     }
 
     /// All kernels of the plan.
     pub(crate) fn kernels(&self, set: KernelSet) -> Vec<Specialisation> {
-        kernels(&self.problem, set, Kernel::BandBackward, self.mask.is_some())
+        let mut kernels = kernels(&self.problem, set, Kernel::BandBackward, self.mask.is_some());
+        kernels.pop();
+        kernels.push(self.specialisation(set));
+        kernels
+    }
+
+    /// The kernels of the gradients.
+    pub(crate) fn specialisation(&self, set: KernelSet) -> Specialisation {
+        let kernel = self.attention.specialisation(set);
+        let kernel = if self.window_size.is_some() { kernel.with_window_too() } else { kernel };
+        if self.mask.is_some() { kernel.with_block_mask(self.problem.block_size) } else { kernel }
     }
 
     /// Kernels that a call launches.
@@ -159,7 +195,8 @@ impl DenseBackwardPlan {
 impl fmt::Display for DenseBackwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mask = if self.mask.is_some() { " with a mask of blocks" } else { "" };
-        write!(f, "selected backward, dense{mask}: {}; {}", self.problem, self.attention)
+        let window = if self.window_size.is_some() { " and window" } else { "" };
+        write!(f, "selected backward, dense{mask}{window}: {}; {}", self.problem, self.attention)
     }
 }
 

@@ -1,9 +1,13 @@
 //! What is said about the route of a pass: which, why, and what the others would take.
 
-use super::{Lists, Pass, PlanOptions, Prediction, Problem, Route, Routing, SelectedBackwardPlan, SelectedPlan};
+use super::{
+    DenseBackwardPlan, Lists, Pass, PlanOptions, Prediction, Problem, Route, Routing, SelectedBackwardPlan,
+    SelectedPlan,
+};
 use crate::arch::KernelSet;
 use crate::driver::DeviceFacts;
 use crate::measured::RouteTimes;
+use fsa_core::NsaConfig;
 use serde::Serialize;
 use std::fmt;
 
@@ -21,7 +25,7 @@ pub enum RouteReason {
     OnlyOne,
 }
 
-/// The route of a pass of stage `selected` inside the whole operation.
+/// The route of a pass of stage `selected` inside the whole operation; in the backward together with the usual window.
 #[derive(Debug, Clone, Serialize)]
 pub struct Explained {
     /// The pass.
@@ -50,14 +54,19 @@ impl Explained {
         measured: Option<RouteTimes>,
     ) -> Self {
         let asked = routing.route(problem);
-        let predicted = Prediction::of_branch(problem, pass, facts);
+        let (options, window_size) = (PlanOptions::default(), NsaConfig::default().window_size);
+        let takes_window = DenseBackwardPlan::takes_window(problem, set, &options);
+        let predicted = match pass {
+            Pass::Forward => Prediction::of_branch(problem, pass, facts),
+            Pass::Backward => Prediction::with_window(problem, facts, window_size, takes_window),
+        };
+        // Measurements are of the stage without the window.
+        let measured = measured.filter(|_| pass == Pass::Forward || !takes_window);
         let wanted = asked.or(measured.map(|times| times.faster())).unwrap_or(predicted.faster());
-        let options = PlanOptions { route: Some(wanted), ..PlanOptions::default() };
+        let options = PlanOptions { route: Some(wanted), ..options };
         let route = match pass {
             Pass::Forward => SelectedPlan::with_lists(problem, set, facts, &options, Lists::Selected).route(),
-            Pass::Backward => {
-                SelectedBackwardPlan::with_lists(problem, (set, facts), &options, Lists::Selected, true).route()
-            }
+            Pass::Backward => SelectedBackwardPlan::of_branch(problem, (set, facts), &options, window_size).route(),
         };
         let reason = match (asked, measured) {
             _ if route != wanted => RouteReason::OnlyOne,

@@ -85,7 +85,6 @@ impl ForwardPlan {
             sub_tiles,
             chunk_tiles,
             unit_entries: UNIT_ENTRIES,
-            counts_units: false,
         };
         let index = IndexPlan::new(problem, facts, &input, &mut workspace);
         let rows = heads * index.chunk_tiles * TILE_ROWS * index.slots;

@@ -45,6 +45,8 @@ pub struct IndexPlan {
     pub scatter_warps: usize,
     /// A scattering CTA puts its entries in order in shared memory first.
     pub staged: bool,
+    /// Only blocks of several units have sums of their keys, side by side.
+    pub packs_sums: bool,
     regions: Regions,
 }
 
@@ -60,7 +62,8 @@ struct Regions {
     row_info: Slot,
     units: Slot,
     unit_counts: Slot,
-    block_units: Slot,
+    block_sums: Slot,
+    split_blocks: Slot,
 }
 
 /// What the passes choose.
@@ -72,8 +75,6 @@ pub(super) struct IndexInput {
     pub sub_tiles: usize,
     pub chunk_tiles: usize,
     pub unit_entries: usize,
-    /// Says how many units every block has, where there is one chunk.
-    pub counts_units: bool,
 }
 
 /// Tiles of a piece such that the plane of `kv_heads` kv heads stays small, a power of two.
@@ -96,7 +97,7 @@ pub(super) fn slots(problem: &Problem, has_dense: bool) -> usize {
 
 impl IndexPlan {
     pub(super) fn new(problem: &Problem, facts: &DeviceFacts, input: &IndexInput, workspace: &mut Workspace) -> Self {
-        let IndexInput { has_dense, ordered, kv_heads, sub_tiles, chunk_tiles, unit_entries, counts_units } = *input;
+        let IndexInput { has_dense, ordered, kv_heads, sub_tiles, chunk_tiles, unit_entries } = *input;
         let (max_tiles, slots) = (max_tiles(problem), slots(problem, has_dense));
         let max_blocks = bound(problem.total_kv, problem.sequences, problem.block_size).max(1);
         let chunk_tiles = chunk_tiles.min(MAX_CHUNK_TILES / sub_tiles * sub_tiles);
@@ -116,19 +117,29 @@ impl IndexPlan {
             chunk_tiles,
             num_chunks: max_tiles.div_ceil(chunk_tiles),
             unit_entries,
-            full_units: chunk_tiles * TILE_ROWS * slots / unit_entries,
+            full_units: 0,
             window_blocks,
             scatter_warps: counter_sets.clamp(1, MAX_SCATTER_WARPS.min(sub_tiles)),
             staged: false,
+            packs_sums: false,
             regions: Regions::default(),
         };
+        plan.full_units = plan.chunk_entries() / unit_entries;
         // Two CTAs to a multiprocessor at least.
         plan.staged = plan.scatter_smem_bytes() + plan.stage_bytes() <= smem_bytes / 2;
         plan.regions = plan.place(problem, kv_heads, workspace);
-        if counts_units && plan.num_chunks == 1 {
-            plan.regions.block_units = workspace.add("block_units", kv_heads * max_blocks * size_of::<i32>());
-        }
         plan
+    }
+
+    /// The index is to say which blocks have several units, and where the sums of their keys are: those of all keys are in one piece, or
+    /// with `packs` these alone are.
+    pub(super) fn find_sums(&mut self, kv_heads: usize, packs: bool, workspace: &mut Workspace) {
+        let word = size_of::<i32>();
+        self.packs_sums = packs;
+        self.regions.block_sums = workspace.add("block_sums", kv_heads * self.max_blocks * word);
+        if packs {
+            self.regions.split_blocks = workspace.add("split_blocks", kv_heads * self.max_split_blocks() * word);
+        }
     }
 
     fn place(&self, problem: &Problem, kv_heads: usize, workspace: &mut Workspace) -> Regions {
@@ -145,13 +156,29 @@ impl IndexPlan {
             row_info: workspace.add("row_info", rows * word),
             units: workspace.add("units", lists * self.max_units() * RECORD_BYTES),
             unit_counts: workspace.add("unit_counts", 2 * lists * word),
-            block_units: Slot::default(),
+            block_sums: Slot::default(),
+            split_blocks: Slot::default(),
         }
     }
 
     /// Bound on the units of a chunk: full ones, and a remainder per block.
     pub(crate) fn max_units(&self) -> usize {
         self.full_units + self.max_blocks
+    }
+
+    /// Bound on the blocks of a kv head that have several units, however their entries spread over them.
+    pub(crate) fn max_split_blocks(&self) -> usize {
+        (self.chunk_entries() / (self.unit_entries + 1)).min(self.max_blocks)
+    }
+
+    /// Bound on the blocks of a kv head that have sums in memory.
+    pub(crate) fn blocks_with_sums(&self) -> usize {
+        if self.packs_sums { self.max_split_blocks() } else { self.max_blocks }
+    }
+
+    /// Bound on the entries of a chunk.
+    fn chunk_entries(&self) -> usize {
+        self.chunk_tiles * TILE_ROWS * self.slots
     }
 
     /// Shared memory of a CTA that scatters: a set of counters per warp where the order matters, else one; and the stage.
@@ -216,11 +243,12 @@ impl IndexPlan {
             row_info: table(regions.row_info, problem.total_q * word),
             units: table(regions.units, self.num_chunks * self.max_units() * RECORD_BYTES),
             unit_counts: table(regions.unit_counts, 2 * self.num_chunks * word),
-            block_units: if regions.block_units.bytes == 0 {
+            block_sums: if regions.block_sums.bytes == 0 {
                 Address::default()
             } else {
-                table(regions.block_units, self.max_blocks * word)
+                table(regions.block_sums, self.max_blocks * word)
             },
+            split_blocks: table(regions.split_blocks, self.max_split_blocks() * word),
             topk: problem.topk as i32,
             slots: self.slots as i32,
             has_dense: i32::from(self.has_dense),
@@ -231,6 +259,8 @@ impl IndexPlan {
             unit_entries: self.unit_entries as i32,
             full_units: self.full_units as i32,
             ordered: self.ordered.into(),
+            packs_sums: self.packs_sums.into(),
+            max_split_blocks: self.max_split_blocks() as i32,
         }
     }
 }

@@ -369,9 +369,13 @@ pub struct NsaBackwardPlan {
     pub kv_heads: usize,
     /// Ranges of keys that take turns in stage `selected`.
     pub key_ranges: usize,
-    /// Compressed and window attention.
-    pub attention: [BandBackwardPlan; 2],
-    pub(crate) tables: [TablePlan; 2],
+    /// Compressed attention.
+    pub compressed: BandBackwardPlan,
+    /// Window attention, where it is not done together with the selected blocks.
+    pub window: Option<BandBackwardPlan>,
+    /// Of the compressed keys, of the window.
+    pub(crate) tables: TablePlan,
+    pub(crate) window_tables: Option<TablePlan>,
     pub(crate) compress: [CompressScratch; 2],
     pub(crate) temporaries: BackwardTemporaries,
     /// Scratch of one attention at a time.
@@ -405,24 +409,28 @@ impl NsaBackwardPlan {
         let others = problem.topk_indices_bytes() - pass.topk_indices_bytes();
         let options = left(&PlanOptions { budget_bytes: options.budget_bytes + others, ..*options }, &workspace);
         let kernel = pass.specialisation(Kernel::BandBackward, set);
-        // The window adds to the gradients of queries that compressed attention wrote, which it cannot do in memory.
+        let selected = SelectedBackwardPlan::of_branch(&pass.selected(), (set, facts), &options, pass.window_size);
+        // Who is not the first adds to gradients of queries that others wrote, which cannot be done in memory.
         let adds = PlanOptions { query_sums: Some(QuerySums::F32), ..options };
-        let attention = [(pass.select().attention(), &options), (pass.window(), &adds)]
-            .map(|(problem, options)| BandBackwardPlan::with_row_stats(&problem, &kernel, facts, options));
-        let tables =
-            attention.each_ref().map(|plan| TablePlan::new(plan.tables.spec(), pass.sizes.sequences, &mut workspace));
-        let selected =
-            SelectedBackwardPlan::with_lists(&pass.selected(), (set, facts), &options, Lists::Selected, true);
-        let bytes =
-            attention.iter().map(|plan| &plan.workspace).chain([selected.workspace()]).map(Workspace::size_bytes);
-        let bytes = bytes.max().unwrap_or(0);
+        let apart = selected.window_size().is_none();
+        let plan = |problem: BandProblem, options| BandBackwardPlan::with_row_stats(&problem, &kernel, facts, options);
+        let compressed = plan(pass.select().attention(), if apart { &options } else { &adds });
+        let window = apart.then(|| plan(pass.window(), &adds));
+        let mut table =
+            |plan: &BandBackwardPlan| TablePlan::new(plan.tables.spec(), pass.sizes.sequences, &mut workspace);
+        let (tables, window_tables) = (table(&compressed), window.as_ref().map(&mut table));
+        let scratch =
+            [&compressed].into_iter().chain(&window).map(|plan| &plan.workspace).chain([selected.workspace()]);
+        let bytes = scratch.map(Workspace::size_bytes).max().unwrap_or(0);
         let scratch = workspace.add("scratch", bytes);
         Self {
             problem: *problem,
             kv_heads,
             key_ranges: selected.key_ranges(),
-            attention,
+            compressed,
+            window,
             tables,
+            window_tables,
             compress,
             temporaries,
             scratch,

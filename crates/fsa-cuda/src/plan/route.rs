@@ -98,7 +98,7 @@ impl FromStr for Routing {
 }
 
 /// Rates of one pass of the kernels on the H200 with its 132 multiprocessors; other devices are taken to be proportional. Fitted to
-/// `bench/records/h200/2026-11-21-routes.json`. What is said to be of vectors grows with head_dim and is that of 128.
+/// `bench/records/h200/2026-11-21-routes.json` and, of KV-outer's backward, to the newer `2026-11-22-routes-window.json`. What is said to be of vectors grows with head_dim and is that of 128.
 struct Rates {
     /// KV-outer, microseconds: launches, and units that do not fill the device.
     start: f64,
@@ -139,11 +139,11 @@ const FORWARD: Rates = Rates {
 };
 
 const BACKWARD: Rates = Rates {
-    start: 54.1,
-    row: 0.0,
-    key: 0.004_91,
-    softmax: 0.000_021,
-    index: 0.0389,
+    start: 65.7,
+    row: 0.006_3,
+    key: 0.004_36,
+    softmax: 0.0,
+    index: 0.059,
     dense_start: 28.5,
     step: 4.7,
     step_softmax: 0.36,
@@ -152,6 +152,29 @@ const BACKWARD: Rates = Rates {
     mask_word: 0.0,
     // The pass of keys leaves out none.
     skips: 0.5,
+};
+
+/// Rates of the window in the backward of the whole, fitted to `bench/records/h200/2026-11-22-routes-window.json`.
+struct WindowRates {
+    /// By itself, microseconds: launches; nanoseconds of a query row, and of a key that it sees.
+    start: f64,
+    row: f64,
+    key: f64,
+    /// Dense and window in one pass, microseconds: launches; of a step, of its mask, of its softmax for the window.
+    dense_start: f64,
+    step: f64,
+    step_mask: f64,
+    step_window: f64,
+}
+
+const WINDOW: WindowRates = WindowRates {
+    start: 22.6,
+    row: 0.889,
+    key: 0.002_83,
+    dense_start: 26.0,
+    step: 4.58,
+    step_mask: 0.8,
+    step_window: 0.37,
 };
 
 /// Bytes per second from L2 to the multiprocessors of the device that the rates are of, as bulk copies reach them.
@@ -183,6 +206,20 @@ impl Prediction {
     /// The same as a branch of the whole, where short calls need no mask.
     pub fn of_branch(problem: &Problem, pass: Pass, facts: &DeviceFacts) -> Self {
         Self::with_lists(problem, pass, facts, Lists::Selected)
+    }
+
+    /// Of the backward as a branch of the whole, with that of the window: behind it, or in one pass with the dense route.
+    pub fn with_window(problem: &Problem, facts: &DeviceFacts, window_size: usize, one_pass: bool) -> Self {
+        let alone = Self::of_branch(problem, Pass::Backward, facts);
+        let (work, vectors) = (Work::of(problem), problem.head_dim as f64 / 128.0);
+        let [rows, seen, of_all] = Work::window(problem, window_size);
+        let ms = |start: f64, us: f64| (start + us * MULTIPROCESSORS / facts.multiprocessors.max(1) as f64) * 1e-3;
+        let window = ms(WINDOW.start, vectors * (rows * WINDOW.row + seen * WINDOW.key) * 1e-3);
+        let mask = if Lists::Selected.are_complete(problem) { 0.0 } else { WINDOW.step_mask };
+        let step = WINDOW.step + mask + WINDOW.step_window * of_all;
+        let both = ms(WINDOW.dense_start, vectors * work.steps * step);
+        let dense_masked = if one_pass { both } else { alone.dense_masked + window };
+        Self { kv_outer: alone.kv_outer + window, dense_masked, ..alone }
     }
 
     pub(super) fn with_lists(problem: &Problem, pass: Pass, facts: &DeviceFacts, lists: Lists) -> Self {
@@ -226,9 +263,9 @@ impl Prediction {
     }
 }
 
-/// The route that is predicted to be faster.
-pub(super) fn faster(problem: &Problem, pass: Pass, facts: &DeviceFacts, lists: Lists) -> Route {
-    Prediction::with_lists(problem, pass, facts, lists).faster()
+/// The route of a forward that is predicted to be faster.
+pub(super) fn faster(problem: &Problem, facts: &DeviceFacts, lists: Lists) -> Route {
+    Prediction::with_lists(problem, Pass::Forward, facts, lists).faster()
 }
 
 /// What there is to do.
@@ -267,6 +304,22 @@ impl Work {
             mask_words: (sequences * num_kv_heads * q * kv.div_ceil(32 * block_size)) as f64,
         }
     }
+
+    /// Query rows, pairs of one and a key of its window, and the part of all pairs that these are.
+    fn window(problem: &Problem, window_size: usize) -> [f64; 3] {
+        let sequences = problem.sequences.max(1);
+        let (q, kv) = (problem.total_q.div_ceil(sequences), problem.total_kv.div_ceil(sequences));
+        let pairs = |most| keys_before(kv, most) - keys_before(kv.saturating_sub(q), most);
+        let (seen, all) = (pairs(window_size.saturating_add(1)), pairs(usize::MAX));
+        let heads = (sequences * problem.num_q_heads) as f64;
+        [q as f64 * heads, seen * heads, if all > 0.0 { seen / all } else { 0.0 }]
+    }
+}
+
+/// Keys that the rows before a position see of the last `most`.
+fn keys_before(position: usize, most: usize) -> f64 {
+    let full = position.min(most) as f64;
+    full * (full + 1.0) / 2.0 + (position as f64 - full) * most as f64
 }
 
 /// Blocks that the rows before a position list in all: each as many as it sees, up to `topk`.

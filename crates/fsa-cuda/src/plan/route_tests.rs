@@ -15,6 +15,9 @@ struct Record {
     bk: usize,
     #[serde(rename = "T")]
     topk: usize,
+    /// Of the window whose backward is in the time.
+    #[serde(default)]
+    window: Option<usize>,
     pass: Pass,
     route: Route,
     ms: f64,
@@ -36,7 +39,13 @@ impl Record {
     }
 
     fn predicted(&self) -> f64 {
-        Prediction::new(&self.problem(), self.pass, &DeviceFacts::h200()).of(self.route)
+        self.prediction().of(self.route)
+    }
+
+    fn prediction(&self) -> Prediction {
+        let (problem, facts) = (self.problem(), DeviceFacts::h200());
+        let with_window = |size| Prediction::with_window(&problem, &facts, size, true);
+        self.window.map_or_else(|| Prediction::new(&problem, self.pass, &facts), with_window)
     }
 
     /// Predicted over measured.
@@ -46,8 +55,10 @@ impl Record {
 }
 
 fn records() -> Vec<Record> {
-    let text = include_str!("../../../../bench/records/h200/2026-11-21-routes.json");
-    serde_json::from_str(text).expect("a list of times")
+    let routes = include_str!("../../../../bench/records/h200/2026-11-21-routes.json");
+    let with_window = include_str!("../../../../bench/records/h200/2026-11-22-routes-window.json");
+    let list = |text| serde_json::from_str::<Vec<Record>>(text).expect("a list of times");
+    [list(routes), list(with_window)].concat()
 }
 
 /// How far a prediction may be from a measurement, either way.
@@ -68,7 +79,7 @@ fn the_faster_route_is_chosen_wherever_it_matters() {
         let [a, b] = pair else { unreachable!("chunks of two") };
         assert_eq!((a.problem(), a.pass), (b.problem(), b.pass), "two routes of one call stand side by side");
         let (faster, slower) = if a.ms < b.ms { (a, b) } else { (b, a) };
-        let chosen = Prediction::new(&a.problem(), a.pass, &DeviceFacts::h200()).faster();
+        let chosen = a.prediction().faster();
         // What a wrong choice may cost.
         if slower.ms > 1.1 * faster.ms {
             assert_eq!(chosen, faster.route, "{faster:?} {slower:?}");
@@ -79,9 +90,8 @@ fn the_faster_route_is_chosen_wherever_it_matters() {
 }
 
 fn problem(tokens: usize, topk: usize) -> Problem {
-    let record =
-        Record { n: tokens, g: 4, hq: 32, d: 128, bk: 64, topk, pass: Pass::Forward, route: Route::KvOuter, ms: 1.0 };
-    record.problem()
+    let (pass, route) = (Pass::Forward, Route::KvOuter);
+    Record { n: tokens, g: 4, hq: 32, d: 128, bk: 64, topk, window: None, pass, route, ms: 1.0 }.problem()
 }
 
 fn with_route(route: Route) -> PlanOptions {
@@ -123,7 +133,10 @@ fn rows_that_list_all_they_see_need_no_mask() {
     let launches = |tokens, lists| {
         let problem = problem(tokens, 16);
         let forward = SelectedPlan::with_lists(&problem, KernelSet::Sm90, &facts, &options, lists);
-        let backward = SelectedBackwardPlan::with_lists(&problem, (KernelSet::Sm90, &facts), &options, lists, true);
+        let backward = match lists {
+            Lists::Given => SelectedBackwardPlan::new(&problem, KernelSet::Sm90, &facts, &options),
+            Lists::Selected => SelectedBackwardPlan::of_branch(&problem, (KernelSet::Sm90, &facts), &options, 512),
+        };
         (forward.launches(), backward.launches())
     };
     assert_eq!(launches(1024, Lists::Selected), (2, 5));

@@ -14,6 +14,10 @@ use fsa_core::{NsaConfig, Result, ScoreHeads};
 use serde::Serialize;
 use std::fmt;
 
+/// Keys of a sequence from which on one pass is faster where a group has one head, as measured on the H200: the warps that attend choose, which
+/// is a fixed cost for every row.
+const ONE_HEAD_KEYS: usize = 8192;
+
 /// A call of stage `select`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct SelectProblem {
@@ -77,17 +81,25 @@ impl SelectProblem {
         self.sizes.specialisation(Kernel::Select, set, self.block_size)
     }
 
-    /// The kernel that attends to the compressed keys and makes the lists, where there is one for these windows and heads.
-    fn one_pass_kernel(&self, set: KernelSet) -> Option<Specialisation> {
-        let (heads, Sizes { dtype, head_dim, .. }) = (self.scored_heads(), self.sizes);
+    /// The kernel that attends to the compressed keys and makes the lists.
+    pub(crate) fn choosing_kernel(&self, set: KernelSet) -> Specialisation {
+        let Sizes { dtype, head_dim, .. } = self.sizes;
         let kernel = Specialisation::new(Kernel::BandSelect, set, dtype, head_dim, self.block_size);
+        kernel.with_one_head(self.sizes.gqa_group_size() == 1)
+    }
+
+    /// The same, where there is one for these windows and heads.
+    fn one_pass_kernel(&self, set: KernelSet) -> Option<Specialisation> {
+        let (heads, kernel) = (self.scored_heads(), self.choosing_kernel(set));
         let suits = heads == self.sizes.gqa_group_size() && band_select::suits(&self.scoring(1), heads);
         (suits && kernel.exists(self.topk)).then_some(kernel)
     }
 
-    /// Whether that kernel is taken: if nobody says so, where its scores fit.
+    /// Whether that kernel is taken: if nobody says so, where it is faster and its scores fit.
     pub(crate) fn takes_one_pass(&self, set: KernelSet, options: &PlanOptions, fits: impl FnOnce() -> bool) -> bool {
-        self.one_pass_kernel(set).is_some() && options.one_pass.unwrap_or_else(fits)
+        let Sizes { total_kv, sequences, .. } = self.sizes;
+        let faster = self.scored_heads() > 1 || total_kv >= sequences * ONE_HEAD_KEYS;
+        self.one_pass_kernel(set).is_some() && options.one_pass.unwrap_or_else(|| faster && fits())
     }
 
     /// The kernels of attention and lists.
@@ -144,7 +156,7 @@ pub enum ListPlan {
     OwnPass(ScorePlan),
 }
 
-/// Attention that leaves the scores of blocks to warps beside it, which choose.
+/// Attention that leaves the scores of blocks, by which warps beside it choose, or its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct ChoicePlan {
     /// Which take one tile after the other.

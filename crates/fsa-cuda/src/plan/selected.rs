@@ -1,6 +1,6 @@
 //! The plans of stage `selected` by either route.
 
-use super::route::{self, Pass, Route};
+use super::route::{self, Pass, Prediction, Route};
 use super::{BackwardPlan, DenseBackwardPlan, DensePlan, ForwardPlan, Lists, PlanOptions, Problem, Workspace};
 use crate::arch::KernelSet;
 use crate::driver::DeviceFacts;
@@ -33,7 +33,7 @@ impl SelectedPlan {
         options: &PlanOptions,
         lists: Lists,
     ) -> Self {
-        let chosen = options.route.unwrap_or_else(|| route::faster(problem, Pass::Forward, facts, lists));
+        let chosen = options.route.unwrap_or_else(|| route::faster(problem, facts, lists));
         let dense = (chosen == Route::DenseMasked).then(|| DensePlan::new(problem, set, options, lists)).flatten();
         dense.map_or_else(|| Self::KvOuter(ForwardPlan::new(problem, facts, options)), Self::DenseMasked)
     }
@@ -93,21 +93,34 @@ pub enum SelectedBackwardPlan {
 impl SelectedBackwardPlan {
     /// Plans a checked problem for the kernels of `set`; see [`SelectedPlan::new`].
     pub fn new(problem: &Problem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Self {
-        Self::with_lists(problem, (set, facts), options, Lists::Given, false)
+        let predicted = || Prediction::new(problem, Pass::Backward, facts).faster();
+        let is_dense = options.route.unwrap_or_else(predicted) == Route::DenseMasked;
+        let dense = is_dense.then(|| DenseBackwardPlan::new(problem, (set, facts), options, None)).flatten();
+        dense.map_or_else(|| Self::KvOuter(BackwardPlan::new(problem, set, facts, options)), Self::DenseMasked)
     }
 
-    /// The same where it is known where the lists come from, and whether the caller has the statistics of all rows.
-    pub(crate) fn with_lists(
+    /// The same as a branch of the whole, whose window is as long: lists of stage `select`, statistics of rows that the caller has,
+    /// and the window in the same pass, where that is possible.
+    pub(crate) fn of_branch(
         problem: &Problem,
         (set, facts): (KernelSet, &DeviceFacts),
         options: &PlanOptions,
-        lists: Lists,
-        gives_stats: bool,
+        window_size: usize,
     ) -> Self {
-        let chosen = options.route.unwrap_or_else(|| route::faster(problem, Pass::Backward, facts, lists));
-        let dense = || DenseBackwardPlan::new(problem, (set, facts), options, lists, gives_stats);
-        let dense = (chosen == Route::DenseMasked).then(dense).flatten();
+        let dense = DenseBackwardPlan::new(problem, (set, facts), options, Some(window_size)).filter(|dense| {
+            let one_pass = dense.window_size.is_some();
+            let predicted = || Prediction::with_window(problem, facts, window_size, one_pass).faster();
+            options.route.unwrap_or_else(predicted) == Route::DenseMasked
+        });
         dense.map_or_else(|| Self::KvOuter(BackwardPlan::new(problem, set, facts, options)), Self::DenseMasked)
+    }
+
+    /// Earlier keys of the window, if it is done in the same pass.
+    pub(crate) fn window_size(&self) -> Option<usize> {
+        match self {
+            Self::KvOuter(_) => None,
+            Self::DenseMasked(plan) => plan.window_size,
+        }
     }
 
     /// Which it is.

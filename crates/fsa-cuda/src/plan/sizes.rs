@@ -178,6 +178,14 @@ impl Keys {
         }
     }
 
+    /// Earlier keys that a window shows.
+    pub fn window_size(&self) -> Option<usize> {
+        match self {
+            Self::Window { window_size } => Some(*window_size),
+            _ => None,
+        }
+    }
+
     /// Bound on the rows of key and value.
     pub fn bound(&self, total_kv: usize) -> usize {
         self.windows().map_or(total_kv, |windows| windows.bound(total_kv))

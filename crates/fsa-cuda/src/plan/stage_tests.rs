@@ -109,15 +109,19 @@ fn makes_lists(problem: &NsaProblem, options: &PlanOptions) -> bool {
 #[test]
 fn compressed_attention_makes_the_lists_where_it_can_and_has_room() {
     let options = PlanOptions::default();
-    for heads in [(32, 16), (32, 8), (32, 2)] {
+    for heads in [(32, 32), (32, 16), (32, 8), (32, 2)] {
         assert!(makes_lists(&nsa(65_536, heads, false), &options), "{heads:?}");
         assert!(!makes_lists(&nsa(262_144, heads, false), &options), "more than the budget: {heads:?}");
     }
+    assert!(
+        [8192, 4096].map(|tokens| makes_lists(&nsa(tokens, (32, 32), true), &options)) == [true, false],
+        "one head"
+    );
     let long = PlanOptions { one_pass: Some(true), ..options };
     assert!(makes_lists(&nsa(262_144, (32, 8), false), &long));
     let never = PlanOptions { one_pass: Some(false), ..options };
     assert!(!makes_lists(&nsa(4096, (32, 8), true), &never));
-    assert!(![(32, 32), (40, 8)].iter().any(|heads| makes_lists(&nsa(4096, *heads, true), &long)), "one head, five");
+    assert!(!makes_lists(&nsa(4096, (40, 8), true), &long), "five heads");
     let usual = nsa(4096, (32, 8), true);
     for problem in [
         NsaProblem { windows: Windows { kernel_size: 64, kernel_stride: 16 }, ..usual },
@@ -227,7 +231,7 @@ proptest! {
         }
         let plan = NsaBackwardPlan::new(&problem, set, &facts, &options);
         check_workspace(&plan.workspace)?;
-        for attention in &plan.attention {
+        for attention in [&plan.compressed].into_iter().chain(&plan.window) {
             check_workspace(&attention.workspace)?;
             check_tiles(&attention.tiles, &sizes, 128)?;
             prop_assert!(attention.splits.is_power_of_two() && attention.splits <= 32);

@@ -65,7 +65,7 @@ fn ranges_of_keys_cover_all_keys_in_whole_blocks() {
     let problem = problem(1_048_576, (32, 8), (64, 16));
     let plan = backward(&problem);
     let ranges: Vec<_> = plan.key_ranges().collect();
-    assert!(ranges.len() > 1 && plan.sum_rows() < problem.total_kv, "{plan}");
+    assert!(ranges.len() > 1 && plan.sum_rows < problem.total_kv, "{plan}");
     assert!(plan.index.chunk_rows(&problem) >= 65_536, "short chunks cost more than ranges: {plan}");
     assert_eq!((ranges[0].start, ranges[ranges.len() - 1].end), (0, problem.total_kv));
     assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start && pair[1].start % problem.block_size == 0));
@@ -78,16 +78,58 @@ fn units_take_heads_of_a_group_in_turn_where_launches_are_long() {
         let (mut problem, mut options) = (problem(tokens, heads, (64, 16)), PlanOptions::default());
         change(&mut problem, &mut options);
         let plan = BackwardPlan::new(&problem, KernelSet::Sm90, &DeviceFacts::h200(), &options);
-        assert!(plan.unit_heads == 1 || plan.finishes_sums(), "{plan}");
+        let shares = plan.heads > plan.unit_heads && plan.unit_heads < plan.problem.gqa_group_size();
+        assert!(plan.unit_heads == 1 || shares || plan.finishes_sums, "{plan}");
         plan.unit_heads
     };
-    let lengths = [8192, 32_768, 65_536].map(|tokens| unit_heads(tokens, (32, 8), |_, _| ()));
-    assert_eq!(lengths, [1, 4, 4]);
+    let lengths = [4096, 8192, 32_768, 65_536].map(|tokens| unit_heads(tokens, (32, 8), |_, _| ()));
+    assert_eq!(lengths, [1, 4, 4, 4]);
     let groups = [(32, 32), (32, 16), (64, 4), (40, 8)].map(|heads| unit_heads(65_536, heads, |_, _| ()));
     assert_eq!(groups, [1, 2, 4, 1]);
     assert_eq!(unit_heads(65_536, (32, 8), |problem, _| problem.dtype = DType::F16), 1);
     assert_eq!(unit_heads(65_536, (32, 8), |_, options| options.query_sums = Some(QuerySums::F32)), 1);
     assert_eq!(unit_heads(65_536, (32, 8), |_, options| options.deterministic = true), 1);
+}
+
+#[test]
+fn a_usual_length_of_the_backward_is_one_index_and_sums_of_few_keys() {
+    let plans = [(32, 32), (32, 8), (32, 2)].map(|heads| backward(&problem(65_536, heads, (64, 16))));
+    let choices = |plan: &BackwardPlan| (plan.kv_heads, plan.lanes, plan.heads, plan.index.packs_sums);
+    assert_eq!(plans.each_ref().map(choices), [(32, 3, 1, true), (8, 2, 4, true), (2, 2, 2, false)]);
+    assert!(plans[1].sum_rows < plans[1].problem.total_kv / 2, "{}", plans[1]);
+    // A lane for every turn at most.
+    assert_eq!(backward(&problem(1024, (32, 8), (64, 16))).lanes, 1);
+}
+
+/// Blocks of one kv head, by how many rows list them, that have several units.
+fn split_blocks(counts: impl Iterator<Item = usize>, plan: &BackwardPlan) -> usize {
+    counts.filter(|count| *count > plan.index.unit_entries).count()
+}
+
+#[test]
+fn packed_sums_have_room_for_all_blocks_of_several_units() {
+    for tokens in [1, 3000, 8192, 20_000, 65_536, 131_072] {
+        for (heads, selection) in [((32, 32), (64, 16)), ((32, 8), (64, 16)), ((32, 16), (16, 64)), ((32, 8), (128, 8))]
+        {
+            let problem = problem(tokens, heads, selection);
+            let plan = backward(&problem);
+            if !plan.index.packs_sums {
+                continue;
+            }
+            let (entries, unit) = (tokens * problem.topk, plan.index.unit_entries);
+            let lists = [
+                // All rows list the same blocks; all list one; as many blocks as can have more than a unit; no row lists any.
+                split_blocks(std::iter::repeat_n(tokens, problem.topk), &plan),
+                split_blocks([entries].into_iter(), &plan),
+                split_blocks(std::iter::repeat_n(unit + 1, (entries / (unit + 1)).min(plan.index.max_blocks)), &plan),
+                split_blocks(std::iter::repeat_n(0, plan.index.max_blocks), &plan),
+            ];
+            let rows = lists.map(|blocks| blocks * problem.block_size);
+            assert!(rows.iter().all(|rows| *rows <= plan.sum_rows), "{rows:?}: {plan}");
+            let bytes = plan.kv_heads_per_launch * plan.sum_rows * problem.head_dim * size_of::<f32>();
+            assert!(plan.sums(0).grad_key.bytes >= bytes && plan.sums(0).grad_value.bytes >= bytes, "{plan}");
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Backward of stage `selected`: index, then head by head and chunk by chunk one KV-major pass.
 
 use super::{BackwardTensors, MANY_LAUNCHES};
-use crate::backward::{BackwardKernels, OverBlocks};
+use crate::backward::{BackwardKernels, Turn};
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
@@ -96,10 +96,7 @@ impl KvOuterBackward {
         }
         for first in (0..problem.num_kv_heads).step_by(self.plan.kv_heads) {
             let end = (first + self.plan.kv_heads).min(problem.num_kv_heads);
-            let mut index = self.plan.index.index(problem, &tensors.forward.topk_indices, first, &workspace);
-            if !self.finishes_sums() {
-                index.block_units = Address::default();
-            }
+            let index = self.plan.index.index(problem, &tensors.forward.topk_indices, first, &workspace);
             let staged = self.plan.index.staged.into();
             let params = IndexParams { layout, index, first_kv_head: first as i32, staged };
             self.index.launch(context.stream, &self.plan.index, end - first, &params)?;
@@ -117,11 +114,6 @@ impl KvOuterBackward {
         Ok(())
     }
 
-    /// Whether units that have a block to themselves finish its sums, so that only those of the others pass through memory.
-    fn finishes_sums(&self) -> bool {
-        self.backward.finishes_sums() && self.plan.finishes_sums()
-    }
-
     /// All gradients of some kv heads and their query heads that a range of keys has part in.
     fn launch_kv_heads(
         &self,
@@ -134,25 +126,18 @@ impl KvOuterBackward {
         let (problem, plan) = (&self.plan.problem, &self.plan.index);
         let group = problem.gqa_group_size();
         let all_heads = kv_heads.start * group..kv_heads.end * group;
-        let params = self.params(pass, sums, &Work { heads: all_heads.clone(), chunk: 0, keys: keys.clone() });
-        if self.finishes_sums() {
-            self.backward.over_blocks(stream, OverBlocks::Clear, plan, kv_heads.len(), &params)?;
-        } else {
-            sums.grad_key.span(&pass.workspace).fill(0, stream)?;
-            sums.grad_value.span(&pass.workspace).fill(0, stream)?;
-        }
-        if self.plan.query_sums == QuerySums::Scaled {
-            self.backward.over_blocks(stream, OverBlocks::Bounds, plan, kv_heads.len(), &params)?;
-        }
-        if problem.total_q > 0 {
-            for head in all_heads.clone().step_by(self.plan.heads) {
-                let heads = head..(head + self.plan.heads).min(all_heads.end);
-                (self.first_chunk(&keys)..plan.num_chunks).try_for_each(|chunk| {
-                    self.launch_chunk(pass, stream, sums, &Work { heads: heads.clone(), chunk, keys: keys.clone() })
-                })?;
+        let first_chunk = self.first_chunk(&keys);
+        for head in all_heads.clone().step_by(self.plan.heads) {
+            let heads = head..(head + self.plan.heads).min(all_heads.end);
+            for chunk in first_chunk..plan.num_chunks {
+                let is_first = head == all_heads.start && chunk == first_chunk;
+                let is_last = heads.end == all_heads.end && chunk + 1 == plan.num_chunks;
+                let work = Work { heads: heads.clone(), chunk, keys: keys.clone() };
+                let params = self.params(pass, sums, &work);
+                self.backward.launch(stream, plan, heads.len(), Turn { is_first, is_last }, &params)?;
             }
         }
-        Ok(self.backward.over_blocks(stream, OverBlocks::Finish, plan, kv_heads.len(), &params)?)
+        Ok(())
     }
 
     /// First chunk of which a row may see a key of the range, as far as shapes say.
@@ -165,19 +150,11 @@ impl KvOuterBackward {
         (first_row / (plan.chunk_tiles * TILE_ROWS)).min(plan.num_chunks - 1)
     }
 
-    fn launch_chunk(&self, pass: &Pass<'_>, stream: &Stream, sums: &LaneSums, work: &Work) -> Result<()> {
-        if self.plan.query_sums != QuerySums::Partials {
-            sums.grad_query.span(&pass.workspace).fill(0, stream)?;
-        }
-        let params = self.params(pass, sums, work);
-        Ok(self.backward.launch(stream, &self.plan.index, work.heads.len(), &params)?)
-    }
-
     fn params(&self, pass: &Pass<'_>, sums: &LaneSums, Work { heads, chunk, keys }: &Work) -> BackwardParams {
         let (problem, tensors, chunk) = (&self.plan.problem, pass.tensors, *chunk);
         let (group, first_head) = (problem.gqa_group_size(), heads.start);
         // Launches of a lane follow one another: the first has its kv heads' sums to itself, unless query heads share them.
-        let first_sums = chunk == 0 && first_head.is_multiple_of(group) && self.plan.owns_sums();
+        let first_sums = chunk == 0 && first_head.is_multiple_of(group) && self.plan.owns_sums;
         let (grad_query, key_bounds) =
             (sums.grad_query.address(&pass.workspace), self.plan.bounds.address(&pass.workspace));
         // The kernels number key rows from 0, the sums hold those of the range; no address before them is ever used.
@@ -205,7 +182,7 @@ impl KvOuterBackward {
                 stats.address().offset(problem.sizes().row_stats_bytes())
             }),
             key_bounds,
-            sum_rows: self.plan.sum_rows() as i64,
+            sum_rows: self.plan.sum_rows as i64,
             scale_log2: scale_log2(pass.softmax_scale),
             scale: pass.softmax_scale,
             group_size: group as i32,
@@ -214,7 +191,7 @@ impl KvOuterBackward {
             unit_heads: self.plan.unit_heads as i32,
             rows: self.plan.index.chunk_rows(problem) as i32,
             first_sums: first_sums.into(),
-            finish_sums: (self.finishes_sums() && heads.end.is_multiple_of(group)).into(),
+            finish_sums: (self.plan.finishes_sums && heads.end.is_multiple_of(group)).into(),
             first_key: keys.start as i32,
             end_key: keys.end as i32,
             given_stats: tensors.row_stats.is_some().into(),

@@ -2,7 +2,7 @@
 
 use super::{BackwardTensors, ForwardTensors};
 use crate::block_mask::BlockMaskKernel;
-use crate::driver::DeviceBatch;
+use crate::driver::{DeviceBatch, DeviceSpan};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale};
 use crate::params::{Band, BlockMask, BlockMaskParams, Branch};
@@ -110,7 +110,7 @@ fn attention<'a>(tensors: &ForwardTensors<'a>) -> AttentionTensors<'a> {
     AttentionTensors { query, key, value, out, lse }
 }
 
-/// A planned backward with its kernels. Equal bits for equal input.
+/// A planned backward with its kernels. Equal bits for equal input, unless the window is done, too.
 #[derive(Debug)]
 pub(super) struct DenseBackward {
     kernels: Arc<Kernels>,
@@ -127,22 +127,21 @@ impl DenseBackward {
         let used = plan.kernels(set);
         problem.check(kernels.device().facts(), &used)?;
         kernels.get(&used)?;
-        let masked = plan.mask.map(|_| problem.block_size);
         Ok(Self {
             kernels: Arc::clone(kernels),
             prepare: kernels.one(&used[0])?,
             mask: MaskStep::new(kernels, problem, plan.attention.problem, plan.mask)?,
-            step: BandBackwardStep::masked(kernels, plan.attention.clone(), masked)?,
+            step: BandBackwardStep::with(kernels, plan.attention.clone(), plan.specialisation(set))?,
             plan,
         })
     }
 
-    /// Gives the backward to the stream.
+    /// Gives the backward to the stream. Where the plan has the window, too, `window_stats` are the statistics of that attention.
     pub(super) fn launch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        tensors: &BackwardTensors<'_>,
+        (tensors, window_stats): (&BackwardTensors<'_>, Option<DeviceSpan<'_>>),
         softmax_scale: f32,
     ) -> Result<()> {
         let (problem, attention_plan) = (&self.plan.problem, &self.plan.attention);
@@ -162,7 +161,8 @@ impl DenseBackward {
             *tensors;
         let forward = attention(&forward);
         let of_attention = AttentionGradTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value };
-        let branch = BranchGrads { row_stats, accumulate, accumulate_keys: accumulate, mask };
+        let window = self.plan.window_size.zip(window_stats);
+        let branch = BranchGrads { row_stats, accumulate, accumulate_keys: accumulate, mask, window };
         self.step.launch(stream, batch, (&tables, &scratch), (&of_attention, &branch), softmax_scale)
     }
 }

@@ -4,7 +4,7 @@ use super::backward::KvOuterBackward;
 use super::dense::{DenseBackward, DenseForward};
 use super::forward::KvOuterForward;
 use super::{BackwardTensors, ForwardTensors};
-use crate::driver::DeviceBatch;
+use crate::driver::{DeviceBatch, DeviceSpan};
 use crate::kernels::Kernels;
 use crate::launch::LaunchContext;
 use crate::params::Branch;
@@ -142,9 +142,20 @@ impl SelectedBackward {
         tensors: &BackwardTensors<'_>,
         softmax_scale: f32,
     ) -> Result<()> {
+        self.launch_branch(context, batch, (tensors, None), softmax_scale)
+    }
+
+    /// The same as a branch of the whole, with the statistics of the rows' attention to the window, which not every plan reads.
+    pub(crate) fn launch_branch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        work: (&BackwardTensors<'_>, Option<DeviceSpan<'_>>),
+        softmax_scale: f32,
+    ) -> Result<()> {
         match &self.way {
-            BackwardWay::KvOuter(backward) => backward.launch(context, batch, tensors, softmax_scale),
-            BackwardWay::Dense(backward) => backward.launch(context, batch, tensors, softmax_scale),
+            BackwardWay::KvOuter(backward) => backward.launch(context, batch, work.0, softmax_scale),
+            BackwardWay::Dense(backward) => backward.launch(context, batch, work, softmax_scale),
         }
     }
 }

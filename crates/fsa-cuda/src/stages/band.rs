@@ -202,6 +202,8 @@ pub(crate) struct BranchGrads<'a> {
     pub accumulate_keys: bool,
     /// Which blocks the rows see, where the kernels take a mask.
     pub mask: BlockMask,
+    /// Where the kernels do the window, too: its earlier keys, and the same statistics of the rows' attention to it.
+    pub window: Option<(usize, DeviceSpan<'a>)>,
 }
 
 /// The gradients alone, for calls that fill the tables themselves.
@@ -215,13 +217,12 @@ pub(crate) struct BandBackwardStep {
 
 impl BandBackwardStep {
     pub(super) fn new(kernels: &Kernels, plan: BandBackwardPlan) -> Result<Self> {
-        Self::masked(kernels, plan, None)
+        let specialisation = plan.specialisation(kernels.set());
+        Self::with(kernels, plan, specialisation)
     }
 
-    /// The same with a mask of blocks of that size.
-    pub(crate) fn masked(kernels: &Kernels, plan: BandBackwardPlan, block_size: Option<usize>) -> Result<Self> {
-        let specialisation = plan.specialisation(kernels.set());
-        let specialisation = block_size.map_or(specialisation, |size| specialisation.with_block_mask(size));
+    /// The same with the kernels of a specialisation: with a mask, or with the window, too.
+    pub(crate) fn with(kernels: &Kernels, plan: BandBackwardPlan, specialisation: Specialisation) -> Result<Self> {
         let multiprocessors = kernels.device().facts().multiprocessors;
         Ok(Self { plan, kernels: kernels.one(&specialisation)?, specialisation, multiprocessors })
     }
@@ -243,13 +244,18 @@ impl BandBackwardStep {
             params.accumulate = branch.accumulate.into();
             params.accumulate_keys = branch.accumulate_keys.into();
             params.band.mask = branch.mask.kv_heads_from(heads.start, sizes.total_q);
+            // Statistics of these heads, and the bounds behind those of all.
+            let given = |stats: &DeviceSpan<'_>| {
+                let skipped = heads.start * sizes.gqa_group_size();
+                let row_stats = part(stats, skipped * sizes.row_stats_bytes() / sizes.num_q_heads);
+                (row_stats.address(), stats.address().offset(sizes.row_stats_bytes()))
+            };
+            if let Some((window_size, stats)) = &branch.window {
+                params.window_size = i32::try_from(*window_size).unwrap_or(i32::MAX);
+                (params.window_stats, params.window_bounds) = given(stats);
+            }
             match &branch.row_stats {
-                Some(stats) => {
-                    let skipped = heads.start * sizes.gqa_group_size();
-                    let row_stats = part(stats, skipped * sizes.row_stats_bytes() / sizes.num_q_heads);
-                    params.row_stats = row_stats.address();
-                    params.row_bounds = stats.address().offset(sizes.row_stats_bytes());
-                }
+                Some(stats) => (params.row_stats, params.row_bounds) = given(stats),
                 None => self.kernels.statistics(stream, &params)?,
             }
             Ok(self.kernels.launch(stream, &self.plan.tiles, self.multiprocessors, &params)?)
@@ -284,6 +290,8 @@ impl BandBackwardStep {
             row_stats: row_stats.map_or(Address::default(), |slot| slot.address(workspace)),
             row_bounds: if bounds.is_some() { key_bounds.offset(BOUNDS_BYTES) } else { key_bounds },
             key_bounds,
+            window_stats: Address::default(),
+            window_bounds: Address::default(),
             grad_query: tensors.grad_query.device(),
             grad_key: tensors.grad_key.device(),
             grad_value: tensors.grad_value.device(),
@@ -297,6 +305,7 @@ impl BandBackwardStep {
             resident: self.multiprocessors as i32,
             accumulate: 0,
             accumulate_keys: 0,
+            window_size: 0,
             query_map: query.map(set, rows, row_boxes, &sizes)?,
             grad_out_map: tensors.grad_out.map(set, rows, row_boxes, &sizes)?,
             key_map: key.map(set, keys, key_boxes, &sizes)?,

@@ -77,9 +77,8 @@ pub(super) struct ChoiceStep {
 
 impl ChoiceStep {
     fn new(kernels: &Kernels, problem: &SelectProblem, tiles: RowTiles, plan: ChoicePlan) -> Result<Self> {
-        let specialisation = problem.sizes.specialisation(Kernel::BandSelect, kernels.set(), problem.block_size);
-        let (kernel, set) = (kernels.one(&specialisation)?, specialisation.set);
-        Ok(Self { problem: *problem, tiles, plan, kernel, set })
+        let set = kernels.set();
+        Ok(Self { problem: *problem, tiles, plan, kernel: kernels.one(&problem.choosing_kernel(set))?, set })
     }
 
     fn launch(

@@ -6,7 +6,9 @@ use super::tensors::NsaBackwardTensors;
 use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
-use crate::plan::{self, Lists, NsaBackwardPlan, NsaProblem, PlanOptions, SelectedBackwardPlan, Sizes, Slot, Tables};
+use crate::plan::{
+    self, DenseBackwardPlan, NsaBackwardPlan, NsaProblem, PlanOptions, SelectedBackwardPlan, Sizes, Slot, Tables,
+};
 use crate::prepare::PrepareKernel;
 use crate::selected::{BackwardTensors, SelectedBackward};
 use crate::source::Kernel;
@@ -29,7 +31,7 @@ pub struct NsaBackward {
     combine: CombineStep,
     compressed: BandBackwardStep,
     selected: SelectedBackward,
-    window: BandBackwardStep,
+    window: Option<BandBackwardStep>,
     rope: Option<RopeTurn>,
     compress: [CompressStep; 2],
     replays: Replays,
@@ -40,8 +42,8 @@ struct Pass<'a> {
     stream: &'a Stream,
     workspace: DeviceSpan<'a>,
     batch: &'a DeviceBatch<'a>,
-    /// Of the compressed keys, of the window.
-    tables: [Tables; 2],
+    /// Of the compressed keys.
+    tables: Tables,
     softmax_scale: f32,
     sizes: Sizes,
 }
@@ -64,25 +66,30 @@ impl NsaBackward {
         let (facts, set) = (kernels.device().facts(), kernels.set());
         check_rope(problem, rope.is_some())?;
         problem.check(facts)?;
-        let options = kernels.routed(&problem.selected(), plan::Pass::Backward, options);
+        let selected = problem.selected();
+        let takes_window = DenseBackwardPlan::takes_window(&selected, set, &kernels.query_sums(options));
+        // Measurements are of the stage by itself.
+        let options = if takes_window {
+            kernels.asked(&selected, options)
+        } else {
+            kernels.routed(&selected, plan::Pass::Backward, options)
+        };
         let plan = NsaBackwardPlan::new(problem, set, facts, &options);
         let pass = plan.pass();
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
-        let selected =
-            SelectedBackwardPlan::with_lists(&pass.selected(), (set, facts), &options, Lists::Selected, true);
+        let selected = SelectedBackwardPlan::of_branch(&pass.selected(), (set, facts), &options, pass.window_size);
         let mut all = pass.kernels(set, &[Kernel::Combine]);
-        all.extend(plan.attention.iter().map(|attention| attention.specialisation(set)));
+        all.extend([&plan.compressed].into_iter().chain(&plan.window).map(|plan| plan.specialisation(set)));
         all.extend(selected.kernels(set));
         kernels.get(&all)?;
-        let [compressed, window] = plan.attention.clone();
         let [key, value] = pass.compress();
         Ok(Self {
             kernels: Arc::clone(kernels),
             prepare: kernels.one(&pass.specialisation(Kernel::Prepare, set))?,
             combine: CombineStep::new(kernels, &problem.sizes)?,
-            compressed: BandBackwardStep::new(kernels, compressed)?,
+            compressed: BandBackwardStep::new(kernels, plan.compressed.clone())?,
             selected: SelectedBackward::of(kernels, selected)?,
-            window: BandBackwardStep::new(kernels, window)?,
+            window: plan.window.clone().map(|window| BandBackwardStep::new(kernels, window)).transpose()?,
             rope: rope.map(|(rope, dim)| RopeTurn::plan(kernels, &pass.sizes, rope, dim)).transpose()?,
             compress: [
                 CompressStep::new(kernels, &key, plan.compress[0])?,
@@ -134,10 +141,10 @@ impl NsaBackward {
     ) -> Result<()> {
         let (plan, stream, workspace) = (&self.plan, context.stream, context.workspace);
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        for tables in &plan.tables {
+        for tables in [&plan.tables].into_iter().chain(&plan.window_tables) {
             self.prepare.launch(stream, &tables.params(batch, &workspace))?;
         }
-        let tables = plan.tables.each_ref().map(|tables| tables.tables(&workspace));
+        let tables = plan.tables.tables(&workspace);
         let sizes = &plan.problem.sizes;
         let one_pass = plan.kv_heads == sizes.num_kv_heads;
         if !one_pass {
@@ -179,8 +186,8 @@ impl NsaBackward {
         self.combine.statistics(stream, (&saved.branches, &saved.lse, gates), grad_out, wanted, heads)
     }
 
-    /// The gradients of query, key and value through every branch: compressed attention writes those of queries, the window
-    /// those of keys and values, and the others add to them.
+    /// The gradients of query, key and value through every branch. Compressed attention writes those of queries, the window those
+    /// of keys and values, and the others add to them; where selected blocks and window are done in one pass, it writes them all.
     fn launch_branches<'a>(
         &self,
         pass: &Pass<'a>,
@@ -203,13 +210,25 @@ impl NsaBackward {
             through(2, [key, tensors.value], [tensors.grad_key, tensors.grad_value]),
         ];
         let [of_compressed, of_selected, of_window] = row_stats.map(Some);
-        let first = BranchGrads { row_stats: of_compressed, accumulate: false, ..BranchGrads::default() };
-        self.compressed.launch(stream, batch, (&tables[0], &scratch), (&compressed, &first), softmax_scale)?;
-        let next = BranchGrads { row_stats: of_window, accumulate: true, ..BranchGrads::default() };
-        self.window.launch(stream, batch, (&tables[1], &scratch), (&window, &next), softmax_scale)?;
-        let selected = selected.selected(tensors.topk_indices);
-        let selected = BackwardTensors { row_stats: of_selected, accumulate: true, ..selected };
-        self.selected.launch(&LaunchContext { stream, workspace: scratch }, batch, &selected, softmax_scale)
+        let through_compressed = |accumulate| {
+            let branch = BranchGrads { row_stats: of_compressed, accumulate, ..BranchGrads::default() };
+            self.compressed.launch(stream, batch, (tables, &scratch), (&compressed, &branch), softmax_scale)
+        };
+        let through_selected = |accumulate| {
+            let selected = selected.selected(tensors.topk_indices);
+            let selected = BackwardTensors { row_stats: of_selected, accumulate, ..selected };
+            let context = LaunchContext { stream, workspace: scratch };
+            self.selected.launch_branch(&context, batch, (&selected, of_window), softmax_scale)
+        };
+        let Some((step, tables)) = self.window.as_ref().zip(self.plan.window_tables) else {
+            through_selected(false)?;
+            return through_compressed(true);
+        };
+        through_compressed(false)?;
+        let branch = BranchGrads { row_stats: of_window, accumulate: true, ..BranchGrads::default() };
+        let tables = tables.tables(&workspace);
+        step.launch(stream, batch, (&tables, &scratch), (&window, &branch), softmax_scale)?;
+        through_selected(true)
     }
 
     /// Gradients of query, key and compressed key, in place.
@@ -221,7 +240,7 @@ impl NsaBackward {
     ) -> Result<()> {
         let Some(rope) = &self.rope else { return Ok(()) };
         let NsaProblem { sizes: Sizes { num_q_heads, num_kv_heads, .. }, windows, .. } = self.plan.pass();
-        let cu_compressed = self.plan.tables[0].compressed(&pass.workspace);
+        let cu_compressed = self.plan.tables.compressed(&pass.workspace);
         let turns = [
             (RopeRows::Query, &tensors.grad_query, num_q_heads),
             (RopeRows::Key, &tensors.grad_key, num_kv_heads),
@@ -256,7 +275,7 @@ impl NsaBackward {
                 grad_position: gradients.position,
                 accumulate: true,
             };
-            let memory = (&pass.tables[0], &pass.workspace);
+            let memory = (&pass.tables, &pass.workspace);
             self.compress[c].backward(pass.stream, pass.batch, memory, &compress)?;
         }
         Ok(())

@@ -1,0 +1,62 @@
+//! The gradients of selected blocks and window in one pass, on a GPU: they need vectors of 128, which few cases of the conformance
+//! suite have.
+
+use fsa_core::{DType, NsaConfig, Stage};
+use fsa_cuda::plan::{Route, Routing};
+use fsa_cuda::{CudaBackend, Environment};
+use fsa_oracle::case::CompressionKind;
+use fsa_oracle::generate::generate;
+use fsa_oracle::suite::run_case;
+use fsa_oracle::{Case, Hostile, Pass};
+
+fn check(cases: impl IntoIterator<Item = Case>) {
+    let routing = Routing::Always(Route::DenseMasked);
+    let environment = Environment { routing, ..Environment::read().expect("valid") };
+    let backend = CudaBackend::with(&environment).expect("a device");
+    for case in cases {
+        let outcome = run_case(&backend, &case);
+        assert!(outcome.passed(), "{case}: {outcome:#?}");
+    }
+}
+
+/// A generated backward of the whole with vectors of 128.
+fn case(number: usize) -> Case {
+    let case = generate(Stage::Nsa, Pass::Backward, DType::Bf16, 2, number);
+    Case { head_dim: 128, value_dim: 128, ..case }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn generated_cases_conform() {
+    check((0..40).map(case));
+}
+
+/// Without weights, whose gradients are sums over all keys.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn what_a_row_does_not_see_does_not_reach_it() {
+    let hostile = |number: usize| Case {
+        hostile: [Hostile::NanFuture, Hostile::NanUnseen][number % 2],
+        key_compression: CompressionKind::Mean,
+        value_compression: CompressionKind::Mean,
+        ..case(number)
+    };
+    check((0..10).map(hostile));
+}
+
+/// A window of nothing but the row itself, and one longer than the sequence; more blocks listed than there are, and one.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn windows_and_lists_of_any_length_conform() {
+    let of = |(window_size, topk): (usize, usize)| Case {
+        query_lens: vec![150, 0, 33, 200],
+        kv_lens: vec![150, 40, 161, 300],
+        num_q_heads: 6,
+        num_kv_heads: 2,
+        head_dim: 128,
+        value_dim: 128,
+        config: NsaConfig { block_size: 16, topk, local_blocks: 1, window_size, ..NsaConfig::default() },
+        ..Case::new(Stage::Nsa, Pass::Backward, DType::Bf16)
+    };
+    check([(0, 2), (1000, 2), (40, 20), (128, 5), (usize::MAX >> 1, 3)].map(of));
+}
