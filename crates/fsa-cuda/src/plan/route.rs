@@ -98,7 +98,7 @@ impl FromStr for Routing {
 }
 
 /// Rates of one pass of the kernels on the H200 with its 132 multiprocessors; other devices are taken to be proportional. Fitted to
-/// `bench/records/h200/2026-11-21-routes.json` and, of KV-outer's backward, to the newer `2026-11-22-routes-window.json`. What is said to be of vectors grows with head_dim and is that of 128.
+/// `bench/records/h200/2026-11-21-routes.json` and, of KV-outer's backward, to the newer `2026-11-22-window-routes.json`. What is said to be of vectors grows with head_dim and is that of 128.
 struct Rates {
     /// KV-outer, microseconds: launches, and units that do not fill the device.
     start: f64,
@@ -154,7 +154,7 @@ const BACKWARD: Rates = Rates {
     skips: 0.5,
 };
 
-/// Rates of the window in the backward of the whole, fitted to `bench/records/h200/2026-11-22-routes-window.json`.
+/// Rates of the window in the backward of the whole, fitted to `bench/records/h200/2026-11-22-window-routes.json`.
 struct WindowRates {
     /// By itself, microseconds: launches; nanoseconds of a query row, and of a key that it sees.
     start: f64,

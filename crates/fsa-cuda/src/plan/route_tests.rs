@@ -56,7 +56,7 @@ impl Record {
 
 fn records() -> Vec<Record> {
     let routes = include_str!("../../../../bench/records/h200/2026-11-21-routes.json");
-    let with_window = include_str!("../../../../bench/records/h200/2026-11-22-routes-window.json");
+    let with_window = include_str!("../../../../bench/records/h200/2026-11-22-window-routes.json");
     let list = |text| serde_json::from_str::<Vec<Record>>(text).expect("a list of times");
     [list(routes), list(with_window)].concat()
 }
