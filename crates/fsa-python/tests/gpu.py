@@ -98,6 +98,21 @@ def everything(setting, name, inputs=None, function=None):
     return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, leaves, weights))]
 
 
+def late(setting, name):
+    """`everything` on a side stream of the device, where the inputs are ready after a while."""
+    device = torch.device(DEVICE)
+    side, sources = torch.cuda.Stream(device), setting.inputs(FUNCTIONS[name], device)
+    inputs = [torch.zeros_like(x) for x in sources]
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for x, source in zip(inputs, sources, strict=True):
+            x.copy_(source.detach())
+        kept = [x.clone() for x in everything(setting, name, [x.requires_grad_() for x in inputs])]
+    side.synchronize()
+    return kept
+
+
 def equal(a, b):
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="the tests of the PyTorch operators 
 import fsa_rs  # noqa: E402
 import gpu  # noqa: E402
 from fsa_rs.nn import FlashSparseAttention, RopeConfig  # noqa: E402
-from gpu import FUNCTIONS, Setting, equal, everything  # noqa: E402
+from gpu import FUNCTIONS, Setting, equal, everything, late  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
@@ -39,21 +39,8 @@ def test_the_current_device_does_not_matter_and_stays(name, current, monkeypatch
 def test_streams_of_both_devices_are_used(name, monkeypatch):
     expected = on("cuda:0", name, monkeypatch)
 
-    def behind_a_wait(setting, name):
-        device = torch.device(gpu.DEVICE)
-        side, sources = torch.cuda.Stream(device), setting.inputs(FUNCTIONS[name], device)
-        late = [torch.zeros_like(x) for x in sources]
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            torch.cuda._sleep(50_000_000)  # inputs are ready after a while, on this stream
-            for x, source in zip(late, sources, strict=True):
-                x.copy_(source.detach())
-            kept = [x.clone() for x in everything(setting, name, [x.requires_grad_() for x in late])]
-        side.synchronize()
-        return kept
-
     for device in DEVICES:
-        equal(expected, on(device, name, monkeypatch, behind_a_wait))
+        equal(expected, on(device, name, monkeypatch, late))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
