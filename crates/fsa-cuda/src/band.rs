@@ -13,6 +13,11 @@ use std::sync::Arc;
 /// Kernels of the file and what they take.
 pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("band", "BandParams")];
 
+/// Keys of a step that Hopper's attention to a window may have instead.
+pub(crate) const WINDOW_STEPS: [usize; 2] = [112, 144];
+/// Largest head_dim for which it may.
+pub(crate) const MAX_WINDOW_STEPS_HEAD_DIM: usize = 128;
+
 /// Shape of a CTA.
 struct Cta {
     rows: usize,
@@ -29,7 +34,8 @@ impl Cta {
             KernelSet::Sm80 => Self { rows: TILE_ROWS, keys: if is_small { 64 } else { 32 }, stages: 1, threads: 128 },
             // Two warpgroups multiply, a third brings in what they need.
             KernelSet::Sm90 => {
-                Self { rows: 2 * TILE_ROWS, keys: if is_small { 128 } else { 64 }, stages: 2, threads: 384 }
+                let keys = specialisation.step_keys.unwrap_or(if is_small { 128 } else { 64 });
+                Self { rows: 2 * TILE_ROWS, keys, stages: 2, threads: 384 }
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The kernel files, embedded in the binary, and the translation unit that is generated around one of them.
 
 use crate::arch::KernelSet;
+use crate::band::{MAX_WINDOW_STEPS_HEAD_DIM, WINDOW_STEPS};
 use crate::band_backward::{MAX_HOPPER_HEAD_DIM, SUMS_HEAD_DIM};
 use crate::plan::MAX_CTA_SMEM_BYTES;
 use crate::{band_select, params};
@@ -172,6 +173,8 @@ pub struct Specialisation {
     pub window_too: bool,
     /// Attention that chooses blocks only: a group has one head.
     pub one_head: bool,
+    /// Hopper's attention to a window only: keys of a step, where they are not what other attentions take.
+    pub step_keys: Option<usize>,
 }
 
 impl Specialisation {
@@ -181,7 +184,8 @@ impl Specialisation {
         let (is_bf16, head_dim) = if depends.rows { (dtype == DType::Bf16, head_dim) } else { (true, 128) };
         let block_size = if depends.block_size { block_size } else { 64 };
         let (query_sums, [block_mask, window_too, one_head]) = (QuerySums::F32, [false; 3]);
-        Self { kernel, set, is_bf16, head_dim, block_size, query_sums, block_mask, window_too, one_head }
+        let step_keys = None;
+        Self { kernel, set, is_bf16, head_dim, block_size, query_sums, block_mask, window_too, one_head, step_keys }
     }
 
     /// The same, or the portable kernel where the set has none of its own.
@@ -212,6 +216,11 @@ impl Specialisation {
     /// The specialisation for groups of one head, or of several.
     pub fn with_one_head(self, one_head: bool) -> Self {
         Self { one_head, ..self }
+    }
+
+    /// The specialisation with steps of so many keys.
+    pub fn with_step_keys(self, step_keys: usize) -> Self {
+        Self { step_keys: Some(step_keys), ..self }
     }
 
     /// Path of its kernel file below `kernels/`: one for all architectures, or the one of its set.
@@ -264,6 +273,7 @@ impl Specialisation {
         let fits = match self.kernel {
             Kernel::BandBackward => portable || self.head_dim <= MAX_HOPPER_HEAD_DIM,
             Kernel::BandSelect => self.head_dim <= band_select::MAX_HEAD_DIM,
+            Kernel::Band => self.step_keys.is_none() || (!portable && self.head_dim <= MAX_WINDOW_STEPS_HEAD_DIM),
             _ => true,
         };
         writes && fits && self.file().is_ok() && self.smem_bytes(topk) <= MAX_CTA_SMEM_BYTES
@@ -331,6 +341,9 @@ impl Specialisation {
         if self.window_too {
             let _ = writeln!(text, "#define FSA_WINDOW_TOO 1");
         }
+        if let Some(step_keys) = self.step_keys {
+            let _ = writeln!(text, "#define FSA_STEP_KEYS {step_keys}");
+        }
         let _ = writeln!(text, "#include \"{file}\"");
         text.push_str(&params::assertions());
         for (expression, value) in self.constants() {
@@ -366,6 +379,9 @@ impl fmt::Display for Specialisation {
         for (_, text) in flags.into_iter().filter(|(is_set, _)| *is_set) {
             f.write_str(text)?;
         }
+        if let Some(step_keys) = self.step_keys {
+            write!(f, " steps of {step_keys}")?;
+        }
         match self.query_sums {
             QuerySums::F32 => Ok(()),
             QuerySums::Scaled => f.write_str(" scaled sums"),
@@ -392,7 +408,10 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                         Kernel::Backward => all.extend(
                             [QuerySums::Scaled, QuerySums::Partials].map(|x| specialisation.with_query_sums(x)),
                         ),
-                        Kernel::Band => all.push(specialisation.with_block_mask(block_size)),
+                        Kernel::Band => {
+                            all.push(specialisation.with_block_mask(block_size));
+                            all.extend(WINDOW_STEPS.map(|step_keys| specialisation.with_step_keys(step_keys)));
+                        }
                         Kernel::BandSelect => all.push(specialisation.with_one_head(true)),
                         Kernel::BandBackward => all.extend([
                             specialisation.with_block_mask(block_size),
@@ -425,66 +444,4 @@ pub fn tabled(set: KernelSet) -> Vec<Specialisation> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::plan::MAX_TOPK;
-
-    #[test]
-    fn the_index_is_compiled_once_per_block_size() {
-        let all = specialisations(KernelSet::Sm90);
-        let count = |kernel| all.iter().filter(|specialisation| specialisation.kernel == kernel).count();
-        assert_eq!(count(Kernel::Index), 5);
-        for kernel in [Kernel::Attend, Kernel::Reduce, Kernel::Backward] {
-            // Large blocks of large heads do not fit.
-            assert!((2 * 20..=2 * 60).contains(&count(kernel)), "{kernel}: {}", count(kernel));
-        }
-        assert!(all.iter().all(|specialisation| specialisation.smem_bytes(1) <= MAX_CTA_SMEM_BYTES));
-    }
-
-    #[test]
-    fn portable_kernels_fit_the_smallest_devices() {
-        let all = specialisations(KernelSet::Sm80);
-        // 5 of the index and of masks, and one that prepares; 2 dtypes, 5 dimensions and 5 block sizes of those of stage `selected`,
-        // partials of the last, of stage `select` and of attention with a mask and its backward; 2 dtypes and 5 dimensions of the six
-        // others.
-        assert_eq!(all.len(), 2 * 5 + 1 + 7 * 50 + 6 * 10);
-        for specialisation in all {
-            // 99 KB on devices of compute capability 8.6 and 8.9, of which plans leave 4 KB alone.
-            assert!(specialisation.smem_bytes(MAX_TOPK) <= 95 << 10, "{specialisation}");
-        }
-    }
-
-    #[test]
-    fn every_kernel_of_a_set_is_its_own_or_portable() {
-        // What one kernel does in a pass, two do everywhere.
-        for kernel in Kernel::ALL.into_iter().filter(|kernel| *kernel != Kernel::BandSelect) {
-            for head_dim in HEAD_DIMS {
-                let own = Specialisation::new(kernel, KernelSet::Sm90, DType::F16, head_dim, 64).or_portable(1);
-                assert!(own.exists(1), "{own}");
-            }
-        }
-        let large = |head_dim| {
-            Specialisation::new(Kernel::BandBackward, KernelSet::Sm90, DType::Bf16, head_dim, 64).or_portable(1).set
-        };
-        assert_eq!((large(128), large(192)), (KernelSet::Sm90, KernelSet::Sm80));
-    }
-
-    #[test]
-    fn every_include_is_embedded() {
-        for (path, text) in FILES {
-            for line in text.lines().filter_map(|line| line.strip_prefix("#include \"")) {
-                let name = line.split('"').next().expect("closed");
-                assert!(FILES.iter().any(|(path, _)| *path == name), "{path} includes {name}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_translation_unit_states_what_the_sides_agree_on() {
-        let attend = Specialisation::new(Kernel::Attend, KernelSet::Sm90, DType::F16, 64, 32);
-        let text = attend.translation_unit().expect("a Hopper kernel");
-        assert!(text.starts_with("#define FSA_HEAD_DIM 64\n#define FSA_BLOCK_SIZE 32\n#define FSA_IS_BF16 0\n"));
-        assert!(text.contains("#include \"attend_sm90.cuh\"\n"));
-        assert!(text.contains("static_assert(Same<decltype(attend), void(AttendParams)>::value"));
-    }
-}
+mod tests;

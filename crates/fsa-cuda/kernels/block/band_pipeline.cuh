@@ -17,7 +17,10 @@
 constexpr bool BLOCK_SCORES = FSA_BLOCK_SCORES != 0, HAS_CHOOSERS = FSA_BLOCK_SCORES == 1;
 constexpr int CONSUMERS = FSA_CONSUMERS, CTA_ROWS = CONSUMERS * TILE_ROWS, CONSUMER_THREADS = CONSUMERS * WARPGROUP;
 constexpr int WARPGROUPS = CONSUMERS + 1 + HAS_CHOOSERS, THREADS = WARPGROUPS * WARPGROUP;
-constexpr int STEP_KEYS = HEAD_DIM <= 128 ? 128 : 64;
+#ifndef FSA_STEP_KEYS       // a window of which 128 is no good part may have another
+#define FSA_STEP_KEYS (HEAD_DIM <= 128 ? 128 : 64)
+#endif
+constexpr int STEP_KEYS = FSA_STEP_KEYS;
 constexpr int CHECKERS = 3, CHECKER_THREADS = CHECKERS * 32;    // warps of the producing warpgroup besides the one that loads
 // Together at most what the warpgroups start with, 168 per thread of three, 128 of four: registers beyond that belong to nobody, and who asks for them waits
 // for ever.
@@ -38,7 +41,7 @@ struct BandWork {
     BandTile tile;
     BandInterval keys;
     i32 kv_head;
-    i32 first_step, steps;
+    i32 steps;
     const i32* listed;          // with a mask of blocks: the steps, of which there are gaps between
 
     // Number `number` of all heads' tiles, those with the most keys first; steps = 0 where there is no tile or it sees no key.
@@ -47,8 +50,7 @@ struct BandWork {
         w.kv_head = number % num_kv_heads;
         w.tile = find_band_tile(band, number / num_kv_heads, w.kv_head);
         w.keys = band_interval(band, w.tile);
-        w.first_step = w.keys.first / STEP_KEYS;
-        w.steps = w.tile.tokens == 0 ? 0 : max_i(0, ceil_div(w.keys.end, STEP_KEYS) - w.first_step);
+        w.steps = w.tile.tokens == 0 ? 0 : ceil_div(max_i(0, w.keys.end - w.keys.first), STEP_KEYS);
         if constexpr (BLOCK_MASK) {
             const i64 list = listed_steps(band, number / num_kv_heads, w.kv_head);
             w.listed = band.mask.steps + list * band.mask.max_steps;
@@ -57,7 +59,7 @@ struct BandWork {
         return w;
     }
     // First key of step n, counted from the last. Scores of blocks are pooled from the first on; they belong to rows that see all keys up to one.
-    FSA_DEVICE int key(int n) const { return BLOCK_MASK ? listed[n] & ~1 : (BLOCK_SCORES ? n : first_step + steps - 1 - n) * STEP_KEYS; }
+    FSA_DEVICE int key(int n) const { return BLOCK_MASK ? listed[n] & ~1 : BLOCK_SCORES ? n * STEP_KEYS : keys.first + (steps - 1 - n) * STEP_KEYS; }
     // Whether some row does not see it as a whole: because of the position, because of its blocks.
     FSA_DEVICE bool has_end(int n) const { return BLOCK_SCORES ? key(n) + STEP_KEYS > keys.end_common : keys.needs_mask(key(n), STEP_KEYS); }
     FSA_DEVICE bool has_gaps(int n) const { return BLOCK_MASK && (listed[n] & 1); }

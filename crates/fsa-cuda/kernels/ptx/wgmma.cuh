@@ -35,6 +35,12 @@ FSA_DEVICE void wgmma_pin(f32 (&d)[COUNT]) {
 #define FSA_REGS_64 \
     FSA_REGS_48 \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FSA_REGS_56 \
+    FSA_REGS_48 \
+    ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define FSA_REGS_72 \
+    FSA_REGS_64 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define FSA_REGS_96 \
     FSA_REGS_64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
@@ -61,6 +67,12 @@ FSA_DEVICE void wgmma_pin(f32 (&d)[COUNT]) {
     FSA_OUTS_48, \
     "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
     "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define FSA_OUTS_56 \
+    FSA_OUTS_48, \
+    "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
+#define FSA_OUTS_72 \
+    FSA_OUTS_64, \
+    "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
 #define FSA_OUTS_96 \
     FSA_OUTS_64, \
     "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), \
@@ -165,6 +177,28 @@ struct Wgmma<128> {
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16" FSA_WGMMA_TYPE
                      "{" FSA_REGS_64 "}, %64, %65, p, 1, 1, %67, %68; }"
                      : FSA_OUTS_64
+                     : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
+    }
+};
+
+template <>
+struct Wgmma<112> {
+    template <int TRANSPOSE_A, int TRANSPOSE_B>
+    static FSA_DEVICE void shared_shared(f32 (&d)[56], u64 a, u64 b, int accumulate) {
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %58, 0; wgmma.mma_async.sync.aligned.m64n112k16" FSA_WGMMA_TYPE
+                     "{" FSA_REGS_56 "}, %56, %57, p, 1, 1, %59, %60; }"
+                     : FSA_OUTS_56
+                     : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
+    }
+};
+
+template <>
+struct Wgmma<144> {
+    template <int TRANSPOSE_A, int TRANSPOSE_B>
+    static FSA_DEVICE void shared_shared(f32 (&d)[72], u64 a, u64 b, int accumulate) {
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %74, 0; wgmma.mma_async.sync.aligned.m64n144k16" FSA_WGMMA_TYPE
+                     "{" FSA_REGS_72 "}, %72, %73, p, 1, 1, %75, %76; }"
+                     : FSA_OUTS_72
                      : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
     }
 };

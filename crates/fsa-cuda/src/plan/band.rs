@@ -10,6 +10,8 @@ use fsa_core::Result;
 use serde::Serialize;
 use std::fmt;
 
+/// What a step of a window costs besides its keys, in keys: between sizes that leave equally much over, fewer steps.
+const STEP_COST: usize = 4;
 /// Parts into which the rows of a tile of keys are cut, at most.
 const MAX_SPLITS: usize = 32;
 /// Rows that a split should walk of those that meet a tile of keys, on average.
@@ -34,6 +36,21 @@ impl BandProblem {
     /// Rows that key and value have room for: for compressed keys the bound from shapes.
     pub fn total_keys(&self) -> usize {
         self.keys.bound(self.sizes.total_kv)
+    }
+
+    /// The kernel of the forward for tiles of rows. The steps of a window follow the first key that a tile sees, so their size is the
+    /// one that leaves least of the last step over: 512 earlier keys and 32 tokens are five steps of 112 and not quite of 128.
+    pub(crate) fn kernel(&self, set: KernelSet, tiles: &RowTiles) -> Specialisation {
+        let kernel = self.sizes.specialisation(Kernel::Band, set, 64);
+        let seen = self.keys.window_size().map(|window| window.saturating_add(tiles.tile_tokens));
+        let Some(seen) = seen.filter(|seen| *seen < self.sizes.total_kv) else { return kernel };
+        let steps =
+            band::WINDOW_STEPS.map(|keys| kernel.with_step_keys(keys)).into_iter().filter(|kernel| kernel.exists(1));
+        let cost = |kernel: &Specialisation| {
+            let keys = band::step_keys(kernel);
+            seen.div_ceil(keys) * (keys + STEP_COST)
+        };
+        std::iter::once(kernel).chain(steps).min_by_key(cost).unwrap_or(kernel)
     }
 
     /// Checks what the kernels support on a device.

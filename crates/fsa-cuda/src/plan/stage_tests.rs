@@ -40,6 +40,23 @@ fn usual_groups_fill_their_tiles() {
 }
 
 #[test]
+fn steps_of_a_window_leave_little_over() {
+    let steps = |heads, window_size, head_dim, set| {
+        let sizes = Sizes { head_dim, ..sizes(8192, heads) };
+        let tiles = RowTiles::new(&sizes, 128);
+        BandProblem { sizes, keys: Keys::Window { window_size } }.kernel(set, &tiles).step_keys
+    };
+    let hopper = |heads, window_size| steps(heads, window_size, 128, KernelSet::Sm90);
+    assert_eq!(hopper((32, 32), 512), None, "640 keys: five steps of 128");
+    assert_eq!(hopper((32, 16), 512), Some(144), "576 keys: four of 144");
+    assert_eq!(hopper((32, 8), 512), Some(112), "544 keys: five of 112");
+    assert_eq!(hopper((32, 2), 512), Some(112));
+    assert_eq!(hopper((32, 8), 8192), None, "rows see every earlier key");
+    assert_eq!(steps((32, 8), 512, 192, KernelSet::Sm90), None);
+    assert_eq!(steps((32, 8), 512, 128, KernelSet::Sm80), None);
+}
+
+#[test]
 fn rows_of_few_keys_are_split_and_those_of_many_are_not() {
     let options = PlanOptions::default();
     let compressed = Keys::Compressed(Windows { kernel_size: 32, kernel_stride: 16 });

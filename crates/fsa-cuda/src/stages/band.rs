@@ -3,7 +3,7 @@
 use super::tensors::passes;
 use super::{AttentionGradTensors, AttentionTensors};
 use crate::arch::KernelSet;
-use crate::band::BandKernel;
+use crate::band::{BandKernel, step_keys};
 use crate::band_backward::BandBackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
@@ -48,17 +48,17 @@ pub(crate) fn band(problem: &BandProblem, tiles: &RowTiles, batch: &DeviceBatch<
     band
 }
 
-/// What an attention takes. A box of keys, or of values, holds the first of every `key_step`.
+/// What an attention takes. A box of keys, or of values, holds `box_keys`, the first of every `key_step`.
 pub(super) fn attention_params(
     (problem, tiles, set): (&BandProblem, &RowTiles, KernelSet),
     (batch, tables): (&DeviceBatch<'_>, &Tables),
     (tensors, branch): (&AttentionTensors<'_>, Branch),
-    key_step: usize,
+    (box_keys, key_step): (usize, usize),
     softmax_scale: f32,
 ) -> Result<BandParams> {
     let sizes = &problem.sizes;
     let (rows, row_boxes) = ([sizes.total_q, sizes.num_q_heads], [tiles.tile_tokens, tiles.tile_heads]);
-    let keys = ([problem.total_keys(), sizes.num_kv_heads], [box_keys(sizes), 1]);
+    let keys = ([problem.total_keys(), sizes.num_kv_heads], [box_keys, 1]);
     Ok(BandParams {
         band: band(problem, tiles, batch, tables),
         query: tensors.query.device(),
@@ -99,8 +99,9 @@ impl BandStep {
         tiles: RowTiles,
         block_size: Option<usize>,
     ) -> Result<Self> {
-        let specialisation = problem.sizes.specialisation(Kernel::Band, kernels.set(), 64);
-        let specialisation = block_size.map_or(specialisation, |size| specialisation.with_block_mask(size));
+        let unmasked = || problem.kernel(kernels.set(), &tiles);
+        let masked = |size| problem.sizes.specialisation(Kernel::Band, kernels.set(), size).with_block_mask(size);
+        let specialisation = block_size.map_or_else(unmasked, masked);
         let (kernel, multiprocessors) = (kernels.one(&specialisation)?, kernels.device().facts().multiprocessors);
         Ok(Self { problem: *problem, tiles, kernel, specialisation, multiprocessors })
     }
@@ -129,7 +130,8 @@ impl BandStep {
             return Ok(());
         }
         let call = (&self.problem, &self.tiles, self.specialisation.set);
-        let mut params = attention_params(call, (batch, tables), (tensors, branch), 1, softmax_scale)?;
+        let boxes = (step_keys(&self.specialisation), 1);
+        let mut params = attention_params(call, (batch, tables), (tensors, branch), boxes, softmax_scale)?;
         params.band.mask = mask;
         Ok(self.kernel.launch(stream, &self.tiles, self.multiprocessors, &params)?)
     }
@@ -150,12 +152,14 @@ impl BandForward {
     /// # Errors
     /// The kernels do not support the problem, or cannot be had.
     pub fn plan(kernels: &Arc<Kernels>, problem: &BandProblem) -> Result<Self> {
-        let used = [Kernel::Prepare, Kernel::Band].map(|k| problem.sizes.specialisation(k, kernels.set(), 64));
+        let set = kernels.set();
+        let [prepare, any] = [Kernel::Prepare, Kernel::Band].map(|k| problem.sizes.specialisation(k, set, 64));
+        let plan = BandPlan::new(problem, &any);
+        let used = [prepare, problem.kernel(set, &plan.tiles)];
         problem.check(kernels.device().facts(), &used)?;
         kernels.get(&used)?;
-        let plan = BandPlan::new(problem, &used[1]);
         let step = BandStep::new(kernels, problem, plan.tiles)?;
-        Ok(Self { kernels: Arc::clone(kernels), plan, prepare: kernels.one(&used[0])?, step })
+        Ok(Self { kernels: Arc::clone(kernels), plan, prepare: kernels.one(&prepare)?, step })
     }
 
     /// Tiles and workspace.

@@ -92,7 +92,8 @@ impl ChoiceStep {
         let Self { problem, tiles, plan, kernel, set } = self;
         let call = (&problem.attention(), tiles, *set);
         let work = (tensors, branch);
-        let mut attention = attention_params(call, (batch, tables), work, GROUP_KEYS, softmax_scale)?;
+        let boxes = (box_keys(&problem.sizes), GROUP_KEYS);
+        let mut attention = attention_params(call, (batch, tables), work, boxes, softmax_scale)?;
         if branch.discards != 0 {
             // No selection reads it.
             attention.lse = Address::default();

@@ -82,9 +82,8 @@ class Operator:
             self.on_cpu, self.on_cuda = (_Route(kernel, None) for kernel in kernels)
         else:
             registered.register_autograd(differentiate, setup_context=save)
-            self.on_cpu, self.on_cuda = (
-                _Route(kernel, _function(name, kernel, save, differentiate)) for kernel in kernels
-            )
+            function = _function(name, save, differentiate)
+            self.on_cpu, self.on_cuda = (_Route(kernel, function) for kernel in kernels)
         self.operator = getattr(torch.ops.fsa_rs, name).default
 
     def __call__(self, *arguments: Any) -> Any:
@@ -106,17 +105,23 @@ class Operator:
                 return self.operator(*arguments)
         if not (differentiates and torch.is_grad_enabled()):
             return route.kernel(*arguments)
-        # The operator of a backward refuses to be differentiated.
-        return self.operator(*arguments) if route.function is None else route.function.apply(*arguments)
+        if route.function is None:
+            return self.operator(*arguments)  # that of a backward, which refuses to be differentiated
+        with torch.no_grad():
+            output = route.kernel(*arguments)
+        return route.function.apply(*arguments, output)
 
 
-def _function(
-    name: str, kernel: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]
-) -> Any:
+def _function(name: str, save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]) -> Any:
+    """The node of autograd of a call whose output, the last argument, is there: the device works while it is made."""
+
     def forward(ctx: Any, *arguments: Any) -> Any:
-        output = kernel(*arguments)
-        save(ctx, arguments, output)
+        *inputs, output = arguments
+        save(ctx, tuple(inputs), output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return (*differentiate(ctx, *grads), None)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return new_class(f"fsa_rs_{name}", (torch.autograd.Function,), exec_body=lambda body: body.update(methods))

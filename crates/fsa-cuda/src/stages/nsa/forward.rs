@@ -73,7 +73,8 @@ impl NsaForward {
         let pass = plan.pass();
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
         let selected = SelectedPlan::with_lists(&plan.part().selected(), set, facts, &options, Lists::Selected);
-        let mut all = pass.kernels(set, &[Kernel::Band]);
+        let mut all = pass.kernels(set, &[]);
+        all.push(plan.part().window().kernel(set, &plan.attention));
         all.extend(pass.select().kernels(set, plan.lists.is_one_pass()));
         all.extend(selected.kernels(set));
         kernels.get(&all)?;

@@ -1,0 +1,61 @@
+use super::*;
+use crate::plan::MAX_TOPK;
+
+#[test]
+fn the_index_is_compiled_once_per_block_size() {
+    let all = specialisations(KernelSet::Sm90);
+    let count = |kernel| all.iter().filter(|specialisation| specialisation.kernel == kernel).count();
+    assert_eq!(count(Kernel::Index), 5);
+    for kernel in [Kernel::Attend, Kernel::Reduce, Kernel::Backward] {
+        // Large blocks of large heads do not fit.
+        assert!((2 * 20..=2 * 60).contains(&count(kernel)), "{kernel}: {}", count(kernel));
+    }
+    assert!(all.iter().all(|specialisation| specialisation.smem_bytes(1) <= MAX_CTA_SMEM_BYTES));
+}
+
+#[test]
+fn portable_kernels_fit_the_smallest_devices() {
+    let all = specialisations(KernelSet::Sm80);
+    // 5 of the index and of masks, and one that prepares; 2 dtypes, 5 dimensions and 5 block sizes of those of stage `selected`,
+    // partials of the last, of stage `select` and of attention with a mask and its backward; 2 dtypes and 5 dimensions of the six
+    // others.
+    assert_eq!(all.len(), 2 * 5 + 1 + 7 * 50 + 6 * 10);
+    for specialisation in all {
+        // 99 KB on devices of compute capability 8.6 and 8.9, of which plans leave 4 KB alone.
+        assert!(specialisation.smem_bytes(MAX_TOPK) <= 95 << 10, "{specialisation}");
+    }
+}
+
+#[test]
+fn every_kernel_of_a_set_is_its_own_or_portable() {
+    // What one kernel does in a pass, two do everywhere.
+    for kernel in Kernel::ALL.into_iter().filter(|kernel| *kernel != Kernel::BandSelect) {
+        for head_dim in HEAD_DIMS {
+            let own = Specialisation::new(kernel, KernelSet::Sm90, DType::F16, head_dim, 64).or_portable(1);
+            assert!(own.exists(1), "{own}");
+        }
+    }
+    let large = |head_dim| {
+        Specialisation::new(Kernel::BandBackward, KernelSet::Sm90, DType::Bf16, head_dim, 64).or_portable(1).set
+    };
+    assert_eq!((large(128), large(192)), (KernelSet::Sm90, KernelSet::Sm80));
+}
+
+#[test]
+fn every_include_is_embedded() {
+    for (path, text) in FILES {
+        for line in text.lines().filter_map(|line| line.strip_prefix("#include \"")) {
+            let name = line.split('"').next().expect("closed");
+            assert!(FILES.iter().any(|(path, _)| *path == name), "{path} includes {name}");
+        }
+    }
+}
+
+#[test]
+fn a_translation_unit_states_what_the_sides_agree_on() {
+    let attend = Specialisation::new(Kernel::Attend, KernelSet::Sm90, DType::F16, 64, 32);
+    let text = attend.translation_unit().expect("a Hopper kernel");
+    assert!(text.starts_with("#define FSA_HEAD_DIM 64\n#define FSA_BLOCK_SIZE 32\n#define FSA_IS_BF16 0\n"));
+    assert!(text.contains("#include \"attend_sm90.cuh\"\n"));
+    assert!(text.contains("static_assert(Same<decltype(attend), void(AttendParams)>::value"));
+}
