@@ -6,7 +6,7 @@
 use crate::arch::KernelSet;
 use crate::cache::replace;
 use crate::plan::{Pass, Problem, Route};
-use crate::source::headers;
+use crate::source::files;
 use serde::Serialize;
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -54,7 +54,7 @@ impl MeasuredRoutes {
     pub fn new(folder: Option<PathBuf>, device: &str, set: KernelSet) -> Self {
         let mut prefix = blake3::Hasher::new();
         if folder.is_some() {
-            let kernels = headers().iter().flat_map(|(name, text)| [*name, *text]);
+            let kernels = files().iter().flat_map(|(name, text)| [*name, *text]);
             [device, set.name()].into_iter().chain(kernels).for_each(|text| part(&mut prefix, text));
         }
         Self { folder: folder.map(|folder| folder.join("routes")), prefix, known: Mutex::default() }

@@ -82,7 +82,7 @@ impl Compiler {
             Err(missing) => self.cache.last_compiler().ok_or(missing)?,
         };
         let options = options(arch);
-        let key = KernelCache::key(&source, headers(), &options, version);
+        let key = KernelCache::key(&source, &headers(&source), &options, version);
         if let Some(cubin) = self.cache.get(&key) {
             return Ok(cubin);
         }
@@ -108,7 +108,7 @@ impl Compiler {
             return Err(CudaError::ArchUnknown { version, arch });
         }
         let name = format!("{specialisation}.cu");
-        nvrtc.compile(&name, source, headers(), &options(arch)).map_err(|(status, log)| CudaError::Compile {
+        nvrtc.compile(&name, source, &headers(source), &options(arch)).map_err(|(status, log)| CudaError::Compile {
             version,
             file: specialisation.to_string(),
             arch,

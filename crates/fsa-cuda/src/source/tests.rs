@@ -44,11 +44,23 @@ fn every_kernel_of_a_set_is_its_own_or_portable() {
 #[test]
 fn every_include_is_embedded() {
     for (path, text) in FILES {
-        for line in text.lines().filter_map(|line| line.strip_prefix("#include \"")) {
-            let name = line.split('"').next().expect("closed");
+        for name in includes(text) {
             assert!(FILES.iter().any(|(path, _)| *path == name), "{path} includes {name}");
         }
     }
+}
+
+#[test]
+fn headers_are_those_that_a_unit_includes() {
+    let names = |kernel| {
+        let unit =
+            Specialisation::new(kernel, KernelSet::Sm90, DType::Bf16, 128, 64).translation_unit().expect("is there");
+        headers(&unit).into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+    };
+    let (attend, band) = (names(Kernel::Attend), names(Kernel::Band));
+    assert!(attend.contains(&"attend_sm90.cuh") && attend.contains(&"base/types.cuh"), "itself, and through others");
+    assert!(band.contains(&"block/band_rows.cuh") && !attend.contains(&"block/band_rows.cuh"));
+    assert!(attend.is_sorted() && attend.len() < files().len());
 }
 
 #[test]
