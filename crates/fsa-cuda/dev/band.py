@@ -9,7 +9,7 @@ import torch
 import sets
 from driver import Module, cuda
 from band_params import Band, BandBackwardParams, BandParams, BandSelectParams, PrepareParams, SelectParams, TensorMap, aligned
-from params import Tensor
+from params import SumBounds, Tensor
 
 DEVICE = "cuda"
 HOPPER = sets.SET == "sm90"
@@ -154,8 +154,9 @@ def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits
     if one_pass:
         bounds = s.__dict__.setdefault("bounds", torch.zeros(4, dtype=torch.int32, device=DEVICE))
         p.key_bounds, p.row_bounds = bounds.data_ptr(), (given[1] if given else bounds[2:]).data_ptr()
+        p.sums[0] = SumBounds(p.row_bounds, p.key_bounds)
         if window:
-            p.window_size, p.window_stats, p.window_bounds = window[0], window[1].data_ptr(), window[2].data_ptr()
+            p.window_size, p.window_stats, p.sums[1] = window[0], window[1].data_ptr(), SumBounds(window[2].data_ptr(), p.key_bounds)
         p.sums_map = tensor_map(gq.view(torch.float16), s.tile_tokens, s.tile_heads)
         targets, of_bounds = -(-gq.numel() * 2 // 16384), -(-s.cu_keys[-1] // 64) * s.hk
         if only is None:

@@ -1,7 +1,7 @@
 """The parameter structs of the stages with an interval of keys, and the driver's tensor maps; field for field as kernels/base/params.cuh."""
 import ctypes
 from ctypes import c_void_p as ptr, c_int32 as i32, c_int64 as i64, c_float as f32, c_uint64 as u64
-from params import Branch, Tensor
+from params import Branch, SumBounds, SumKeys, Tensor
 
 
 class TensorMap(ctypes.Structure):
@@ -62,7 +62,7 @@ class BandSelectParams(ctypes.Structure):
 
 class BandBackwardParams(ctypes.Structure):
     _pack_ = 1
-    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats", "row_bounds", "key_bounds", "window_stats", "window_bounds")] + [
+    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats", "row_bounds", "key_bounds")] + [("sums", SumBounds * 3), ("other", SumKeys), ("window_stats", ptr)] + [
         (n, Tensor) for n in ("grad_query", "grad_key", "grad_value")] + [("partial_keys", ptr), ("scale_log2", f32), ("scale", f32)] + [
         (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits", "resident", "accumulate", "accumulate_keys", "window_size")] + [
         (n, TensorMap) for n in ("query_map", "grad_out_map", "key_map", "value_map", "sums_map")])

@@ -39,8 +39,16 @@ class ReduceParams(ctypes.Structure):
                 ("partial_lse", ptr), ("lse", ptr), ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32), ("branch", Branch)]
 
 
+class SumBounds(ctypes.Structure):
+    _fields_ = [("rows", ptr), ("keys", ptr)]
+
+
+class SumKeys(ctypes.Structure):
+    _fields_ = [("key", Tensor), ("value", Tensor), ("cu_keys", ptr), ("bounds", ptr)]
+
+
 class BackwardParams(ctypes.Structure):
     _fields_ = [("layout", Layout), ("index", Index)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [
         (n, ptr) for n in ("lse", "grad_lse", "row_stats", "grad_query", "partial")] + [
-        ("grad_query_out", Tensor), ("grad_key_out", Tensor), ("grad_value_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("row_bounds", ptr), ("key_bounds", ptr), ("sum_rows", i64), ("scale_log2", f32), ("scale", f32)] + [
+        ("grad_query_out", Tensor), ("grad_key_out", Tensor), ("grad_value_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("row_bounds", ptr), ("key_bounds", ptr), ("sums", SumBounds * 3), ("sum_rows", i64), ("scale_log2", f32), ("scale", f32)] + [
         (n, i32) for n in ("group_size", "chunk", "first_head", "unit_heads", "rows", "first_sums", "finish_sums", "first_key", "end_key", "given_stats", "accumulate", "accumulate_keys")]

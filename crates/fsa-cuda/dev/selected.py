@@ -226,7 +226,7 @@ class SelectedBackward(Selected):
                     a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
                                          grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, *(tensor(x) for x in grads),
                                          self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(),
-                                         self.bounds.data_ptr() + 8 * self.hk, self.bounds.data_ptr(), self.sum_rows, self.scale * math.log2(math.e), self.scale, group,
+                                         self.bounds.data_ptr() + 8 * self.hk, self.bounds.data_ptr(), (P.SumBounds * 3)(), self.sum_rows, self.scale * math.log2(math.e), self.scale, group,
                                          chunk, head, self.unit_heads, self.rows, int(self.owns_sums and chunk == 0 and head % group == 0),
                                          int(self.finishes_sums and (head + heads) % group == 0), 0, total_kv, 0, 0, 0)
                     first_blocks = p.max_blocks if head == kv_head * group and chunk == 0 else 0

@@ -2,7 +2,8 @@
 //        of keys meets its rows once, for grad_key and grad_value and for its part of grad_query, which is added to the target itself, as f16 in the place of
 //        bf16 and scaled so that nothing overflows (block/query_sums.cuh). The order of these additions is that of time.
 //        band_sums_open clears the target and takes the bounds of keys, band_delta those of rows where the caller has no statistics; band_sums_finish
-//        makes bf16 of f16 in place, band_backward_merge adds up splits. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO the
+//        makes bf16 of f16 in place, band_backward_merge adds up splits. Several attentions may add to one target: the first opens it for all, the last
+//        finishes. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO the
 //        rows also attend to their last keys in a softmax of its own: scores and dP are common, so five products do both.
 // GRID   (tiles of 128 keys, kv heads, splits) as the pass of keys: block/key_walk.cuh.
 // ROLES  Two warpgroups of 64 keys consume tiles of 64 rows, and multiply half the columns each of dS K. Of a third two warps bring the rows, and a thread
@@ -123,14 +124,6 @@ typedef RowRing<SumRecords, ROW_STAGES> SumRowRing;
 constexpr int DS_BYTES = CTA_KEYS * 128, SUM_COLUMNS = HEAD_DIM / CONSUMERS, SUM_BYTES = SUM_ROWS * SUM_COLUMNS * 2;
 constexpr int SUMS_SMEM_BYTES = 2 * KeyTile::BYTES + SumRowRing::BYTES + DS_STAGES * DS_BYTES + CONSUMERS * SUM_BYTES;
 typedef f32 SumColumns[SUM_COLUMNS / 2];
-
-// Sums of two attentions stay below the sum of their bounds: half of the smaller scale.
-FSA_DEVICE SumScale scale_of(const BandBackwardParams& p) {
-    const SumScale one = sum_scale(*p.row_bounds, *p.key_bounds);
-    if constexpr (!WINDOW_TOO) return one;
-    const SumScale other = sum_scale(*p.window_bounds, *p.key_bounds);
-    return {0.5f * fminf(one.scale, other.scale), 2.0f * fmaxf(one.inverse, other.inverse)};
-}
 
 struct SumMemory {
     u32 key, value, ds, sums;
@@ -327,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
     __shared__ f32 scale;
     if (threadIdx.x == 0) {
         w = KeyWork::find(p.band, p.num_kv_heads, p.resident);
-        scale = scale_of(p).scale;
+        scale = sum_scale(p.sums).scale;
     }
     __syncthreads();
     if (w.rows.keys <= 0) return;
@@ -387,17 +380,23 @@ FSA_DEVICE void for_each_target(const BandBackwardParams& p, F f) {
     }
 }
 
-// Zeros in grad_query; the first ctas take the bounds of some keys of a head each.
+// Zeros in grad_query; the first ctas take the bounds of some keys of a head each, and of the other keys, of which there are no more.
 extern "C" __global__ void __launch_bounds__(SMALL_THREADS) band_sums_open(const __grid_constant__ BandBackwardParams p) {
     for_each_target(p, [](char* at, int) { store_global(at, Vec4{0, 0, 0, 0}); });
     const int head = blockIdx.x % p.num_kv_heads, first = blockIdx.x / p.num_kv_heads * OPEN_KEYS;
-    const int keys = min_i(p.band.cu_keys[p.band.batch] - first, OPEN_KEYS);        // total_keys may be a bound
-    if (keys > 0) raise_key_bounds<SMALL_THREADS>(p.key_bounds, p.key, p.value, head, first, keys);
+    const auto raise = [&](const SumKeys& of) {
+        const int keys = min_i(of.cu_keys[p.band.batch] - first, OPEN_KEYS);        // total_keys may be a bound
+        if (keys > 0) raise_key_bounds<SMALL_THREADS>(of.bounds, of.key, of.value, head, first, keys);
+    };
+    raise({p.key, p.value, p.band.cu_keys, p.key_bounds});
+    if (p.other.bounds == nullptr) return;
+    __syncthreads();
+    raise(p.other);
 }
 
 // bf16 of the sums, in their place.
 extern "C" __global__ void __launch_bounds__(SMALL_THREADS) band_sums_finish(const __grid_constant__ BandBackwardParams p) {
-    const f32 scale = p.scale * scale_of(p).inverse;
+    const f32 scale = p.scale * sum_scale(p.sums).inverse;
     const auto finish = [&](u32 word) {
         f32 low, high;
         unpack_sums(word, low, high);

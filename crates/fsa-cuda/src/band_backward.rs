@@ -5,6 +5,7 @@
 //! Kernel files: `kernels/band_backward_sm90.cuh`, `kernels/band_backward_sm80.cuh`, `kernels/band_sums_sm90.cuh`.
 
 use crate::arch::KernelSet;
+use crate::backward::Turn;
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::{BandBackwardParams, TILE_ROWS};
@@ -217,7 +218,7 @@ impl BandBackwardKernels {
     pub(crate) fn launch(
         &self,
         stream: &Stream,
-        tiles: &RowTiles,
+        (tiles, turn): (&RowTiles, Turn),
         multiprocessors: usize,
         params: &BandBackwardParams,
     ) -> Result<()> {
@@ -238,9 +239,13 @@ impl BandBackwardKernels {
                 let targets = (band.total_q as usize * query_heads(params) * row_bytes).div_ceil(TARGET_BYTES);
                 let of_bounds = (band.total_keys as usize).div_ceil(OPEN_KEYS) * kv_heads;
                 let small = |ctas: usize| dims([ctas, 1, 1], SMALL_THREADS, 0);
-                open.launch(stream, small(targets.max(of_bounds)), params)?;
+                if turn.is_first {
+                    open.launch(stream, small(targets.max(of_bounds)), params)?;
+                }
                 sums.launch(stream, dims(of_keys, threads, sums_smem_bytes(&self.specialisation)), params)?;
-                finish.launch(stream, small(targets), params)?;
+                if turn.is_last {
+                    finish.launch(stream, small(targets), params)?;
+                }
             }
         }
         if params.splits == 1 {

@@ -10,7 +10,7 @@ use fsa_cuda::stages::{
 use fsa_cuda::{CudaBackend, KernelSet};
 
 const HEADS: [usize; 2] = [8, 4];
-const DIM: usize = 64;
+const DIM: usize = 128;
 const SCALE: f32 = 0.125;
 
 /// Three sequences, one without rows, one with fewer rows than keys.
@@ -296,9 +296,12 @@ fn backward(call: &Call, saved: &Saved, ids: &DeviceBuffer, options: PlanOptions
     assert_eq!(planned.plan_value().kv_heads == 1, options.budget_bytes == 0, "{}", planned.plan_value());
     let workspace = call.memory(planned.workspace_bytes());
     let like = |buffer: &DeviceBuffer| call.memory(buffer.span().size_bytes());
-    let gradients = [&call.query, &call.key, &call.value, &call.gates].map(like);
+    let gradients = [&call.key, &call.value, &call.gates].map(like);
     let parameters = call.parameters.each_ref().map(|both| both.each_ref().map(|buffer| buffer.as_ref().map(like)));
-    let [grad_query, grad_key, grad_value, grad_gates] = &gradients;
+    let [grad_key, grad_value, grad_gates] = &gradients;
+    // Its rows have gaps.
+    let row = (HEADS[0] + 1) * DIM;
+    let grad_query = call.memory(problem().sizes.total_q * row * 2);
     let tensors = NsaBackwardTensors {
         query: of_q(&call.query),
         key: of_kv(&call.key),
@@ -308,15 +311,23 @@ fn backward(call: &Call, saved: &Saved, ids: &DeviceBuffer, options: PlanOptions
         saved: saved.tensors(),
         topk_indices: ids.span(),
         grad_out: of_q(&call.grad_out),
-        grad_query: of_q(grad_query),
+        grad_query: TensorSpan { row_stride: row, ..of_q(&grad_query) },
         grad_key: of_kv(grad_key),
         grad_value: of_kv(grad_value),
         grad_gates: grad_gates.span(),
         grad_parameters: spans(&parameters),
     };
     planned.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE).expect("launches");
-    let all = gradients.iter().chain(parameters.iter().flatten().flatten());
-    all.map(|buffer| call.words(buffer).into_iter().map(|word| bf16::from_bits(word).to_f32()).collect()).collect()
+    let mut rows = call.words(&grad_query);
+    assert!(
+        rows.chunks(row).all(|row| row[HEADS[0] * DIM..].iter().all(|word| *word == 0xffff)),
+        "gaps are left alone"
+    );
+    let mut number = 0..;
+    rows.retain(|_| number.next().is_some_and(|number| number % row < HEADS[0] * DIM));
+    let others = gradients.iter().chain(parameters.iter().flatten().flatten()).map(|buffer| call.words(buffer));
+    let numbers = |words: Vec<u16>| words.into_iter().map(|word| bf16::from_bits(word).to_f32()).collect();
+    std::iter::once(rows).chain(others).map(numbers).collect()
 }
 
 #[test]

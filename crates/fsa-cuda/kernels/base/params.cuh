@@ -129,6 +129,18 @@ struct ReduceParams {
     Branch branch;
 };
 
+// What bounds an attention's part of scaled sums of grad_query.
+struct SumBounds {
+    const RowBounds* rows;
+    const KeyBounds* keys;
+};
+// Keys whose bounds are raised; null where there are none.
+struct SumKeys {
+    Tensor key, value;
+    const i32* cu_keys;         // [batch + 1] rows of key and value
+    KeyBounds* bounds;
+};
+
 struct BackwardParams {
     Layout layout;
     Index index;                // has_dense = 0: every listed block is an entry
@@ -146,6 +158,7 @@ struct BackwardParams {
     f32* grad_value;            // the same
     RowBounds* row_bounds;      // [num_q_heads], or one given by the caller for all; zero before the first launch. With FSA_SCALED_SUMS
     KeyBounds* key_bounds;      // [num_kv_heads], the same
+    SumBounds sums[3];          // where grad_query_out holds sums of other attentions, those of BandBackwardParams: it becomes the gradient of all
     i64 sum_rows;               // rows of the sums of a kv head; without packs_sums the first is that of first_key
     f32 scale_log2;
     f32 scale;
@@ -261,8 +274,9 @@ struct BandBackwardParams {
     RowStats* row_stats;        // [num_q_heads, total_q]
     RowBounds* row_bounds;      // of all rows, raised where row_stats are written; null where grad_query is not added up in memory
     KeyBounds* key_bounds;      // of all keys; both zero before the first launch
+    SumBounds sums[3];          // of all attentions that add to grad_query in memory, null behind the last; their kernels take them in the same order
+    SumKeys other;              // keys of another of them
     const RowStats* window_stats;       // with FSA_WINDOW_TOO: of the same rows and keys in a softmax of its own, that of the last window_size earlier keys
-    const RowBounds* window_bounds;
     Tensor grad_query, grad_key, grad_value;
     f32* partial_keys;          // [splits, 2, total_keys, num_kv_heads, HEAD_DIM] f32 in natural order; null where splits = 1
     f32 scale_log2;

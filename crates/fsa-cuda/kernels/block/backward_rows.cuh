@@ -61,7 +61,7 @@ FSA_DEVICE void store_columns(char* target, Vec4 sums, f32 scale, bool accumulat
 // The scale of a launch's head, the same in all kernels and ctas of the launch.
 FSA_DEVICE SumScale launch_scale(const BackwardParams& p, int launch_head) {
     const int head = p.first_head + launch_head;
-    return sum_scale(p.row_bounds[p.given_stats ? 0 : head], p.key_bounds[head / p.group_size]);
+    return sum_scale(log2_bound(p.row_bounds[p.given_stats ? 0 : head], p.key_bounds[head / p.group_size]));
 }
 
 FSA_DEVICE f32 dot_pairs(f32 sum, u32 a, u32 b) { return fmaf(unpack_lo(a), unpack_lo(b), fmaf(unpack_hi(a), unpack_hi(b), sum)); }
@@ -167,6 +167,10 @@ extern "C" __global__ void __launch_bounds__(256) backward_prepare(const __grid_
     }
 }
 
+// grad_query of rows, from scaled f16 or f32 sums or 16-bit partials, times the softmax scale.
+#if FSA_QUERY_PARTIALS
+// Partials in slot order. 16 bytes a lane.
+constexpr int FINISH_LANES = HEAD_DIM / 8, FINISH_ROWS = 256 / FINISH_LANES;    // of a row; of a cta
 // A row of 16-bit words in fragment order, 16 bytes a lane, times a factor.
 FSA_DEVICE void store_words(char* target, const f32 (&sum)[8], f32 scale, bool accumulate, bool present) {
     const Vec4 before = words_before(target, accumulate, present);
@@ -176,11 +180,6 @@ FSA_DEVICE void store_words(char* target, const f32 (&sum)[8], f32 scale, bool a
     const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
     if (present) store_global(target, natural);
 }
-
-// grad_query of rows, from scaled f16 or f32 sums or 16-bit partials, times the softmax scale.
-#if FSA_QUERY_PARTIALS
-// Partials in slot order. 16 bytes a lane.
-constexpr int FINISH_LANES = HEAD_DIM / 8, FINISH_ROWS = 256 / FINISH_LANES;    // of a row; of a cta
 FSA_DEVICE void finish_rows(const BackwardParams& p) {
     constexpr int AHEAD = 8;
     const ChunkRows chunk = chunk_rows(p);
@@ -214,26 +213,36 @@ FSA_DEVICE void finish_rows(const BackwardParams& p) {
     const int launch_head = rows_head(), head = p.first_head + launch_head;
     auto present = [&](int step) { return threadIdx.x < STEP_ROWS * FINISH_LANES && first + step * STEP_ROWS < chunk.end - chunk.first; };
     const char* sums = (const char*)p.grad_query + ((i64)launch_head * p.rows + first) * QUERY_SUM_BYTES + lane * 16;
-    Vec4 v[FINISH_STEPS];
+    auto target = [&](int step) { return (char*)tensor_row(p.grad_query_out, chunk.first + first + step * STEP_ROWS, head); };
+    const bool adds_sums = SCALED_SUMS && p.sums[0].rows != nullptr;        // to scaled f16 of other attentions
+    Vec4 v[FINISH_STEPS], before[FINISH_STEPS];
     FSA_UNROLL for (int step = 0; step < FINISH_STEPS; ++step) {
-        v[step] = Vec4{0, 0, 0, 0};
-        if (present(step)) v[step] = load_global_once(sums + step * STEP_ROWS * QUERY_SUM_BYTES);
+        v[step] = before[step] = Vec4{0, 0, 0, 0};
+        if (!present(step)) continue;
+        v[step] = load_global_once(sums + step * STEP_ROWS * QUERY_SUM_BYTES);
+        if (SCALED_SUMS && (adds_sums || p.accumulate)) before[step] = load_global_once(target(step) + lane * 16);
     }
-    f32 inverse = 1.0f;
+    f32 inverse = 1.0f, other_inverse = 1.0f;
     if constexpr (SCALED_SUMS) inverse = launch_scale(p, launch_head).inverse;
+    if (adds_sums) other_inverse = sum_scale(p.sums).inverse;
     FSA_UNROLL for (int step = 0; step < FINISH_STEPS; ++step) {
-        char* target = (char*)tensor_row(p.grad_query_out, chunk.first + first + step * STEP_ROWS, head);
         if constexpr (SCALED_SUMS) {
-            const u32 word[4] = {v[step].x, v[step].y, v[step].z, v[step].w};
-            f32 sum[8];
+            const Vec4 held = transpose_quad(before[step]);
+            const u32 word[4] = {v[step].x, v[step].y, v[step].z, v[step].w}, other[4] = {held.x, held.y, held.z, held.w};
+            u32 w[4];
             FSA_UNROLL for (int j = 0; j < 4; ++j) {
-                unpack_sums(word[j], sum[2 * j], sum[2 * j + 1]);
-                sum[2 * j] *= inverse, sum[2 * j + 1] *= inverse;
+                f32 low, high, other_low, other_high;
+                unpack_sums(word[j], low, high);
+                unpack_sums(other[j], other_low, other_high);
+                low *= inverse, high *= inverse;
+                if (adds_sums) low = fmaf(other_low, other_inverse, low), high = fmaf(other_high, other_inverse, high);
+                w[j] = add_pair(adds_sums ? 0 : other[j], low, high, p.scale);
             }
-            store_words(target + lane * 16, sum, p.scale, p.accumulate, present(step));
+            const Vec4 natural = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
+            if (present(step)) store_global(target(step) + lane * 16, natural);
         } else {
             const NaturalColumns columns = natural_columns(v[step]);
-            if (present(step)) store_columns(target + ((lane * 4 & ~15) + columns.first) * ELEMENT_BYTES, columns.sums, p.scale, p.accumulate);
+            if (present(step)) store_columns(target(step) + ((lane * 4 & ~15) + columns.first) * ELEMENT_BYTES, columns.sums, p.scale, p.accumulate);
         }
     }
 }

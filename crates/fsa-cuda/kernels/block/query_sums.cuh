@@ -83,11 +83,26 @@ FSA_DEVICE void raise_key_bounds(KeyBounds* bounds, const Tensor& key, const Ten
 struct SumScale {
     f32 scale, inverse;
 };
-FSA_DEVICE SumScale sum_scale(RowBounds rows, KeyBounds keys) {
+// From the logarithm of the bound.
+FSA_DEVICE SumScale sum_scale(f32 log2) {
+    const int exponent = (int)fminf(fmaxf(floorf(13.0f - log2), -126.0f), 126.0f);
+    return {__uint_as_float((u32)(127 + exponent) << 23), __uint_as_float((u32)(127 - exponent) << 23)};
+}
+FSA_DEVICE f32 log2_bound(RowBounds rows, KeyBounds keys) {
     auto log2_of = [](u32 bits) { return log2_fast(fmaxf(__uint_as_float(bits), __uint_as_float(0x00800000u))); };
     const f32 terms = fmaxf(log2_of(rows.grad) + log2_of(keys.value), log2_of(rows.delta)) + 1.0f;
-    const int exponent = (int)fminf(fmaxf(floorf(13.0f - terms - log2_of(keys.key)), -126.0f), 126.0f);
-    return {__uint_as_float((u32)(127 + exponent) << 23), __uint_as_float((u32)(127 - exponent) << 23)};
+    return terms + log2_of(keys.key);
+}
+// Of sums to which several attentions add: they stay below the sum of the bounds. All kernels that meet them compute the same bits.
+template <int N>
+FSA_DEVICE SumScale sum_scale(const SumBounds (&all)[N]) {
+    f32 bounds[N], most = neg_inf(), sum = 0.0f;
+    FSA_UNROLL for (int i = 0; i < N; ++i) {
+        bounds[i] = all[i].rows == nullptr ? neg_inf() : log2_bound(*all[i].rows, *all[i].keys);
+        most = fmaxf(most, bounds[i]);
+    }
+    FSA_UNROLL for (int i = 0; i < N; ++i) sum += exp2_fast(bounds[i] - most);
+    return sum_scale(most + log2_fast(sum));
 }
 
 // Two sums as f16, whatever the storage type.

@@ -154,6 +154,8 @@ pub struct BandBackwardPlan {
     pub tiles: RowTiles,
     /// Bound on the tiles of keys.
     pub num_key_tiles: usize,
+    /// Bound on those that a row meets.
+    pub row_key_tiles: usize,
     /// kv heads whose statistics and partial sums are under way; the others follow.
     pub kv_heads: usize,
     /// CTAs that share the rows of a tile of keys.
@@ -208,7 +210,8 @@ impl BandBackwardPlan {
     ) -> Self {
         let (sizes, tile_keys) = (&problem.sizes, band_backward::tile_keys(kernel));
         let num_key_tiles = bound(problem.total_keys(), sizes.sequences, tile_keys);
-        let kv_heads = (options.budget_bytes / head_bytes.max(1)).clamp(1, sizes.num_kv_heads.max(1));
+        let all = sizes.num_kv_heads.max(1);
+        let kv_heads = options.budget_bytes.checked_div(head_bytes).map_or(all, |heads| heads.clamp(1, all));
         let split_bytes = 2 * problem.total_keys() * kv_heads * sizes.head_dim * size_of::<f32>();
         let left = options.budget_bytes.saturating_sub(kv_heads * head_bytes);
         let wanted = (3 * facts.multiprocessors / 2).div_ceil((num_key_tiles * kv_heads).max(1));
@@ -223,9 +226,9 @@ impl BandBackwardPlan {
         let splits = powers.take_while(|splits| *splits <= enough).filter(fits).last().unwrap_or(1);
         let scaled = kernel.with_query_sums(QuerySums::Scaled);
         let adds_up = options.query_sums.map_or(wanted <= MAX_SUMS_SPLITS, |sums| sums == QuerySums::Scaled);
-        let row_tiles =
+        let row_key_tiles =
             problem.keys.window_size().map_or(num_key_tiles, |size| num_key_tiles.min(size / tile_keys + 2));
-        let can_add_up = !options.deterministic && scaled.exists(1) && row_tiles <= MAX_SUMMED_TILES;
+        let can_add_up = !options.deterministic && scaled.exists(1) && row_key_tiles <= MAX_SUMMED_TILES;
         let query_sums = if adds_up && can_add_up { QuerySums::Scaled } else { QuerySums::F32 };
         let tiles = RowTiles::new(sizes, band_backward::tile_rows(&kernel.with_query_sums(query_sums)));
         let mut workspace = Workspace::default();
@@ -240,7 +243,24 @@ impl BandBackwardPlan {
             bounds: (query_sums == QuerySums::Scaled).then(|| workspace.add("bounds", 2 * BOUNDS_BYTES)),
             partial_keys: (splits > 1).then(|| workspace.add("partial_keys", splits * split_bytes)),
         };
-        Self { problem: *problem, tiles, num_key_tiles, kv_heads, splits, query_sums, tables, scratch, workspace }
+        Self {
+            problem: *problem,
+            tiles,
+            num_key_tiles,
+            row_key_tiles,
+            kv_heads,
+            splits,
+            query_sums,
+            tables,
+            scratch,
+            workspace,
+        }
+    }
+
+    /// Whether one scaled sum can be that of the gradients of queries of both attentions.
+    pub(crate) fn can_share_sums(&self, other: &Self) -> bool {
+        let scaled = [self, other].map(|plan| plan.query_sums) == [QuerySums::Scaled; 2];
+        scaled && self.row_key_tiles + other.row_key_tiles <= MAX_SUMMED_TILES
     }
 }
 

@@ -6,8 +6,8 @@ use super::compress::{CompressProblem, CompressScratch, CompressionKind};
 use super::select::{ListPlan, SelectProblem};
 use super::tables::{TablePlan, TableSpec};
 use super::{
-    BandProblem, Keys, Lists, PlanOptions, Problem, QuerySums, RowTiles, SelectedBackwardPlan, SelectedPlan, Sizes,
-    Slot, Windows, Workspace, choose,
+    BOUNDS_BYTES, BandProblem, Keys, Lists, PlanOptions, Problem, QuerySums, RowTiles, SelectedBackwardPlan,
+    SelectedPlan, Sizes, Slot, Windows, Workspace, choose,
 };
 use crate::arch::KernelSet;
 use crate::band;
@@ -358,6 +358,8 @@ pub(crate) struct BackwardTemporaries {
     pub row_stats: [Slot; 3],
     /// Gradients of compressed key and value.
     pub compressed: [Slot; 2],
+    /// Bounds of compressed keys, then of keys.
+    pub key_bounds: Slot,
 }
 
 /// Passes and workspace of a backward.
@@ -373,6 +375,10 @@ pub struct NsaBackwardPlan {
     pub compressed: BandBackwardPlan,
     /// Window attention, where it is not done together with the selected blocks.
     pub window: Option<BandBackwardPlan>,
+    /// Compressed attention and the window, which may have the selected blocks with it, add gradients of queries to one scaled sum. The
+    /// last branch makes the gradient of it: selected blocks by themselves, with their own sums, or compressed attention. Else each
+    /// branch rounds, and the next one adds to that.
+    pub shares_query_sums: bool,
     /// Of the compressed keys, of the window.
     pub(crate) tables: TablePlan,
     pub(crate) window_tables: Option<TablePlan>,
@@ -404,18 +410,30 @@ impl NsaBackwardPlan {
         let temporaries = BackwardTemporaries {
             row_stats: [(); 3].map(|()| workspace.add("row_stats", pass.sizes.given_stats_bytes())),
             compressed: [(); 2].map(|()| workspace.add("compressed gradient", compressed)),
+            key_bounds: workspace.add("bounds", 2 * BOUNDS_BYTES),
         };
         // Stage `selected` counts the ids of this pass; the room for those of the others is to spare.
         let others = problem.topk_indices_bytes() - pass.topk_indices_bytes();
         let options = left(&PlanOptions { budget_bytes: options.budget_bytes + others, ..*options }, &workspace);
         let kernel = pass.specialisation(Kernel::BandBackward, set);
         let selected = SelectedBackwardPlan::of_branch(&pass.selected(), (set, facts), &options, pass.window_size);
-        // Who is not the first adds to gradients of queries that others wrote, which cannot be done in memory.
-        let adds = PlanOptions { query_sums: Some(QuerySums::F32), ..options };
-        let apart = selected.window_size().is_none();
-        let plan = |problem: BandProblem, options| BandBackwardPlan::with_row_stats(&problem, &kernel, facts, options);
-        let compressed = plan(pass.select().attention(), if apart { &options } else { &adds });
-        let window = apart.then(|| plan(pass.window(), &adds));
+        let attentions = |of: [Option<QuerySums>; 2]| {
+            let plan = |problem: BandProblem, query_sums| {
+                BandBackwardPlan::with_row_stats(&problem, &kernel, facts, &PlanOptions { query_sums, ..options })
+            };
+            let window = selected.window_size().is_none().then(|| plan(pass.window(), of[1]));
+            (plan(pass.select().attention(), of[0]), window)
+        };
+        let asked = options.query_sums;
+        let (compressed, window) = attentions([asked.or(Some(QuerySums::Scaled)); 2]);
+        let of_keys = window.as_ref().or(selected.attention());
+        let shares_query_sums = selected.takes_sums() && of_keys.is_some_and(|plan| compressed.can_share_sums(plan));
+        let (compressed, window) = match window {
+            _ if shares_query_sums => (compressed, window),
+            // Who is not the first adds to gradients of queries that others rounded, which cannot be done in memory.
+            Some(_) => attentions([asked, Some(QuerySums::F32)]),
+            None => attentions([Some(QuerySums::F32); 2]),
+        };
         let mut table =
             |plan: &BandBackwardPlan| TablePlan::new(plan.tables.spec(), pass.sizes.sequences, &mut workspace);
         let (tables, window_tables) = (table(&compressed), window.as_ref().map(&mut table));
@@ -429,6 +447,7 @@ impl NsaBackwardPlan {
             key_ranges: selected.key_ranges(),
             compressed,
             window,
+            shares_query_sums,
             tables,
             window_tables,
             compress,
@@ -448,6 +467,10 @@ impl NsaBackwardPlan {
 impl fmt::Display for NsaBackwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { problem, kv_heads, key_ranges, workspace, .. } = self;
-        write!(f, "nsa backward: {problem}; {kv_heads} kv heads a pass, {key_ranges} ranges of keys; {workspace}")
+        let shares = if self.shares_query_sums { ", one sum of gradients of queries" } else { "" };
+        write!(
+            f,
+            "nsa backward: {problem}; {kv_heads} kv heads a pass, {key_ranges} ranges of keys{shares}; {workspace}"
+        )
     }
 }

@@ -1,7 +1,10 @@
 //! The plans of stage `selected` by either route.
 
 use super::route::{self, Pass, Prediction, Route};
-use super::{BackwardPlan, DenseBackwardPlan, DensePlan, ForwardPlan, Lists, PlanOptions, Problem, Workspace};
+use super::{
+    BackwardPlan, BandBackwardPlan, DenseBackwardPlan, DensePlan, ForwardPlan, Lists, PlanOptions, Problem, QuerySums,
+    Workspace,
+};
 use crate::arch::KernelSet;
 use crate::driver::DeviceFacts;
 use crate::source::Specialisation;
@@ -120,6 +123,23 @@ impl SelectedBackwardPlan {
         match self {
             Self::KvOuter(_) => None,
             Self::DenseMasked(plan) => plan.window_size,
+        }
+    }
+
+    /// As a branch of the whole: whether gradients of queries may come as a scaled sum of the other branches, to which it adds its own, or
+    /// of which and its own it makes the gradient.
+    pub(crate) fn takes_sums(&self) -> bool {
+        match self {
+            Self::KvOuter(plan) => plan.query_sums == QuerySums::Scaled,
+            Self::DenseMasked(plan) => plan.window_size.is_some(),
+        }
+    }
+
+    /// The attention that the dense route goes through.
+    pub(crate) fn attention(&self) -> Option<&BandBackwardPlan> {
+        match self {
+            Self::KvOuter(_) => None,
+            Self::DenseMasked(plan) => Some(&plan.attention),
         }
     }
 

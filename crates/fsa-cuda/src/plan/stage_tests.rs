@@ -90,6 +90,30 @@ fn gradients_of_queries_are_added_up_in_memory_where_that_pays_and_is_exact_enou
 }
 
 #[test]
+fn branches_share_sums_of_gradients_of_queries_where_the_kernels_can() {
+    let plan = |problem: &NsaProblem, set, options: &PlanOptions| {
+        NsaBackwardPlan::new(problem, set, &DeviceFacts::h200(), options)
+    };
+    let (hopper, options) = (KernelSet::Sm90, PlanOptions::default());
+    let usual = |tokens| nsa(tokens, (32, 8), false);
+    for (tokens, together) in [(512, true), (4096, true), (8192, false), (65_536, false)] {
+        let plan = plan(&usual(tokens), hopper, &options);
+        assert_eq!((plan.shares_query_sums, plan.window.is_none()), (true, together), "{plan}");
+    }
+    let long = usual(65_536);
+    let shares = |problem: &NsaProblem, set, options: &PlanOptions| plan(problem, set, options).shares_query_sums;
+    assert!(!shares(&long, hopper, &PlanOptions { deterministic: true, ..options }));
+    assert!(!shares(&long, hopper, &PlanOptions { query_sums: Some(QuerySums::F32), ..options }));
+    assert!(!shares(&long, KernelSet::Sm80, &options));
+    let with = |dtype, head_dim| NsaProblem { sizes: Sizes { dtype, head_dim, ..long.sizes }, ..long };
+    assert!(!shares(&with(DType::F16, 128), hopper, &options));
+    assert!(!shares(&with(DType::Bf16, 64), hopper, &options));
+    let million = plan(&usual(1 << 20), hopper, &options);
+    assert!(!million.shares_query_sums, "512 tiles of compressed keys, and those of the window: {million}");
+    assert_eq!(million.compressed.query_sums, QuerySums::Scaled, "{million}");
+}
+
+#[test]
 fn windows_that_do_not_fit_shared_memory_are_refused() {
     let config = |kernel_size, kernel_stride| NsaConfig { kernel_size, kernel_stride, ..NsaConfig::default() };
     let plan = |config: &NsaConfig| {

@@ -6,7 +6,7 @@ use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
 use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
-use crate::params::{BackwardParams, Index, IndexParams, Layout, TILE_ROWS};
+use crate::params::{BackwardParams, Index, IndexParams, Layout, SumBounds, TILE_ROWS};
 use crate::plan::{BOUNDS_BYTES, BackwardPlan, LaneSums, QuerySums, Slot};
 
 use fsa_core::{Error, Result};
@@ -29,6 +29,7 @@ struct Pass<'a> {
     workspace: DeviceSpan<'a>,
     layout: Layout,
     index: Index,
+    sums: [SumBounds; 3],
     softmax_scale: f32,
 }
 
@@ -57,12 +58,12 @@ impl KvOuterBackward {
         }
     }
 
-    /// Gives the backward to the stream.
+    /// Gives the backward to the stream. Where `sums` are not null, gradients of queries are added to scaled sums with these bounds.
     pub(super) fn launch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        tensors: &BackwardTensors<'_>,
+        (tensors, sums): (&BackwardTensors<'_>, [SumBounds; 3]),
         softmax_scale: f32,
     ) -> Result<()> {
         let problem = &self.plan.problem;
@@ -73,18 +74,20 @@ impl KvOuterBackward {
         if problem.total_kv == 0 {
             return Ok(());
         }
-        let work = |stream: &Stream| self.launch_all(&context.on(stream), batch, tensors, softmax_scale);
+        let work = |stream: &Stream| self.launch_all(&context.on(stream), batch, (tensors, sums), softmax_scale);
         if self.plan.launches() < MANY_LAUNCHES {
             return work(context.stream);
         }
-        self.replays.run(context.stream, context.call(tensors.call(), batch, softmax_scale), work)
+        let mut call = tensors.call();
+        call.extend(sums.iter().flat_map(|bounds| [bounds.rows.0, bounds.keys.0]));
+        self.replays.run(context.stream, context.call(call, batch, softmax_scale), work)
     }
 
     fn launch_all(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        tensors: &BackwardTensors<'_>,
+        (tensors, sums): (&BackwardTensors<'_>, [SumBounds; 3]),
         softmax_scale: f32,
     ) -> Result<()> {
         let (problem, workspace) = (&self.plan.problem, context.workspace);
@@ -100,7 +103,7 @@ impl KvOuterBackward {
             let staged = self.plan.index.staged.into();
             let params = IndexParams { layout, index, first_kv_head: first as i32, staged };
             self.index.launch(context.stream, &self.plan.index, end - first, &params)?;
-            let pass = Pass { tensors, workspace, layout, index, softmax_scale };
+            let pass = Pass { tensors, workspace, layout, index, sums, softmax_scale };
             set.fork(context.stream, self.plan.lanes)?;
             for (turn, kv_head) in (first..end).step_by(self.plan.kv_heads_per_launch).enumerate() {
                 let lane = turn % self.plan.lanes;
@@ -182,6 +185,8 @@ impl KvOuterBackward {
                 stats.address().offset(problem.sizes().row_stats_bytes())
             }),
             key_bounds,
+            // Ranges of keys but the first add to what that one rounded.
+            sums: if keys.start == 0 { pass.sums } else { Default::default() },
             sum_rows: self.plan.sum_rows as i64,
             scale_log2: scale_log2(pass.softmax_scale),
             scale: pass.softmax_scale,

@@ -1,8 +1,8 @@
 //! Stage `selected` as attention to all earlier keys, with a mask of the blocks that a row lists.
 
-use super::{BackwardTensors, ForwardTensors};
+use super::{BackwardTensors, ForwardTensors, WholeGrads};
 use crate::block_mask::BlockMaskKernel;
-use crate::driver::{DeviceBatch, DeviceSpan};
+use crate::driver::DeviceBatch;
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale};
 use crate::params::{Band, BlockMask, BlockMaskParams, Branch};
@@ -136,12 +136,12 @@ impl DenseBackward {
         })
     }
 
-    /// Gives the backward to the stream. Where the plan has the window, too, `window_stats` are the statistics of that attention.
+    /// Gives the backward to the stream.
     pub(super) fn launch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        (tensors, window_stats): (&BackwardTensors<'_>, Option<DeviceSpan<'_>>),
+        (tensors, whole): (&BackwardTensors<'_>, &WholeGrads<'_>),
         softmax_scale: f32,
     ) -> Result<()> {
         let (problem, attention_plan) = (&self.plan.problem, &self.plan.attention);
@@ -161,8 +161,8 @@ impl DenseBackward {
             *tensors;
         let forward = attention(&forward);
         let of_attention = AttentionGradTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value };
-        let window = self.plan.window_size.zip(window_stats);
-        let branch = BranchGrads { row_stats, accumulate, accumulate_keys: accumulate, mask, window };
+        let (window, sums) = (self.plan.window_size.zip(whole.window_stats), whole.sums);
+        let branch = BranchGrads { row_stats, accumulate, sums, accumulate_keys: accumulate, mask, window };
         self.step.launch(stream, batch, (&tables, &scratch), (&of_attention, &branch), softmax_scale)
     }
 }

@@ -13,6 +13,7 @@ mod tensors;
 
 pub use crate::launch::{LaunchContext, TensorSpan};
 pub use route::{SelectedBackward, SelectedForward};
+pub(crate) use tensors::WholeGrads;
 pub use tensors::{BackwardTensors, ForwardTensors};
 
 /// Kernels of a call from which on a replay is quicker for the host than the launches.

@@ -3,8 +3,8 @@
 use super::backward::KvOuterBackward;
 use super::dense::{DenseBackward, DenseForward};
 use super::forward::KvOuterForward;
-use super::{BackwardTensors, ForwardTensors};
-use crate::driver::{DeviceBatch, DeviceSpan};
+use super::{BackwardTensors, ForwardTensors, WholeGrads};
+use crate::driver::DeviceBatch;
 use crate::kernels::Kernels;
 use crate::launch::LaunchContext;
 use crate::params::Branch;
@@ -142,20 +142,23 @@ impl SelectedBackward {
         tensors: &BackwardTensors<'_>,
         softmax_scale: f32,
     ) -> Result<()> {
-        self.launch_branch(context, batch, (tensors, None), softmax_scale)
+        self.launch_branch(context, batch, (tensors, &WholeGrads::default()), softmax_scale)
     }
 
-    /// The same as a branch of the whole, with the statistics of the rows' attention to the window, which not every plan reads.
+    /// The same as a branch of the whole.
     pub(crate) fn launch_branch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        work: (&BackwardTensors<'_>, Option<DeviceSpan<'_>>),
+        (tensors, whole): (&BackwardTensors<'_>, &WholeGrads<'_>),
         softmax_scale: f32,
     ) -> Result<()> {
         match &self.way {
-            BackwardWay::KvOuter(backward) => backward.launch(context, batch, work.0, softmax_scale),
-            BackwardWay::Dense(backward) => backward.launch(context, batch, work, softmax_scale),
+            BackwardWay::KvOuter(backward) => {
+                let sums = whole.sums.map_or(Default::default(), |sums| sums.bounds);
+                backward.launch(context, batch, (tensors, sums), softmax_scale)
+            }
+            BackwardWay::Dense(backward) => backward.launch(context, batch, (tensors, whole), softmax_scale),
         }
     }
 }

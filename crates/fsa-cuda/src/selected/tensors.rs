@@ -4,6 +4,7 @@ use crate::driver::{Call, DeviceSpan};
 use crate::launch::{TensorSpan, check_aligned, check_words};
 use crate::params::Branch;
 use crate::plan::Problem;
+use crate::stages::SharedSums;
 use fsa_core::Result;
 
 /// Statistics of a row: they are read together.
@@ -96,4 +97,13 @@ impl BackwardTensors<'_> {
         call.push(self.accumulate.into());
         call
     }
+}
+
+/// What a backward takes of the other branches of the whole; which of it, its plan says.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct WholeGrads<'a> {
+    /// Statistics of the rows' attention to the window, as those of the blocks.
+    pub window_stats: Option<DeviceSpan<'a>>,
+    /// `grad_query` holds scaled sums, or is to hold them.
+    pub sums: Option<SharedSums>,
 }

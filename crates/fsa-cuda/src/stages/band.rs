@@ -3,12 +3,13 @@
 use super::tensors::passes;
 use super::{AttentionGradTensors, AttentionTensors};
 use crate::arch::KernelSet;
+use crate::backward::Turn;
 use crate::band::{BandKernel, step_keys};
 use crate::band_backward::BandBackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale, part, scale_log2};
-use crate::params::{Band, BandBackwardParams, BandParams, BlockMask, Branch};
+use crate::params::{Band, BandBackwardParams, BandParams, BlockMask, Branch, SumBounds, SumKeys};
 use crate::plan::{
     BOUNDS_BYTES, BandBackwardPlan, BandPlan, BandProblem, BandScratch, PlanOptions, RowTiles, Sizes, Tables,
 };
@@ -195,6 +196,18 @@ impl BandForward {
     }
 }
 
+/// Scaled sums of gradients of queries to which several attentions add, in the place of the gradients.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SharedSums {
+    /// Of all of them: those of rows are given, those of keys zero before the first, which raises them.
+    pub bounds: [SumBounds; 3],
+    /// Those of the keys of the first.
+    pub key_bounds: Address,
+    /// The keys of another one.
+    pub other: SumKeys,
+    pub turn: Turn,
+}
+
 /// How the gradients of a branch become those of a call; by default the attention is the call.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct BranchGrads<'a> {
@@ -202,6 +215,8 @@ pub(crate) struct BranchGrads<'a> {
     pub row_stats: Option<DeviceSpan<'a>>,
     /// `grad_query` is added to; not by a plan that adds it up in memory.
     pub accumulate: bool,
+    /// What else adds to `grad_query` in memory.
+    pub sums: Option<SharedSums>,
     /// `grad_key` and `grad_value` are added to.
     pub accumulate_keys: bool,
     /// Which blocks the rows see, where the kernels take a mask.
@@ -241,7 +256,8 @@ impl BandBackwardStep {
         softmax_scale: f32,
     ) -> Result<()> {
         let sizes = &self.plan.problem.sizes;
-        self.plan.scratch.bounds.iter().try_for_each(|bounds| bounds.span(workspace).fill(0, stream))?;
+        let own_bounds = self.plan.scratch.bounds.filter(|_| branch.sums.is_none());
+        own_bounds.iter().try_for_each(|bounds| bounds.span(workspace).fill(0, stream))?;
         passes(sizes.num_kv_heads, self.plan.kv_heads).try_for_each(|heads| {
             let own = tensors.kv_heads_from(heads.start, sizes);
             let mut params = self.params(batch, (tables, workspace), &own, heads.len(), softmax_scale)?;
@@ -254,15 +270,24 @@ impl BandBackwardStep {
                 let row_stats = part(stats, skipped * sizes.row_stats_bytes() / sizes.num_q_heads);
                 (row_stats.address(), stats.address().offset(sizes.row_stats_bytes()))
             };
-            if let Some((window_size, stats)) = &branch.window {
-                params.window_size = i32::try_from(*window_size).unwrap_or(i32::MAX);
-                (params.window_stats, params.window_bounds) = given(stats);
-            }
             match &branch.row_stats {
                 Some(stats) => (params.row_stats, params.row_bounds) = given(stats),
                 None => self.kernels.statistics(stream, &params)?,
             }
-            Ok(self.kernels.launch(stream, &self.plan.tiles, self.multiprocessors, &params)?)
+            let bounds = |rows| SumBounds { rows, keys: params.key_bounds };
+            params.sums[0] = bounds(params.row_bounds);
+            if let Some((window_size, stats)) = &branch.window {
+                let (window_stats, rows) = given(stats);
+                params.sums[1] = bounds(rows);
+                params.window_stats = window_stats;
+                params.window_size = i32::try_from(*window_size).unwrap_or(i32::MAX);
+            }
+            let mut turn = Turn { is_first: true, is_last: true };
+            if let Some(shared) = &branch.sums {
+                (params.sums, params.key_bounds, params.other) = (shared.bounds, shared.key_bounds, shared.other);
+                turn = shared.turn;
+            }
+            Ok(self.kernels.launch(stream, (&self.plan.tiles, turn), self.multiprocessors, &params)?)
         })
     }
 
@@ -294,8 +319,9 @@ impl BandBackwardStep {
             row_stats: row_stats.map_or(Address::default(), |slot| slot.address(workspace)),
             row_bounds: if bounds.is_some() { key_bounds.offset(BOUNDS_BYTES) } else { key_bounds },
             key_bounds,
+            sums: [SumBounds::default(); 3],
+            other: SumKeys::default(),
             window_stats: Address::default(),
-            window_bounds: Address::default(),
             grad_query: tensors.grad_query.device(),
             grad_key: tensors.grad_key.device(),
             grad_value: tensors.grad_value.device(),

@@ -23,7 +23,7 @@ mod select;
 mod tensors;
 
 pub use band::{BandBackward, BandForward};
-pub(crate) use band::{BandBackwardStep, BandStep, BranchGrads, band};
+pub(crate) use band::{BandBackwardStep, BandStep, BranchGrads, SharedSums, band};
 pub use combine::{CombineBackward, CombineBackwardTensors, CombineForward, CombineTensors};
 pub use compress::{CompressBackward, CompressBackwardTensors, CompressForward, CompressTensors};
 pub use nsa::{

@@ -3,16 +3,19 @@
 
 use super::forward::{call, check_rope};
 use super::tensors::NsaBackwardTensors;
-use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
+use crate::backward::Turn;
+use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
+use crate::params::{SumBounds, SumKeys};
 use crate::plan::{
-    self, DenseBackwardPlan, NsaBackwardPlan, NsaProblem, PlanOptions, SelectedBackwardPlan, Sizes, Slot, Tables,
+    self, BOUNDS_BYTES, DenseBackwardPlan, NsaBackwardPlan, NsaProblem, PlanOptions, SelectedBackwardPlan, Sizes, Slot,
+    Tables,
 };
 use crate::prepare::PrepareKernel;
-use crate::selected::{BackwardTensors, SelectedBackward};
+use crate::selected::{BackwardTensors, SelectedBackward, WholeGrads};
 use crate::source::Kernel;
-use crate::stages::band::{BandBackwardStep, BranchGrads};
+use crate::stages::band::{BandBackwardStep, BranchGrads, SharedSums};
 use crate::stages::combine::CombineStep;
 use crate::stages::compress::CompressStep;
 use crate::stages::tensors::passes;
@@ -186,8 +189,10 @@ impl NsaBackward {
         self.combine.statistics(stream, (&saved.branches, &saved.lse, gates), grad_out, wanted, heads)
     }
 
-    /// The gradients of query, key and value through every branch. Compressed attention writes those of queries, the window those
-    /// of keys and values, and the others add to them; where selected blocks and window are done in one pass, it writes them all.
+    /// The gradients of query, key and value through every branch. Those of queries: the window, which may have the selected blocks with
+    /// it, and compressed attention add to scaled sums, and who comes last makes gradients of them. Where the plan shares no sums,
+    /// compressed attention writes them, or selected blocks and window in one pass, and the others add. Those of keys and values: the
+    /// window writes them, or it and the selected blocks in one pass.
     fn launch_branches<'a>(
         &self,
         pass: &Pass<'a>,
@@ -210,25 +215,66 @@ impl NsaBackward {
             through(2, [key, tensors.value], [tensors.grad_key, tensors.grad_value]),
         ];
         let [of_compressed, of_selected, of_window] = row_stats.map(Some);
-        let through_compressed = |accumulate| {
-            let branch = BranchGrads { row_stats: of_compressed, accumulate, ..BranchGrads::default() };
+        let shared = self.shared_sums(pass, &saved.compressed, row_stats)?;
+        let sums = |is_first, is_last| shared.map(|sums| SharedSums { turn: Turn { is_first, is_last }, ..sums });
+        let through_compressed = |accumulate, sums| {
+            let branch = BranchGrads { row_stats: of_compressed, accumulate, sums, ..BranchGrads::default() };
             self.compressed.launch(stream, batch, (tables, &scratch), (&compressed, &branch), softmax_scale)
         };
-        let through_selected = |accumulate| {
+        let through_selected = |accumulate, sums| {
             let selected = selected.selected(tensors.topk_indices);
             let selected = BackwardTensors { row_stats: of_selected, accumulate, ..selected };
             let context = LaunchContext { stream, workspace: scratch };
-            self.selected.launch_branch(&context, batch, (&selected, of_window), softmax_scale)
+            let whole = WholeGrads { window_stats: of_window, sums };
+            self.selected.launch_branch(&context, batch, (&selected, &whole), softmax_scale)
         };
         let Some((step, tables)) = self.window.as_ref().zip(self.plan.window_tables) else {
-            through_selected(false)?;
-            return through_compressed(true);
+            through_selected(false, sums(true, false))?;
+            return through_compressed(shared.is_none(), sums(false, true));
         };
-        through_compressed(false)?;
-        let branch = BranchGrads { row_stats: of_window, accumulate: true, ..BranchGrads::default() };
-        let tables = tables.tables(&workspace);
-        step.launch(stream, batch, (&tables, &scratch), (&window, &branch), softmax_scale)?;
-        through_selected(true)
+        let through_window = |accumulate, sums| {
+            let branch = BranchGrads { row_stats: of_window, accumulate, sums, ..BranchGrads::default() };
+            let tables = tables.tables(&workspace);
+            step.launch(stream, batch, (&tables, &scratch), (&window, &branch), softmax_scale)
+        };
+        if shared.is_some() {
+            through_window(false, sums(true, false))?;
+            through_compressed(false, sums(false, false))?;
+        } else {
+            through_compressed(false, None)?;
+            through_window(true, None)?;
+        }
+        through_selected(true, sums(false, true))
+    }
+
+    /// The scaled sums of gradients of queries of compressed attention, of the window, and of selected blocks that are done together
+    /// with it, where they are shared.
+    fn shared_sums(
+        &self,
+        pass: &Pass<'_>,
+        [key, value]: &[TensorSpan<'_>; 2],
+        row_stats: &[DeviceSpan<'_>; 3],
+    ) -> Result<Option<SharedSums>> {
+        if !self.plan.shares_query_sums {
+            return Ok(None);
+        }
+        let key_bounds = self.plan.temporaries.key_bounds.span(&pass.workspace);
+        key_bounds.fill(0, pass.stream)?;
+        let [of_compressed, of_keys] = [0, BOUNDS_BYTES].map(|offset| key_bounds.address().offset(offset));
+        let [compressed, selected, window] = row_stats.each_ref().map(DeviceSpan::address);
+        let bounds = |stats: Address, keys| SumBounds { rows: stats.offset(pass.sizes.row_stats_bytes()), keys };
+        let selected = if self.window.is_none() { bounds(selected, of_keys) } else { SumBounds::default() };
+        Ok(Some(SharedSums {
+            bounds: [bounds(compressed, of_compressed), bounds(window, of_keys), selected],
+            key_bounds: of_keys,
+            other: SumKeys {
+                key: key.device(),
+                value: value.device(),
+                cu_keys: pass.tables.cu_compressed,
+                bounds: of_compressed,
+            },
+            turn: Turn { is_first: true, is_last: true },
+        }))
     }
 
     /// Gradients of query, key and compressed key, in place.
