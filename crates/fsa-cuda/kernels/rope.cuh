@@ -1,14 +1,14 @@
 // WHAT   Stage rope: pair k of a row's head, elements k and k + head_dim / 2, turns by position * frequency[k]. The backward is the same with
 //        the angle negated. Memory-bound: every element is read and written once.
-// GRID   (groups of 4 rows).
-// ROLES  64 threads a row. First, threads compute sines and cosines, one per pair; then a thread keeps those of its pairs in registers and goes
-//        through the heads.
+// GRID   (groups of rows).
+// ROLES  8 to 64 threads a row, as many as it has pieces. First, threads compute sines and cosines, one per pair; then a thread keeps those of
+//        its pairs in registers and goes through the heads.
 // SMEM   Sines and cosines of the rows.
 // SYNC   One barrier, between the two.
 #include "block/sequence.cuh"
 #include "tile/pieces.cuh"
 
-constexpr int CTA_THREADS = 256, CTA_ROWS = 4, ROW_THREADS = CTA_THREADS / CTA_ROWS;
+constexpr int CTA_THREADS = 256;
 constexpr int MAX_PAIRS = HEAD_DIM / 2;
 typedef double f64;
 
@@ -69,15 +69,15 @@ struct Elements {
     }
 };
 
-// One row, by ROW_THREADS threads: a thread has WIDTH pairs of every phases-th head.
+// One row: a thread has WIDTH pairs of every phases-th head.
 template <int WIDTH>
-FSA_DEVICE void rotate_row(const RopeParams& p, int row, const f32* sines, const f32* cosines) {
+FSA_DEVICE void rotate_row(const RopeParams& p, int row, int lane, const f32* sines, const f32* cosines) {
     constexpr int AHEAD = 2;     // heads whose loads are under way: with four ctas on an SM, 64 KB
-    const int half = p.head_dim / 2, groups = half / WIDTH, lane = threadIdx.x % ROW_THREADS;
-    const int columns = min_i(groups, ROW_THREADS), phases = ROW_THREADS / columns, phase = lane / columns;
+    const int half = p.head_dim / 2, groups = half / WIDTH;
+    const int columns = min_i(groups, p.row_threads), phases = p.row_threads / columns, phase = lane / columns;
     if (phase >= phases) return;
     const i64 input_step = phases * p.input.head_stride * ELEMENT_BYTES, out_step = phases * p.out.head_stride * ELEMENT_BYTES;
-    for (int group = lane % columns; group < groups; group += columns) {
+    for (int group = lane % columns; group < groups; group += WIDTH == 8 ? MAX_PAIRS : columns) {   // a row has a thread for every eight pairs
         f32 sine[WIDTH], cosine[WIDTH];
         FSA_UNROLL for (int e = 0; e < WIDTH; ++e) {
             sine[e] = sines[group * WIDTH + e];
@@ -113,9 +113,9 @@ FSA_DEVICE void rotate_row(const RopeParams& p, int row, const f32* sines, const
 
 // Elements head_dim .. HEAD_DIM - 1 of a row, which are not rotated.
 template <int WIDTH>
-FSA_DEVICE void copy_padding(const RopeParams& p, int row) {
+FSA_DEVICE void copy_padding(const RopeParams& p, int row, int lane) {
     const int groups = (HEAD_DIM - p.head_dim) / WIDTH;
-    for (int n = threadIdx.x % ROW_THREADS; n < groups * p.heads; n += ROW_THREADS) {
+    for (int n = lane; n < groups * p.heads; n += p.row_threads) {
         const int head = n / groups, at = (p.head_dim + n % groups * WIDTH) * ELEMENT_BYTES;
         Elements<WIDTH> x;
         x.load(tensor_row(p.input, row, head) + at);
@@ -124,20 +124,22 @@ FSA_DEVICE void copy_padding(const RopeParams& p, int row) {
 }
 
 extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) rope(const __grid_constant__ RopeParams p) {
-    __shared__ f32 sines[CTA_ROWS][MAX_PAIRS], cosines[CTA_ROWS][MAX_PAIRS];
-    const int local = threadIdx.x / ROW_THREADS, half = p.head_dim / 2;
-    const i64 row = (i64)blockIdx.x * CTA_ROWS + local, position = row_position(p, row);
+    extern __shared__ __align__(16) char shared[];
+    const int local = threadIdx.x / p.row_threads, lane = threadIdx.x % p.row_threads, half = p.head_dim / 2;
+    f32 *sines = (f32*)shared + 2 * MAX_PAIRS * local, *cosines = sines + MAX_PAIRS;
+    const i64 row = (i64)blockIdx.x * (CTA_THREADS / p.row_threads) + local, position = row_position(p, row);
     if (position >= 0)
-        for (int k = threadIdx.x % ROW_THREADS; k < half; k += ROW_THREADS) {
+        for (int k = lane; k < half; k += p.row_threads) {
             const Turn t = turn((f64)position * p.frequencies[k]);
-            sines[local][k] = p.inverse ? -t.sine : t.sine;
-            cosines[local][k] = t.cosine;
+            sines[k] = p.inverse ? -t.sine : t.sine;
+            cosines[k] = t.cosine;
         }
     __syncthreads();
     if (position < 0) return;
-    if (half % 8 == 0) rotate_row<8>(p, (int)row, sines[local], cosines[local]);
-    else if (half % 4 == 0) rotate_row<4>(p, (int)row, sines[local], cosines[local]);
-    else rotate_row<1>(p, (int)row, sines[local], cosines[local]);
-    if (p.head_dim == HEAD_DIM || p.input.data == p.out.data) return;
-    if (p.head_dim % 8 == 0) copy_padding<8>(p, (int)row); else copy_padding<1>(p, (int)row);
+    if (p.head_dim < HEAD_DIM && p.input.data != p.out.data) {
+        if (p.head_dim % 8 == 0) copy_padding<8>(p, (int)row, lane); else copy_padding<1>(p, (int)row, lane);
+    }
+    if (half % 8 == 0) rotate_row<8>(p, (int)row, lane, sines, cosines);
+    else if (half % 4 == 0) rotate_row<4>(p, (int)row, lane, sines, cosines);
+    else rotate_row<1>(p, (int)row, lane, sines, cosines);
 }

@@ -84,12 +84,16 @@ impl CompressKernels {
         self.sum.launch(stream, dims([ctas, 1], smem_bytes(params.kernel_size as usize)), params)
     }
 
-    /// The gradient of the input and, where it is wanted, of the weight.
+    /// The gradient of the input.
     pub(crate) fn backward(&self, stream: &Stream, params: &CompressBackwardParams) -> Result<()> {
         let forward = &params.forward;
-        let (heads, kernel_size) = (forward.num_kv_heads as usize, forward.kernel_size as usize);
-        let ctas = cells(forward).div_ceil(self.runs().1) * heads;
-        self.sum_backward.launch(stream, dims([ctas, 1], smem_bytes(kernel_size)), params)?;
+        let ctas = cells(forward).div_ceil(self.runs().1) * forward.num_kv_heads as usize;
+        self.sum_backward.launch(stream, dims([ctas, 1], smem_bytes(forward.kernel_size as usize)), params)
+    }
+
+    /// That of the weight, where it is wanted.
+    pub(crate) fn backward_parameters(&self, stream: &Stream, params: &CompressBackwardParams) -> Result<()> {
+        let (heads, kernel_size) = (params.forward.num_kv_heads as usize, params.forward.kernel_size as usize);
         if params.grad_weight == Address::default() {
             return Ok(());
         }

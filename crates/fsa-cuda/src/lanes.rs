@@ -1,12 +1,15 @@
 //! Side streams on which the chunks of a call overlap, forked from the caller's stream and joined to it.
 
 use crate::driver::{Device, Event, Stream};
-use crate::error::Result;
+use crate::error::{CudaError, Result};
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Side streams of a set.
 pub(crate) const LANES: usize = 3;
+
+/// Gives kernels to a stream.
+pub(crate) type Work<'a, E> = &'a dyn Fn(&Stream) -> Result<(), E>;
 
 /// Side streams that one call at a time uses.
 #[derive(Debug)]
@@ -38,6 +41,15 @@ impl LaneSet {
             done.record(lane)?;
             stream.wait(done)
         })
+    }
+
+    /// Gives the first of some works that do not wait for each other to `stream`, and every other one to a lane of its own.
+    pub(crate) fn side_by_side<E: From<CudaError>>(&self, stream: &Stream, works: &[Work<'_, E>]) -> Result<(), E> {
+        let lanes = works.len().saturating_sub(1);
+        self.fork(stream, lanes)?;
+        let streams = std::iter::once(stream).chain(&self.lanes);
+        works.iter().zip(streams).try_for_each(|(work, stream)| work(stream))?;
+        Ok(self.join(stream, lanes)?)
     }
 }
 

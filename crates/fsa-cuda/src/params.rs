@@ -376,13 +376,13 @@ device_structs! {
         out: Tensor,
         weight: Address,
         position: Address,
-        bias: Address,
+        partial: Address,
         batch: i32,
-        total_kv: i32,
         total_compressed: i32,
         num_kv_heads: i32,
         kernel_size: i32,
         kernel_stride: i32,
+        pieces: i32,
     }
 
     /// Parameters of the backward kernels of `compress`.
@@ -411,6 +411,7 @@ device_structs! {
         head_dim: i32,
         multiplier: i32,
         inverse: i32,
+        row_threads: i32,
     }
 
     /// Parameters of `combine`.

@@ -341,6 +341,9 @@ impl Specialisation {
         if self.window_too {
             let _ = writeln!(text, "#define FSA_WINDOW_TOO 1");
         }
+        if self.kernel == Kernel::CompressLinear {
+            let _ = writeln!(text, "#define FSA_WGMMA {}", u8::from(crate::compress_linear::takes_wgmma(self)));
+        }
         if let Some(step_keys) = self.step_keys {
             let _ = writeln!(text, "#define FSA_STEP_KEYS {step_keys}");
         }

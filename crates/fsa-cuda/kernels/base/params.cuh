@@ -322,17 +322,17 @@ struct CompressParams {
     Tensor input, out;
     const void* weight;         // null: mean; [num_kv_heads, kernel_size]: weighted; [num_kv_heads, kernel_size * HEAD_DIM, HEAD_DIM]: linear
     const void* position;       // [num_kv_heads, kernel_size, HEAD_DIM], or null; linear only
-    f32* bias;                  // [num_kv_heads, HEAD_DIM] position times weight, where there is a position
+    f32* partial;               // [pieces, total_compressed, num_kv_heads, HEAD_DIM], where there are several pieces
     i32 batch;
-    i32 total_kv;
     i32 total_compressed;       // bound from shapes
     i32 num_kv_heads;
     i32 kernel_size;
     i32 kernel_stride;
+    i32 pieces;                 // linear: parts of the contraction that are taken side by side, then added in order
 };
 
 struct CompressBackwardParams {
-    CompressParams forward;     // out and bias unused
+    CompressParams forward;     // out, partial and pieces unused
     Tensor grad_out;            // [total_compressed, num_kv_heads, HEAD_DIM]
     Tensor grad_input;
     void* grad_weight;          // shape of weight, or null
@@ -355,6 +355,7 @@ struct RopeParams {
     i32 head_dim;               // even, at most HEAD_DIM
     i32 multiplier;             // positions between rows
     i32 inverse;
+    i32 row_threads;            // threads of a row: a power of two from 8 to 64
 };
 
 struct CombineParams {

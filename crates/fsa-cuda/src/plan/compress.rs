@@ -109,17 +109,21 @@ impl fmt::Display for CompressProblem {
 /// What the kernels keep besides the tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct CompressScratch {
-    /// Forward: position times weight. Backward: sums of pieces.
+    /// Sums of pieces.
     pub sums: Option<Slot>,
-    /// Pieces of a backward.
+    /// Forward: parts of the contraction of a matrix product. Backward: parts of the windows.
     pub pieces: usize,
 }
 
 impl CompressScratch {
     pub(crate) fn forward(problem: &CompressProblem, workspace: &mut Workspace) -> Self {
-        let bytes = problem.sizes.num_kv_heads * problem.sizes.head_dim * size_of::<f32>();
-        let position = problem.position_bytes() > 0;
-        Self { sums: position.then(|| workspace.add("bias", bytes)), pieces: 0 }
+        let (rows, Sizes { num_kv_heads, head_dim, .. }) = (problem.total_compressed(), problem.sizes);
+        let pieces = match problem.kind {
+            CompressionKind::Linear { .. } => compress_linear::parts(rows),
+            _ => 1,
+        };
+        let bytes = pieces * rows * num_kv_heads * head_dim * size_of::<f32>();
+        Self { sums: (pieces > 1).then(|| workspace.add("partial", bytes)), pieces }
     }
 
     pub(crate) fn backward(problem: &CompressProblem, workspace: &mut Workspace) -> Self {

@@ -123,13 +123,13 @@ impl CompressStep {
             out: absent(),
             weight: if *kind == CompressionKind::Mean { Address::default() } else { address(&tensors.weight) },
             position: address(&tensors.position),
-            bias: Address::default(),
+            partial: Address::default(),
             batch: sizes.sequences as i32,
-            total_kv: sizes.total_kv as i32,
             total_compressed: self.problem.total_compressed() as i32,
             num_kv_heads: sizes.num_kv_heads as i32,
             kernel_size: windows.kernel_size as i32,
             kernel_stride: windows.kernel_stride as i32,
+            pieces: self.scratch.pieces as i32,
         }
     }
 
@@ -141,8 +141,8 @@ impl CompressStep {
         (tables, workspace): (&Tables, &DeviceSpan<'_>),
         tensors: &CompressTensors<'_>,
     ) -> Result<()> {
-        let bias = self.scratch.sums.map_or(Address::default(), |slot| slot.address(workspace));
-        let params = CompressParams { out: tensors.out.device(), bias, ..self.params(batch, tables, tensors) };
+        let partial = self.scratch.sums.map_or(Address::default(), |slot| slot.address(workspace));
+        let params = CompressParams { out: tensors.out.device(), partial, ..self.params(batch, tables, tensors) };
         match &self.kernels {
             Loaded::Sum(kernels) => kernels.forward(stream, self.multiprocessors, &params)?,
             Loaded::Linear(kernels) => kernels.forward(stream, &params)?,
@@ -150,16 +150,14 @@ impl CompressStep {
         Ok(())
     }
 
-    /// The same for the gradients.
-    pub(super) fn backward(
+    fn backward_params(
         &self,
-        stream: &Stream,
         batch: &DeviceBatch<'_>,
         (tables, workspace): (&Tables, &DeviceSpan<'_>),
         tensors: &CompressBackwardTensors<'_>,
-    ) -> Result<()> {
+    ) -> CompressBackwardParams {
         let address = |span: &Option<DeviceSpan<'_>>| span.map_or(Address::default(), |span| span.address());
-        let params = CompressBackwardParams {
+        CompressBackwardParams {
             forward: self.params(batch, tables, &tensors.forward),
             grad_out: tensors.grad_out.device(),
             grad_input: tensors.grad_input.device(),
@@ -168,10 +166,37 @@ impl CompressStep {
             partial: self.scratch.sums.map_or(Address::default(), |slot| slot.address(workspace)),
             pieces: self.scratch.pieces as i32,
             accumulate: tensors.accumulate.into(),
-        };
+        }
+    }
+
+    /// The gradient of the input.
+    pub(super) fn backward(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        memory: (&Tables, &DeviceSpan<'_>),
+        tensors: &CompressBackwardTensors<'_>,
+    ) -> Result<()> {
+        let params = self.backward_params(batch, memory, tensors);
         match &self.kernels {
             Loaded::Sum(kernels) => kernels.backward(stream, &params)?,
             Loaded::Linear(kernels) => kernels.backward(stream, &params)?,
+        }
+        Ok(())
+    }
+
+    /// Those of the parameters that are wanted.
+    pub(super) fn backward_parameters(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        memory: (&Tables, &DeviceSpan<'_>),
+        tensors: &CompressBackwardTensors<'_>,
+    ) -> Result<()> {
+        let params = self.backward_params(batch, memory, tensors);
+        match &self.kernels {
+            Loaded::Sum(kernels) => kernels.backward_parameters(stream, &params)?,
+            Loaded::Linear(kernels) => kernels.backward_parameters(stream, &params)?,
         }
         Ok(())
     }
@@ -293,7 +318,11 @@ impl CompressBackward {
     ) -> Result<()> {
         self.0.check(context, batch)?;
         tensors.check(&self.0.plan.problem)?;
-        let work = |tables: &Tables| self.0.step.backward(context.stream, batch, (tables, &context.workspace), tensors);
+        let work = |tables: &Tables| {
+            let memory = (tables, &context.workspace);
+            self.0.step.backward(context.stream, batch, memory, tensors)?;
+            self.0.step.backward_parameters(context.stream, batch, memory, tensors)
+        };
         self.0.launch(context, batch, work)
     }
 }

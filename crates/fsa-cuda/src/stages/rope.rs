@@ -5,7 +5,7 @@ use crate::kernels::Kernels;
 use crate::launch::{TensorSpan, check_batch, check_words};
 use crate::params::RopeParams;
 use crate::plan::{Sizes, Windows};
-use crate::rope::RopeKernel;
+use crate::rope::{RopeKernel, row_threads};
 use crate::source::Kernel;
 use fsa_core::{Error, Result, Rope};
 use std::sync::Arc;
@@ -139,6 +139,7 @@ impl RopeTurn {
             head_dim: self.dim as i32,
             multiplier: multiplier as i32,
             inverse: inverse.into(),
+            row_threads: row_threads(self.dim, heads) as i32,
         };
         Ok(self.kernel.launch(stream, &params)?)
     }

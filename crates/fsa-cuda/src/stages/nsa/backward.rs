@@ -6,6 +6,7 @@ use super::tensors::NsaBackwardTensors;
 use crate::backward::Turn;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
+use crate::lanes::Work;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
 use crate::params::{SumBounds, SumKeys};
 use crate::plan::{
@@ -174,8 +175,7 @@ impl NsaBackward {
         let compressed = slots.compressed.each_ref().map(tensor);
         self.statistics(pass.stream, tensors, (Some(&row_stats), grad_gates), num_q_heads)?;
         self.launch_branches(pass, tensors, &row_stats, &compressed)?;
-        self.rotate_back(pass, tensors, &compressed)?;
-        self.launch_compressions(pass, tensors, &compressed)
+        self.leave_rows(pass, tensors, &compressed)
     }
 
     /// What is wanted of the statistics of the rows of each branch and of the gradients of the gates.
@@ -277,53 +277,69 @@ impl NsaBackward {
         }))
     }
 
-    /// Gradients of query, key and compressed key, in place.
+    /// Back through rotation and compression: what reached compressed keys and values goes on to keys, values and parameters.
+    fn leave_rows(
+        &self,
+        pass: &Pass<'_>,
+        tensors: &NsaBackwardTensors<'_>,
+        compressed: &CompressedGrads<'_>,
+    ) -> Result<()> {
+        let Pass { stream, ref workspace, sizes: Sizes { num_q_heads, num_kv_heads, .. }, .. } = *pass;
+        let windows = self.plan.problem.windows;
+        let rows = RopeRows::Compressed { windows, cu_compressed: self.plan.tables.compressed(workspace) };
+        self.rotate_back(pass, stream, &rows, (&compressed[0], num_kv_heads))?;
+        let [keys, values] = [0, 1].map(|c| of_compression(c, tensors, compressed));
+        let memory = (&pass.tables, workspace);
+        let of_key = |stream: &Stream| {
+            self.rotate_back(pass, stream, &RopeRows::Key, (&tensors.grad_key, num_kv_heads))?;
+            self.compress[0].backward(stream, pass.batch, memory, &keys)
+        };
+        let of_value = |stream: &Stream| {
+            self.compress[1].backward(stream, pass.batch, memory, &values)?;
+            self.compress[1].backward_parameters(stream, pass.batch, memory, &values)
+        };
+        let of_parameters = |stream: &Stream| self.compress[0].backward_parameters(stream, pass.batch, memory, &keys);
+        let of_query =
+            |stream: &Stream| self.rotate_back(pass, stream, &RopeRows::Query, (&tensors.grad_query, num_q_heads));
+        let mut works: Vec<Work<'_, Error>> = vec![&of_key, &of_value];
+        if keys.grad_weight.is_some() || keys.grad_position.is_some() {
+            works.push(&of_parameters);
+        }
+        if self.rope.is_some() {
+            works.push(&of_query);
+        }
+        self.kernels.sides().take(stream)?.side_by_side(stream, &works)
+    }
+
+    /// The gradient of rotated rows, in place.
     fn rotate_back(
         &self,
         pass: &Pass<'_>,
-        tensors: &NsaBackwardTensors<'_>,
-        compressed: &CompressedGrads<'_>,
+        stream: &Stream,
+        rows: &RopeRows<'_>,
+        (grad, heads): (&TensorSpan<'_>, usize),
     ) -> Result<()> {
         let Some(rope) = &self.rope else { return Ok(()) };
-        let NsaProblem { sizes: Sizes { num_q_heads, num_kv_heads, .. }, windows, .. } = self.plan.pass();
-        let cu_compressed = self.plan.tables.compressed(&pass.workspace);
-        let turns = [
-            (RopeRows::Query, &tensors.grad_query, num_q_heads),
-            (RopeRows::Key, &tensors.grad_key, num_kv_heads),
-            (RopeRows::Compressed { windows, cu_compressed }, &compressed[0], num_kv_heads),
-        ];
-        turns.into_iter().try_for_each(|(rows, tensor, heads)| {
-            rope.launch_on(pass.stream, pass.batch, &rows, (tensor, tensor, heads), true)
-        })
+        rope.launch_on(stream, pass.batch, rows, (grad, grad, heads), true)
     }
+}
 
-    /// What reached compressed keys and values goes on to keys, values and parameters.
-    fn launch_compressions(
-        &self,
-        pass: &Pass<'_>,
-        tensors: &NsaBackwardTensors<'_>,
-        compressed: &CompressedGrads<'_>,
-    ) -> Result<()> {
-        let sides = [(tensors.key, tensors.grad_key), (tensors.value, tensors.grad_value)];
-        for (c, (input, grad_input)) in sides.into_iter().enumerate() {
-            let (parameters, gradients) = (tensors.parameters[c], tensors.grad_parameters[c]);
-            let grad_out = compressed[c];
-            let compress = CompressBackwardTensors {
-                forward: CompressTensors {
-                    input,
-                    out: grad_out,
-                    weight: parameters.weight,
-                    position: parameters.position,
-                },
-                grad_out,
-                grad_input,
-                grad_weight: gradients.weight,
-                grad_position: gradients.position,
-                accumulate: true,
-            };
-            let memory = (&pass.tables, &pass.workspace);
-            self.compress[c].backward(pass.stream, pass.batch, memory, &compress)?;
-        }
-        Ok(())
+/// What the compression of keys, or of values, takes.
+fn of_compression<'a>(
+    c: usize,
+    tensors: &NsaBackwardTensors<'a>,
+    compressed: &CompressedGrads<'a>,
+) -> CompressBackwardTensors<'a> {
+    let (input, grad_input) = [(tensors.key, tensors.grad_key), (tensors.value, tensors.grad_value)][c];
+    let (parameters, gradients) = (tensors.parameters[c], tensors.grad_parameters[c]);
+    let grad_out = compressed[c];
+    let (weight, position) = (parameters.weight, parameters.position);
+    CompressBackwardTensors {
+        forward: CompressTensors { input, out: grad_out, weight, position },
+        grad_out,
+        grad_input,
+        grad_weight: gradients.weight,
+        grad_position: gradients.position,
+        accumulate: true,
     }
 }

@@ -3,6 +3,7 @@
 use super::tensors::{NsaForwardTensors, NsaSavedTensors};
 use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
+use crate::lanes::Work;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
 use crate::params::Branch;
 use crate::plan::{
@@ -166,7 +167,7 @@ impl NsaForward {
         let (plan, &Pass { stream, workspace, batch, .. }) = (&self.plan, pass);
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         if let (Some(Recompute::Rotated), Some(state)) = (pass.recompute, &tensors.saved) {
-            return self.rotate(pass, tensors, state);
+            return self.make_rows(pass, tensors, None, state.rotated.as_ref());
         }
         self.prepare.launch(stream, &plan.tables.params(batch, &workspace))?;
         if let Some(own) = plan.lists.tables() {
@@ -175,7 +176,7 @@ impl NsaForward {
         let first = self.compresses_first();
         if let (true, Some(temporaries)) = (first, &plan.temporaries) {
             let compressed = compressed(temporaries, &plan.problem.sizes, &workspace);
-            self.compress(pass, tensors, &compressed, plan.problem.sizes.num_kv_heads)?;
+            self.make_rows(pass, tensors, Some((&compressed, plan.problem.sizes.num_kv_heads)), None)?;
         }
         passes(plan.problem.sizes.num_kv_heads, plan.kv_heads).try_for_each(|heads| {
             let own = tensors.heads_from(heads.start, &plan.problem);
@@ -191,9 +192,8 @@ impl NsaForward {
                 }
                 (None, None) => unreachable!("checked to be as planned"),
             };
-            if !first {
-                self.compress(pass, &own, &state.compressed, plan.kv_heads)?;
-            }
+            let compressed = (!first).then_some((&state.compressed, plan.kv_heads));
+            self.make_rows(pass, &own, compressed, state.rotated.as_ref())?;
             self.launch_pass(pass, heads.start, &own, &state)
         })
     }
@@ -203,27 +203,60 @@ impl NsaForward {
         self.plan.compress_heads > self.plan.kv_heads
     }
 
-    /// Compressed keys, rotated if the others are, and values.
-    fn compress(
+    /// What attention reads besides the tensors of the call, side by side: compressed keys and values of some heads, and query and key
+    /// rotated, where they are asked for.
+    fn make_rows(
         &self,
         pass: &Pass<'_>,
         tensors: &NsaForwardTensors<'_>,
-        compressed: &[TensorSpan<'_>; 2],
-        heads: usize,
+        compressed: Option<(&[TensorSpan<'_>; 2], usize)>,
+        rotated: Option<&[TensorSpan<'_>; 2]>,
     ) -> Result<()> {
-        let Pass { stream, workspace, batch, ref tables, .. } = *pass;
-        for (c, input) in [tensors.key, tensors.value].into_iter().enumerate() {
-            let (out, parameters) = (compressed[c], tensors.parameters[c]);
-            let compress = CompressTensors { input, out, weight: parameters.weight, position: parameters.position };
-            self.compress[c].forward(stream, batch, (tables, &workspace), &compress)?;
+        let compress = |c: usize| {
+            move |stream: &Stream| {
+                compressed.map_or(Ok(()), |(rows, heads)| self.compress(pass, stream, tensors, c, (&rows[c], heads)))
+            }
+        };
+        let Sizes { num_q_heads, num_kv_heads, .. } = self.plan.pass().sizes;
+        let rotate = |c: usize, rows: RopeRows<'static>, input, heads| {
+            move |stream: &Stream| match (&self.rope, rotated) {
+                (Some(rope), Some(out)) => rope.launch_on(stream, pass.batch, &rows, (input, &out[c], heads), false),
+                _ => Ok(()),
+            }
+        };
+        let (keys, values) = (compress(0), compress(1));
+        let query = rotate(0, RopeRows::Query, &tensors.query, num_q_heads);
+        let key = rotate(1, RopeRows::Key, &tensors.key, num_kv_heads);
+        let mut works: Vec<Work<'_, Error>> = Vec::new();
+        if compressed.is_some() {
+            works.extend([&keys as Work<'_, Error>, &values]);
         }
-        let Some(rope) = &self.rope else { return Ok(()) };
-        let cu_compressed = self.plan.tables.compressed(&workspace);
-        let rows = RopeRows::Compressed { windows: self.plan.problem.windows, cu_compressed };
-        rope.launch_on(stream, batch, &rows, (&compressed[0], &compressed[0], heads), false)
+        if rotated.is_some() {
+            works.extend([&query as Work<'_, Error>, &key]);
+        }
+        self.kernels.sides().take(pass.stream)?.side_by_side(pass.stream, &works)
     }
 
-    /// All stages after the compression for the kv heads from `first` on, of which tensors and state are.
+    /// Compressed keys, rotated if the others are, or values.
+    fn compress(
+        &self,
+        pass: &Pass<'_>,
+        stream: &Stream,
+        tensors: &NsaForwardTensors<'_>,
+        c: usize,
+        (out, heads): (&TensorSpan<'_>, usize),
+    ) -> Result<()> {
+        let Pass { workspace, batch, ref tables, .. } = *pass;
+        let (input, parameters) = ([tensors.key, tensors.value][c], tensors.parameters[c]);
+        let compress = CompressTensors { input, out: *out, weight: parameters.weight, position: parameters.position };
+        self.compress[c].forward(stream, batch, (tables, &workspace), &compress)?;
+        let (Some(rope), 0) = (&self.rope, c) else { return Ok(()) };
+        let cu_compressed = self.plan.tables.compressed(&workspace);
+        let rows = RopeRows::Compressed { windows: self.plan.problem.windows, cu_compressed };
+        rope.launch_on(stream, batch, &rows, (out, out, heads), false)
+    }
+
+    /// All stages after compression and rotation for the kv heads from `first` on, of which tensors and state are.
     fn launch_pass(
         &self,
         pass: &Pass<'_>,
@@ -232,7 +265,6 @@ impl NsaForward {
         state: &NsaSavedTensors<'_>,
     ) -> Result<()> {
         let Pass { stream, workspace, batch, ref tables, softmax_scale, recompute } = *pass;
-        self.rotate(pass, tensors, state)?;
         let [key, value] = state.compressed;
         let compressed = attention(0, [key, value], tensors, state);
         // A state that is computed again has its lists.
@@ -300,17 +332,6 @@ impl NsaForward {
         let window = attention(2, [rotated(tensors, state)[1], tensors.value], tensors, state);
         let branch = self.branch(2, tensors);
         self.window.launch(stream, pass.batch, &pass.tables, (&window, branch), pass.softmax_scale)
-    }
-
-    /// Query and key beside those of the call.
-    fn rotate(&self, pass: &Pass<'_>, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>) -> Result<()> {
-        let (Some(rope), Some([query, key])) = (&self.rope, &state.rotated) else { return Ok(()) };
-        let Sizes { num_q_heads, num_kv_heads, .. } = self.plan.pass().sizes;
-        let turns =
-            [(RopeRows::Query, &tensors.query, query, num_q_heads), (RopeRows::Key, &tensors.key, key, num_kv_heads)];
-        turns.into_iter().try_for_each(|(rows, input, out, heads)| {
-            rope.launch_on(pass.stream, pass.batch, &rows, (input, out, heads), false)
-        })
     }
 
     /// What a pass keeps of the state, in the workspace. The rows of the branches are not written: any tensor of their shape stands for them.
