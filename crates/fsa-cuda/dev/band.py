@@ -94,7 +94,7 @@ def fill_forward(p, s, q, k, v, out, lse, scale, step, every=1):
     p.query_map, p.key_map, p.value_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(k, step, 1, every), tensor_map(v, step, 1, every)
 
 
-CHOICE_BYTES = {1: 4 * 13760, 2: 8 * 512}      # of the warps that choose: beside those that attend, or these, for their rows
+CHOICE_BYTES = {1: 4 * 13760, 2: 8 * 4160}      # of the warps that choose: beside those that attend, or these, for their rows
 
 
 def forward_select(s, q, k, v, out, lse, ids, scale, block_size=64, init=1, local=2):
@@ -371,6 +371,7 @@ def check():
         ok &= check_select("16/16 packed", [0, 5, 5, 700, 1500], [0, 90, 90, 1000, 2000], 4, 1, compressed=(16, 16), topk=6, one_pass=True)
         ok &= check_select("g 16, last tokens", [0, 100], [0, 20000], 16, 1, one_pass=True)
         ok &= check_select("g 1", [0, 1300], [0, 1300], 2, 2, topk=8, one_pass=True)
+        ok &= check_select("g 1, more steps", [0, 100], [0, 40000], 1, 1, one_pass=True)
         ok &= check_select("g 1, longer than registers", [0, 100], [0, 80000], 1, 1, one_pass=True)
     print("band all ok" if ok else "BAND SOME FAILED", flush=True)
 

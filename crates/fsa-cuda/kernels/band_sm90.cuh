@@ -7,7 +7,8 @@
 //        current values' product, and the two consumers take turns to start products, so that the softmax of one runs under the products of the other.
 //        With FSA_BLOCK_SCORES keys and values come every fourth at a time, first steps first; consumers pool the probabilities of a step and leave the sums
 //        in memory (block/score_slots.cuh), and the warps of a fourth warpgroup choose for a tile's tokens (block/choice.cuh) while the next is attended to. Of
-//        one head there are too many lists for these: the consumers' warps choose for their own rows at the end of a tile (block/row_choice.cuh).
+//        one head there are too many lists for these: the consumers' warps choose for their own rows at the end of a tile (block/pair_choice.cuh,
+//        block/row_choice.cuh).
 // SMEM   Query tile of 128 rows, two stages of keys and of values (128 rows each; 64 above head_dim 128). Boxes land swizzled as wgmma reads them. Behind
 //        them what the warps that choose need.
 // SYNC   An mbarrier pair per stage and for the queries, another barrier per stage for values that were checked; named barriers for the turns. An mbarrier
@@ -18,7 +19,7 @@
 #if FSA_BLOCK_SCORES == 1
 #include "block/choice.cuh"
 #elif FSA_BLOCK_SCORES == 2
-#include "block/row_choice.cuh"
+#include "block/pair_choice.cuh"
 #endif
 
 constexpr int STAGES = 2;
@@ -221,10 +222,11 @@ FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const Sco
 }
 #elif FSA_BLOCK_SCORES == 2
 // Chooses blocks for the warp's rows, a token each.
-FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const ScoreSlots& slots, RowCandidates* candidates, const BandWork& w) {
+FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const ScoreSlots& slots, PairMemory* memory, const BandWork& w) {
     const int first = __shfl_sync(ALL_LANES, threadIdx.x / 32 * 16, 0), rows = min_i(w.tile.tokens, first + 16);
-    RowChooser c = {choice, slots.sums(0), slots.maxima(0), slots.references_of(0), candidates[first / 16], w.tile.position, rows, w.steps, lane_number()};
-    c.choose(first, choice.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token) * choice.topk);
+    if (first >= rows) return;
+    const PairChooser c = {choice, slots.sums(0), slots.maxima(0), slots.references_of(0), memory[first / 16], w.tile.position, first, rows, w.steps, lane_number()};
+    c.choose(choice.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token) * choice.topk);
 }
 #endif
 
@@ -292,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
 #endif
         c.store(w.tile, row);
 #if FSA_BLOCK_SCORES == 2
-        choose(p, all.choice, slots, (RowCandidates*)(shared + SMEM_BYTES), w);
+        choose(p, all.choice, slots, (PairMemory*)(shared + SMEM_BYTES), w);
 #endif
     }
 }

@@ -18,7 +18,7 @@ const WARPGROUPS: usize = 3;
 const WARPGROUP: usize = 128;
 /// Shared memory of a warp that chooses: of another warpgroup, or, of one head, of those that attend.
 const CHOICE_BYTES: usize = 13760;
-const ROW_CHOICE_BYTES: usize = 512;
+const ROW_CHOICE_BYTES: usize = 4160;
 /// Steps whose scores are read together.
 const PART_STEPS: usize = 4;
 /// Longest vectors that it takes.
@@ -68,7 +68,7 @@ pub(crate) fn scores_bytes(specialisation: &Specialisation, ctas: usize, max_ste
 /// What the kernel file must agree with.
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
     let memory = if specialisation.one_head {
-        "CONSUMER_THREADS / 32 * sizeof(RowCandidates)"
+        "CONSUMER_THREADS / 32 * sizeof(PairMemory)"
     } else {
         "CHOOSERS * sizeof(ChoiceMemory)"
     };

@@ -79,17 +79,24 @@ fn many_tiles_conform() {
     ]);
 }
 
-/// Rows of one head with more blocks than their warp has registers for: they are read twice.
+/// Rows of one head whose blocks are chosen from registers by two lanes, by eight, and those with more than fit: they are read twice. Of equal
+/// scores the first ones win.
 #[test]
 #[ignore = "needs a CUDA device"]
-fn long_rows_of_one_head_conform() {
-    let case = Case {
-        query_lens: vec![70, 3],
-        kv_lens: vec![18_500, 33_000],
+fn rows_of_one_head_conform() {
+    let of = |kv_lens: &[usize], softmax_scale| Case {
+        query_lens: kv_lens.iter().map(|&len| len.min(73)).collect(),
+        kv_lens: kv_lens.to_vec(),
         num_q_heads: 2,
         num_kv_heads: 2,
         config: NsaConfig { kernel_size: 8, kernel_stride: 4, block_size: 16, ..NsaConfig::default() },
+        softmax_scale,
         ..Case::new(Stage::Select, Pass::Forward, DType::Bf16)
     };
-    both_ways(&[case]);
+    both_ways(&[
+        of(&[40, 700, 3100], None),
+        of(&[3100, 700], Some(0.0)),
+        of(&[4100, 18_500, 33_000], None),
+        of(&[5100], Some(0.0)),
+    ]);
 }

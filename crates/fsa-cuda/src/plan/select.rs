@@ -16,7 +16,7 @@ use std::fmt;
 
 /// Keys of a sequence from which on one pass is faster where a group has one head, as measured on the H200: the warps that attend choose, which
 /// is a fixed cost for every row.
-const ONE_HEAD_KEYS: usize = 8192;
+const ONE_HEAD_KEYS: usize = 2048;
 
 /// A call of stage `select`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -155,7 +155,7 @@ fn compressed_attention_makes_the_lists_where_it_can_and_has_room() {
         assert!(!makes_lists(&nsa(262_144, heads, false), &options), "more than the budget: {heads:?}");
     }
     assert!(
-        [8192, 4096].map(|tokens| makes_lists(&nsa(tokens, (32, 32), true), &options)) == [true, false],
+        [2048, 1024].map(|tokens| makes_lists(&nsa(tokens, (32, 32), true), &options)) == [true, false],
         "one head"
     );
     let long = PlanOptions { one_pass: Some(true), ..options };
