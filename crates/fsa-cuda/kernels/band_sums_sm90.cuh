@@ -1,6 +1,7 @@
 // WHAT   Backward of attention of rows to an interval of keys on Hopper in one pass: five products where the two passes of `band_backward` take seven. A tile
 //        of keys meets its rows once, for grad_key and grad_value and for its part of grad_query, which is added to the target itself, as f16 in the place of
 //        bf16 and scaled so that nothing overflows (block/query_sums.cuh). The order of these additions is that of time.
+//        The factor of the sums is that of the keys in shared memory, so that no sum is multiplied by it; scores give it back in the factor of their exponents.
 //        band_sums_open clears the target and takes the bounds of keys, band_delta those of rows where the caller has no statistics; band_sums_finish
 //        makes bf16 of f16 in place, band_backward_merge adds up splits. Several attentions may add to one target: the first opens it for all, the last
 //        finishes. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO the
@@ -10,7 +11,7 @@
 //        each of the other two sends a warpgroup's half of grad_query on its way.
 // SMEM   128 keys and values, three stages of 64 rows of query and gradient, two of dS^T, 64 x 64 sums of each warpgroup; of every stage's rows the
 //        statistics, and for each key the rows that see it, as bits.
-// SYNC   mbarriers: keys loaded, cleaned; rows loaded, checked, free; dS full, free; sums full, free. dS of a tile is multiplied beside the products of the
+// SYNC   mbarriers: keys loaded, scaled; rows loaded, checked, free; dS full, free; sums full, free. dS of a tile is multiplied beside the products of the
 //        next.
 #include "block/key_walk.cuh"
 #include "ptx/bulk.cuh"
@@ -125,10 +126,15 @@ constexpr int DS_BYTES = CTA_KEYS * 128, SUM_COLUMNS = HEAD_DIM / CONSUMERS, SUM
 constexpr int SUMS_SMEM_BYTES = 2 * KeyTile::BYTES + SumRowRing::BYTES + DS_STAGES * DS_BYTES + CONSUMERS * SUM_BYTES;
 typedef f32 SumColumns[SUM_COLUMNS / 2];
 
+// What keys are multiplied by in shared memory, a power of two, and what their scores are multiplied by in exponents.
+struct KeyScale {
+    f32 of_keys, of_scores;
+};
+
 struct SumMemory {
     u32 key, value, ds, sums;
-    u32 loaded_keys, clean_keys;        // barriers
-    const f32* scale;                   // of the sums
+    u32 loaded_keys, scaled_keys;       // barriers
+    const KeyScale* scale;
     SumRowRing rows;
     Ring<DS_STAGES> ds_ring;
     Ring<CONSUMERS> sum_rings;          // one place for each warpgroup
@@ -138,15 +144,17 @@ struct SumMemory {
 };
 
 // The producing warpgroup. An exact zero of dS must not meet NaN or infinity; keys that are not finite have made so the statistics of the rows that see them.
-FSA_DEVICE void clean_keys(const SumMemory& m) {
+FSA_DEVICE void scale_keys(const SumMemory& m) {
     const int thread = threadIdx.x - CONSUMER_THREADS;
+    const f32 scale = m.scale->of_keys;
+    const auto scaled = [&](u32 word) { return finite_or_zero(pack2(unpack_lo(word) * scale, unpack_hi(word) * scale)); };
     barrier_wait(m.loaded_keys, 0);
     FSA_NO_UNROLL for (u32 at = m.key + thread * 16; at < m.key + KeyTile::BYTES; at += WARPGROUP * 16) {
         const Vec4 v = load_shared(at);
-        store_shared(at, Vec4{finite_or_zero(v.x), finite_or_zero(v.y), finite_or_zero(v.z), finite_or_zero(v.w)});
+        store_shared(at, Vec4{scaled(v.x), scaled(v.y), scaled(v.z), scaled(v.w)});
     }
     fence_async_proxy();
-    barrier_arrive(m.clean_keys);
+    barrier_arrive(m.scaled_keys);
 }
 
 // One thread for each consuming warpgroup: adds its sums of every tile to grad_query.
@@ -173,6 +181,7 @@ struct SumConsumer {
     const BandBackwardParams& p;
     const SumMemory& m;
     int held_group;
+    f32 scale_log2;         // KeyScale::of_scores
     Columns grad_key, grad_value;
 
     // Number of the warpgroup. With two softmaxes there is no register for it and what follows from it.
@@ -203,10 +212,9 @@ struct SumConsumer {
         if (n == 0) return;
         const int own = group();
         barrier_wait(m.sum_rings.empty + 8 * own, n & 1);
-        const f32 scale = *(const volatile f32*)m.scale;
         PieceFragments a;
         FSA_UNROLL for (int k = 0; k < SUM_COLUMNS / 16; ++k)
-            FSA_UNROLL for (int i = 0; i < 4; ++i) a[k][i] = pack_sums(acc[8 * k + 2 * i] * scale, acc[8 * k + 2 * i + 1] * scale);
+            FSA_UNROLL for (int i = 0; i < 4; ++i) a[k][i] = pack_sums(acc[8 * k + 2 * i], acc[8 * k + 2 * i + 1]);
         store_fragments(m.sum_tile(own), a);
         if (lane_number() == 0) barrier_arrive(m.sum_rings.full + 8 * own);
     }
@@ -238,7 +246,7 @@ struct SumConsumer {
             const Pair lse_too = SplitStats::pair(other.lse, i), delta_too = SplitStats::pair(other.delta, i);
             FSA_UNROLL for (int e = 0; e < 4; ++e) {
                 const int n = 4 * i + e;
-                f32 x = exp2_fast(fmaf(s[n], p.scale_log2, -lse.of(e))), y = exp2_fast(fmaf(s[n], p.scale_log2, -lse_too.of(e)));
+                f32 x = exp2_fast(fmaf(s[n], scale_log2, -lse.of(e))), y = exp2_fast(fmaf(s[n], scale_log2, -lse_too.of(e)));
                 f32 dx = dp[n] - delta.of(e), dy = dp[n] - delta_too.of(e);
                 if (SPECIAL) {
                     const bool seen = sees(low, high, n % 16), seen_too = sees(low_too, high_too, n % 16);
@@ -278,7 +286,7 @@ struct SumConsumer {
                 wgmma_wait<1>();
                 wgmma_pin(s);
                 const SplitStats& stats = records.stats[0];
-                SplitStats::apply(s, stats.lse, [&](f32 x, f32 lse, int) { return exp2_fast(fmaf(x, p.scale_log2, -lse)); });
+                SplitStats::apply(s, stats.lse, [&](f32 x, f32 lse, int) { return exp2_fast(fmaf(x, scale_log2, -lse)); });
                 if (special & MASKED) mask(s, records);
                 if (special & NEGATIVE) SplitStats::apply(s, stats.delta, [](f32 x, f32 delta, int) { return with_sign_of(x, delta); });
                 wgmma_wait<0>();
@@ -317,10 +325,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
     __shared__ __align__(16) SumRecords records[ROW_STAGES];
     __shared__ __align__(8) u64 barriers[2 + SumRowRing::BARRIERS + 2 * DS_STAGES + 2 * CONSUMERS];
     __shared__ KeyWork w;       // no role has registers for it
-    __shared__ f32 scale;
+    __shared__ KeyScale scale;
     if (threadIdx.x == 0) {
         w = KeyWork::find(p.band, p.num_kv_heads, p.resident);
-        scale = sum_scale(p.sums).scale;
+        const SumScale of_sums = sum_scale(p.sums);
+        scale = {of_sums.scale, p.scale_log2 * of_sums.inverse};
     }
     __syncthreads();
     if (w.rows.keys <= 0) return;
@@ -330,14 +339,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
     m.ds = m.value + KeyTile::BYTES;
     m.sums = m.ds + DS_STAGES * DS_BYTES;
     m.loaded_keys = shared_address(barriers);
-    m.clean_keys = m.loaded_keys + 8;
+    m.scaled_keys = m.loaded_keys + 8;
     m.scale = &scale;
-    m.rows = SumRowRing::at(m.sums + CONSUMERS * SUM_BYTES, records, m.clean_keys + 8);
-    m.ds_ring = Ring<DS_STAGES>::at(m.clean_keys + 8 + 8 * SumRowRing::BARRIERS);
+    m.rows = SumRowRing::at(m.sums + CONSUMERS * SUM_BYTES, records, m.scaled_keys + 8);
+    m.ds_ring = Ring<DS_STAGES>::at(m.scaled_keys + 8 + 8 * SumRowRing::BARRIERS);
     m.sum_rings = Ring<CONSUMERS>::at(m.ds_ring.full + Ring<DS_STAGES>::BYTES);
     if (threadIdx.x == 0) {
         barrier_init(m.loaded_keys, 1);
-        barrier_init(m.clean_keys, WARPGROUP);
+        barrier_init(m.scaled_keys, WARPGROUP);
         m.rows.open();
         m.ds_ring.open(CONSUMER_THREADS / 32, CONSUMER_THREADS / 32);
         m.sum_rings.open(1, WARPGROUP / 32);
@@ -349,17 +358,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
     if (group == CONSUMERS) {
         registers_shrink<24>();
         if (threadIdx.x == CONSUMER_THREADS) load_keys(p, m.key, m.value, m.loaded_keys, w);
-        clean_keys(m);
+        scale_keys(m);
         const int thread = threadIdx.x - CONSUMER_THREADS;
         if (thread < SUM_ROWS) m.rows.bring(p, w);
         else if (thread % 32 == 0) send_sums(p, m, w, thread / 32 - SUM_ROWS / 32);
         return;
     }
     registers_grow<240>();
-    SumConsumer c = {p, m, group};
+    SumConsumer c = {p, m, group, __shfl_sync(ALL_LANES, scale.of_scores, 0)};     // a plain load makes ptxas spill
     clear(c.grad_key);
     clear(c.grad_value);
-    barrier_wait(m.clean_keys, 0);
+    barrier_wait(m.scaled_keys, 0);
     if (w.steps > 0) c.walk(w.steps);
     store_key_sums(p, c.grad_key, p.grad_key, p.scale, 0, w, c.key_low());
     store_key_sums(p, c.grad_value, p.grad_value, 1.0f, 1, w, c.key_low());

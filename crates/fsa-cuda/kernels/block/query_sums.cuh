@@ -88,9 +88,10 @@ FSA_DEVICE SumScale sum_scale(f32 log2) {
     const int exponent = (int)fminf(fmaxf(floorf(13.0f - log2), -126.0f), 126.0f);
     return {__uint_as_float((u32)(127 + exponent) << 23), __uint_as_float((u32)(127 - exponent) << 23)};
 }
+// At least such that keys times the factor stay below 2^90: scores of keys that carry it are finite.
 FSA_DEVICE f32 log2_bound(RowBounds rows, KeyBounds keys) {
     auto log2_of = [](u32 bits) { return log2_fast(fmaxf(__uint_as_float(bits), __uint_as_float(0x00800000u))); };
-    const f32 terms = fmaxf(log2_of(rows.grad) + log2_of(keys.value), log2_of(rows.delta)) + 1.0f;
+    const f32 terms = fmaxf(fmaxf(log2_of(rows.grad) + log2_of(keys.value), log2_of(rows.delta)) + 1.0f, 13.0f - 90.0f);
     return terms + log2_of(keys.key);
 }
 // Of sums to which several attentions add: they stay below the sum of the bounds. All kernels that meet them compute the same bits.
