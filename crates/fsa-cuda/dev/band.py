@@ -2,9 +2,9 @@
 
 check     window, compressed and dense attention, forward and backward, and the selection, small and packed, against float64
 bench     medians of graph replays at the shapes of the record
-FSA_DEV_SET=sm80: the portable kernels
+FSA_DEV_SET=sm80: the portable kernels; FSA_DEV_STEP_KEYS: keys of a step of windows in the forward
 """
-import ctypes, math, sys
+import ctypes, math, os, sys
 import torch
 import sets
 from driver import Module, cuda
@@ -111,14 +111,23 @@ def forward_select(s, q, k, v, out, lse, ids, scale, block_size=64, init=1, loca
     Module.get("band_sm90.cuh", dict(defines(q.shape[2], q.dtype, block_size), FSA_BLOCK_SCORES=way)).launch("band", grid, 640 - 128 * way, shared, p)
 
 
+def step_keys(s, d):
+    """Keys of a step, as BandProblem::kernel chooses them; FSA_DEV_STEP_KEYS of windows to compare."""
+    seen = s.window + s.tile_tokens
+    if not HOPPER or d > 128 or seen >= s.cu_kv[-1]:
+        return 128 if d <= 128 else 64
+    return int(os.environ.get("FSA_DEV_STEP_KEYS", min((128, 112, 144), key=lambda keys: -(-seen // keys) * (keys + 4))))
+
+
 def forward(s, q, k, v, out, lse, scale):
     d = q.shape[2]
-    step = 128 if d <= 128 else 64
+    step = step_keys(s, d)
     p = aligned(BandParams)
     fill_forward(p, s, q, k, v, out, lse, scale, step)
     halves = -(-d // 64)
     shared = halves * 128 * (128 + 4 * step) if HOPPER else (64 + 2 * (64 if d <= 128 else 32)) * halves * 128
-    Module.get(sets.file("band"), s.defines(d, q.dtype)).launch("band", s.persistent(s.hk), 384 if HOPPER else 128, shared, p)
+    chosen = dict(FSA_STEP_KEYS=step) if HOPPER else {}
+    Module.get(sets.file("band"), dict(s.defines(d, q.dtype), **chosen)).launch("band", s.persistent(s.hk), 384 if HOPPER else 128, shared, p)
 
 
 def given_stats(out, lse, grad_out, gate):

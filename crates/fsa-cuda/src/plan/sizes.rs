@@ -1,7 +1,7 @@
 //! Sizes that all stages share, and which keys rows see.
 
 use super::{Problem, STATIC_SMEM_BYTES, require};
-use crate::driver::DeviceFacts;
+use crate::driver::{Address, DeviceFacts, DeviceSpan};
 use crate::source::{HEAD_DIMS, Kernel, Specialisation};
 use crate::{arch::KernelSet, params::Band};
 use fsa_core::{AttentionShape, AttentionStage, DType, Result};
@@ -74,6 +74,11 @@ impl Sizes {
     /// The same as a stage gives them to another: their bounds lie behind them.
     pub(crate) fn given_stats_bytes(&self) -> usize {
         self.row_stats_bytes() + BOUNDS_BYTES
+    }
+
+    /// These bounds.
+    pub(crate) fn row_bounds(&self, given_stats: &DeviceSpan<'_>) -> Address {
+        given_stats.address().offset(self.row_stats_bytes())
     }
 
     /// Checks what the kernels support on a device.

@@ -182,7 +182,7 @@ impl KvOuterBackward {
             grad_key: of_keys(sums.grad_key),
             grad_value: of_keys(sums.grad_value),
             row_bounds: tensors.row_stats.map_or(key_bounds.offset(problem.num_kv_heads * BOUNDS_BYTES), |stats| {
-                stats.address().offset(problem.sizes().row_stats_bytes())
+                problem.sizes().row_bounds(&stats)
             }),
             key_bounds,
             // Ranges of keys but the first add to what that one rounded.

@@ -268,7 +268,7 @@ impl BandBackwardStep {
             let given = |stats: &DeviceSpan<'_>| {
                 let skipped = heads.start * sizes.gqa_group_size();
                 let row_stats = part(stats, skipped * sizes.row_stats_bytes() / sizes.num_q_heads);
-                (row_stats.address(), stats.address().offset(sizes.row_stats_bytes()))
+                (row_stats.address(), sizes.row_bounds(stats))
             };
             match &branch.row_stats {
                 Some(stats) => (params.row_stats, params.row_bounds) = given(stats),

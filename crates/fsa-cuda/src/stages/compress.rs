@@ -150,14 +150,17 @@ impl CompressStep {
         Ok(())
     }
 
-    fn backward_params(
+    /// A part of the gradients.
+    pub(super) fn backward(
         &self,
+        part: GradientPart,
+        stream: &Stream,
         batch: &DeviceBatch<'_>,
         (tables, workspace): (&Tables, &DeviceSpan<'_>),
         tensors: &CompressBackwardTensors<'_>,
-    ) -> CompressBackwardParams {
+    ) -> Result<()> {
         let address = |span: &Option<DeviceSpan<'_>>| span.map_or(Address::default(), |span| span.address());
-        CompressBackwardParams {
+        let params = CompressBackwardParams {
             forward: self.params(batch, tables, &tensors.forward),
             grad_out: tensors.grad_out.device(),
             grad_input: tensors.grad_input.device(),
@@ -166,40 +169,23 @@ impl CompressStep {
             partial: self.scratch.sums.map_or(Address::default(), |slot| slot.address(workspace)),
             pieces: self.scratch.pieces as i32,
             accumulate: tensors.accumulate.into(),
-        }
-    }
-
-    /// The gradient of the input.
-    pub(super) fn backward(
-        &self,
-        stream: &Stream,
-        batch: &DeviceBatch<'_>,
-        memory: (&Tables, &DeviceSpan<'_>),
-        tensors: &CompressBackwardTensors<'_>,
-    ) -> Result<()> {
-        let params = self.backward_params(batch, memory, tensors);
-        match &self.kernels {
-            Loaded::Sum(kernels) => kernels.backward(stream, &params)?,
-            Loaded::Linear(kernels) => kernels.backward(stream, &params)?,
+        };
+        match (&self.kernels, part) {
+            (Loaded::Sum(kernels), GradientPart::Input) => kernels.backward(stream, &params)?,
+            (Loaded::Sum(kernels), GradientPart::Parameters) => kernels.backward_parameters(stream, &params)?,
+            (Loaded::Linear(kernels), GradientPart::Input) => kernels.backward(stream, &params)?,
+            (Loaded::Linear(kernels), GradientPart::Parameters) => kernels.backward_parameters(stream, &params)?,
         }
         Ok(())
     }
+}
 
-    /// Those of the parameters that are wanted.
-    pub(super) fn backward_parameters(
-        &self,
-        stream: &Stream,
-        batch: &DeviceBatch<'_>,
-        memory: (&Tables, &DeviceSpan<'_>),
-        tensors: &CompressBackwardTensors<'_>,
-    ) -> Result<()> {
-        let params = self.backward_params(batch, memory, tensors);
-        match &self.kernels {
-            Loaded::Sum(kernels) => kernels.backward_parameters(stream, &params)?,
-            Loaded::Linear(kernels) => kernels.backward_parameters(stream, &params)?,
-        }
-        Ok(())
-    }
+/// Gradients of a compression that do not wait for each other.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum GradientPart {
+    Input,
+    /// Of those parameters that are wanted.
+    Parameters,
 }
 
 /// What forward and backward are planned with.
@@ -320,8 +306,8 @@ impl CompressBackward {
         tensors.check(&self.0.plan.problem)?;
         let work = |tables: &Tables| {
             let memory = (tables, &context.workspace);
-            self.0.step.backward(context.stream, batch, memory, tensors)?;
-            self.0.step.backward_parameters(context.stream, batch, memory, tensors)
+            let parts = [GradientPart::Input, GradientPart::Parameters];
+            parts.into_iter().try_for_each(|part| self.0.step.backward(part, context.stream, batch, memory, tensors))
         };
         self.0.launch(context, batch, work)
     }

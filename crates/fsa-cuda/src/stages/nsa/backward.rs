@@ -4,7 +4,7 @@
 use super::forward::{call, check_rope};
 use super::tensors::NsaBackwardTensors;
 use crate::backward::Turn;
-use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
+use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
 use crate::lanes::Work;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
@@ -18,7 +18,7 @@ use crate::selected::{BackwardTensors, SelectedBackward, WholeGrads};
 use crate::source::Kernel;
 use crate::stages::band::{BandBackwardStep, BranchGrads, SharedSums};
 use crate::stages::combine::CombineStep;
-use crate::stages::compress::CompressStep;
+use crate::stages::compress::{CompressStep, GradientPart};
 use crate::stages::tensors::passes;
 use crate::stages::{
     AttentionGradTensors, AttentionTensors, CompressBackwardTensors, CompressTensors, RopeRows, RopeTurn,
@@ -261,8 +261,8 @@ impl NsaBackward {
         let key_bounds = self.plan.temporaries.key_bounds.span(&pass.workspace);
         key_bounds.fill(0, pass.stream)?;
         let [of_compressed, of_keys] = [0, BOUNDS_BYTES].map(|offset| key_bounds.address().offset(offset));
-        let [compressed, selected, window] = row_stats.each_ref().map(DeviceSpan::address);
-        let bounds = |stats: Address, keys| SumBounds { rows: stats.offset(pass.sizes.row_stats_bytes()), keys };
+        let [compressed, selected, window] = row_stats;
+        let bounds = |stats, keys| SumBounds { rows: pass.sizes.row_bounds(stats), keys };
         let selected = if self.window.is_none() { bounds(selected, of_keys) } else { SumBounds::default() };
         Ok(Some(SharedSums {
             bounds: [bounds(compressed, of_compressed), bounds(window, of_keys), selected],
@@ -292,13 +292,14 @@ impl NsaBackward {
         let memory = (&pass.tables, workspace);
         let of_key = |stream: &Stream| {
             self.rotate_back(pass, stream, &RopeRows::Key, (&tensors.grad_key, num_kv_heads))?;
-            self.compress[0].backward(stream, pass.batch, memory, &keys)
+            self.compress[0].backward(GradientPart::Input, stream, pass.batch, memory, &keys)
         };
         let of_value = |stream: &Stream| {
-            self.compress[1].backward(stream, pass.batch, memory, &values)?;
-            self.compress[1].backward_parameters(stream, pass.batch, memory, &values)
+            let parts = [GradientPart::Input, GradientPart::Parameters];
+            parts.into_iter().try_for_each(|part| self.compress[1].backward(part, stream, pass.batch, memory, &values))
         };
-        let of_parameters = |stream: &Stream| self.compress[0].backward_parameters(stream, pass.batch, memory, &keys);
+        let of_parameters =
+            |stream: &Stream| self.compress[0].backward(GradientPart::Parameters, stream, pass.batch, memory, &keys);
         let of_query =
             |stream: &Stream| self.rotate_back(pass, stream, &RopeRows::Query, (&tensors.grad_query, num_q_heads));
         let mut works: Vec<Work<'_, Error>> = vec![&of_key, &of_value];
