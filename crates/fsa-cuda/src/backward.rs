@@ -115,8 +115,7 @@ pub(crate) struct BackwardKernels {
     specialisation: Specialisation,
 }
 
-/// Which of the launches that share sums one is, of keys here, of gradients of queries in `band_backward`: before the first and after the
-/// last all of them are gone over.
+/// Which of the launches that share sums of keys one is: before the first and after the last all of them are gone over.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Turn {
     pub is_first: bool,

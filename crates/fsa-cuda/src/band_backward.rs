@@ -5,7 +5,6 @@
 //! Kernel files: `kernels/band_backward_sm90.cuh`, `kernels/band_backward_sm80.cuh`, `kernels/band_sums_sm90.cuh`.
 
 use crate::arch::KernelSet;
-use crate::backward::Turn;
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::{BandBackwardParams, TILE_ROWS};
@@ -214,11 +213,26 @@ impl BandBackwardKernels {
         self.delta.launch(stream, dims([ctas, 1, 1], SMALL_THREADS, 0), params)
     }
 
-    /// All gradients of the kv heads that `params` names.
+    /// Clears the sums of gradients of queries of the kv heads that `params` names and takes the bounds of keys; nothing where there are
+    /// no such sums.
+    pub(crate) fn open(&self, stream: &Stream, params: &BandBackwardParams) -> Result<()> {
+        let Main::OnePass { open, .. } = &self.main else { return Ok(()) };
+        let of_bounds = (params.band.total_keys as usize).div_ceil(OPEN_KEYS) * params.num_kv_heads as usize;
+        open.launch(stream, dims([self.targets(params).max(of_bounds), 1, 1], SMALL_THREADS, 0), params)
+    }
+
+    /// CTAs that go over all gradients of queries.
+    fn targets(&self, params: &BandBackwardParams) -> usize {
+        let row_bytes = self.specialisation.head_dim * self.specialisation.dtype().size_bytes();
+        (params.band.total_q as usize * query_heads(params) * row_bytes).div_ceil(TARGET_BYTES)
+    }
+
+    /// All gradients of the kv heads that `params` names, whose sums are open. Who is the last to add to those of queries makes
+    /// gradients of them.
     pub(crate) fn launch(
         &self,
         stream: &Stream,
-        (tiles, turn): (&RowTiles, Turn),
+        (tiles, is_last): (&RowTiles, bool),
         multiprocessors: usize,
         params: &BandBackwardParams,
     ) -> Result<()> {
@@ -234,17 +248,10 @@ impl BandBackwardKernels {
                 queries.launch(stream, dims(grid, threads, queries_smem_bytes(&self.specialisation)), params)?;
                 keys.launch(stream, dims(of_keys, threads, keys_smem_bytes(&self.specialisation)), params)?;
             }
-            Main::OnePass { open, sums, finish } => {
-                let row_bytes = self.specialisation.head_dim * self.specialisation.dtype().size_bytes();
-                let targets = (band.total_q as usize * query_heads(params) * row_bytes).div_ceil(TARGET_BYTES);
-                let of_bounds = (band.total_keys as usize).div_ceil(OPEN_KEYS) * kv_heads;
-                let small = |ctas: usize| dims([ctas, 1, 1], SMALL_THREADS, 0);
-                if turn.is_first {
-                    open.launch(stream, small(targets.max(of_bounds)), params)?;
-                }
+            Main::OnePass { sums, finish, .. } => {
                 sums.launch(stream, dims(of_keys, threads, sums_smem_bytes(&self.specialisation)), params)?;
-                if turn.is_last {
-                    finish.launch(stream, small(targets), params)?;
+                if is_last {
+                    finish.launch(stream, dims([self.targets(params), 1, 1], SMALL_THREADS, 0), params)?;
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use super::{BackwardTensors, ForwardTensors, WholeGrads};
 use crate::block_mask::BlockMaskKernel;
-use crate::driver::DeviceBatch;
+use crate::driver::{DeviceBatch, DeviceSpan};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale};
 use crate::params::{Band, BlockMask, BlockMaskParams, Branch};
@@ -31,6 +31,11 @@ impl MaskStep {
         Ok(Self { kernel, problem: band, topk: problem.topk })
     }
 
+    /// The mask in its workspace.
+    fn mask(&self, workspace: &DeviceSpan<'_>) -> BlockMask {
+        self.kernel.as_ref().map_or_else(BlockMask::default, |(_, plan)| plan.device(workspace))
+    }
+
     /// Fills the mask.
     fn launch(
         &self,
@@ -39,8 +44,8 @@ impl MaskStep {
         (tiles, tables): (&RowTiles, &Tables),
         tensors: &ForwardTensors<'_>,
     ) -> Result<BlockMask> {
-        let Some((kernel, plan)) = &self.kernel else { return Ok(BlockMask::default()) };
-        let mask = plan.device(&context.workspace);
+        let mask = self.mask(&context.workspace);
+        let Some((kernel, plan)) = &self.kernel else { return Ok(mask) };
         let params = BlockMaskParams {
             band: Band { mask, ..band(&self.problem, tiles, batch, tables) },
             topk_indices: tensors.topk_indices.address(),
@@ -152,17 +157,43 @@ impl DenseBackward {
         if problem.total_kv == 0 {
             return Ok(());
         }
+        if !whole.is_prepared {
+            self.prepare(context, batch, (tensors, whole), softmax_scale)?;
+        }
         let (stream, scratch) = (context.stream, self.plan.scratch.span(&context.workspace));
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        self.prepare.launch(stream, &attention_plan.tables.params(batch, &scratch))?;
         let tables = attention_plan.tables.tables(&scratch);
-        let mask = self.mask.launch(context, batch, (&attention_plan.tiles, &tables), &tensors.forward)?;
-        let BackwardTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value, row_stats, accumulate } =
-            *tensors;
-        let forward = attention(&forward);
-        let of_attention = AttentionGradTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value };
         let (window, sums) = (self.plan.window_size.zip(whole.window_stats), whole.sums);
+        let BackwardTensors { row_stats, accumulate, .. } = *tensors;
+        let mask = self.mask.mask(&context.workspace);
         let branch = BranchGrads { row_stats, accumulate, sums, accumulate_keys: accumulate, mask, window };
-        self.step.launch(stream, batch, (&tables, &scratch), (&of_attention, &branch), softmax_scale)
+        self.step.launch(stream, batch, (&tables, &scratch), (&attention_grads(tensors), &branch), softmax_scale)
     }
+
+    /// Fills tables and mask, and opens the sums that others add to.
+    pub(super) fn prepare(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        (tensors, whole): (&BackwardTensors<'_>, &WholeGrads<'_>),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        if self.plan.problem.total_kv == 0 {
+            return Ok(());
+        }
+        let (plan, scratch) = (&self.plan.attention, self.plan.scratch.span(&context.workspace));
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        self.prepare.launch(context.stream, &plan.tables.params(batch, &scratch))?;
+        let tables = plan.tables.tables(&scratch);
+        self.mask.launch(context, batch, (&plan.tiles, &tables), &tensors.forward)?;
+        let Some(sums) = &whole.sums else { return Ok(()) };
+        let work = (&attention_grads(tensors), sums);
+        self.step.open(context.stream, batch, (&tables, &scratch), work, softmax_scale)
+    }
+}
+
+/// The tensors that the backward of stage `dense` has too.
+fn attention_grads<'a>(tensors: &BackwardTensors<'a>) -> AttentionGradTensors<'a> {
+    let BackwardTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value, .. } = *tensors;
+    AttentionGradTensors { forward: attention(&forward), grad_out, grad_lse, grad_query, grad_key, grad_value }
 }

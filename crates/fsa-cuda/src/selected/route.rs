@@ -161,4 +161,19 @@ impl SelectedBackward {
             BackwardWay::Dense(backward) => backward.launch(context, batch, (tensors, whole), softmax_scale),
         }
     }
+
+    /// What the dense route needs besides statistics of rows: tables, mask, and the sums that others add to, which it opens. May run beside
+    /// what makes the statistics.
+    pub(crate) fn prepare_branch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        (tensors, whole): (&BackwardTensors<'_>, &WholeGrads<'_>),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        match &self.way {
+            BackwardWay::KvOuter(_) => Ok(()),
+            BackwardWay::Dense(backward) => backward.prepare(context, batch, (tensors, whole), softmax_scale),
+        }
+    }
 }

@@ -106,4 +106,6 @@ pub(crate) struct WholeGrads<'a> {
     pub window_stats: Option<DeviceSpan<'a>>,
     /// `grad_query` holds scaled sums, or is to hold them.
     pub sums: Option<SharedSums>,
+    /// The dense route is prepared.
+    pub is_prepared: bool,
 }

@@ -3,7 +3,6 @@
 use super::tensors::passes;
 use super::{AttentionGradTensors, AttentionTensors};
 use crate::arch::KernelSet;
-use crate::backward::Turn;
 use crate::band::{BandKernel, step_keys};
 use crate::band_backward::BandBackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
@@ -205,7 +204,8 @@ pub(crate) struct SharedSums {
     pub key_bounds: Address,
     /// The keys of another one.
     pub other: SumKeys,
-    pub turn: Turn,
+    /// Whether who adds is the last.
+    pub is_last: bool,
 }
 
 /// How the gradients of a branch become those of a call; by default the attention is the call.
@@ -215,7 +215,7 @@ pub(crate) struct BranchGrads<'a> {
     pub row_stats: Option<DeviceSpan<'a>>,
     /// `grad_query` is added to; not by a plan that adds it up in memory.
     pub accumulate: bool,
-    /// What else adds to `grad_query` in memory.
+    /// What else adds to `grad_query` in memory, which [`BandBackwardStep::open`] opened; else a launch opens its own sums.
     pub sums: Option<SharedSums>,
     /// `grad_key` and `grad_value` are added to.
     pub accumulate_keys: bool,
@@ -244,6 +244,24 @@ impl BandBackwardStep {
     pub(crate) fn with(kernels: &Kernels, plan: BandBackwardPlan, specialisation: Specialisation) -> Result<Self> {
         let multiprocessors = kernels.device().facts().multiprocessors;
         Ok(Self { plan, kernels: kernels.one(&specialisation)?, specialisation, multiprocessors })
+    }
+
+    /// Opens sums for all that add to them, of which this is the first, with its keys.
+    pub(crate) fn open(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        memory: (&Tables, &DeviceSpan<'_>),
+        (tensors, sums): (&AttentionGradTensors<'_>, &SharedSums),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let sizes = &self.plan.problem.sizes;
+        passes(sizes.num_kv_heads, self.plan.kv_heads).try_for_each(|heads| {
+            let own = tensors.kv_heads_from(heads.start, sizes);
+            let mut params = self.params(batch, memory, &own, heads.len(), softmax_scale)?;
+            (params.sums, params.key_bounds, params.other) = (sums.bounds, sums.key_bounds, sums.other);
+            Ok(self.kernels.open(stream, &params)?)
+        })
     }
 
     /// `workspace` is what the plan's scratch lies in.
@@ -282,12 +300,14 @@ impl BandBackwardStep {
                 params.window_stats = window_stats;
                 params.window_size = i32::try_from(*window_size).unwrap_or(i32::MAX);
             }
-            let mut turn = Turn { is_first: true, is_last: true };
-            if let Some(shared) = &branch.sums {
-                (params.sums, params.key_bounds, params.other) = (shared.bounds, shared.key_bounds, shared.other);
-                turn = shared.turn;
+            match &branch.sums {
+                Some(shared) => {
+                    (params.sums, params.key_bounds, params.other) = (shared.bounds, shared.key_bounds, shared.other);
+                }
+                None => self.kernels.open(stream, &params)?,
             }
-            Ok(self.kernels.launch(stream, (&self.plan.tiles, turn), self.multiprocessors, &params)?)
+            let is_last = branch.sums.is_none_or(|shared| shared.is_last);
+            Ok(self.kernels.launch(stream, (&self.plan.tiles, is_last), self.multiprocessors, &params)?)
         })
     }
 

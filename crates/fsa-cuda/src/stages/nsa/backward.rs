@@ -3,7 +3,6 @@
 
 use super::forward::{call, check_rope};
 use super::tensors::NsaBackwardTensors;
-use crate::backward::Turn;
 use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
 use crate::lanes::Work;
@@ -50,6 +49,17 @@ struct Pass<'a> {
     tables: Tables,
     softmax_scale: f32,
     sizes: Sizes,
+}
+
+/// The attentions of a pass.
+struct Branches<'a> {
+    compressed: AttentionGradTensors<'a>,
+    selected: BackwardTensors<'a>,
+    window: AttentionGradTensors<'a>,
+    /// Of these, in this order.
+    row_stats: [DeviceSpan<'a>; 3],
+    /// The scaled sums of gradients of queries, where they are shared.
+    shared: Option<SharedSums>,
 }
 
 /// Gradients of compressed keys and values.
@@ -145,13 +155,11 @@ impl NsaBackward {
     ) -> Result<()> {
         let (plan, stream, workspace) = (&self.plan, context.stream, context.workspace);
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        for tables in [&plan.tables].into_iter().chain(&plan.window_tables) {
-            self.prepare.launch(stream, &tables.params(batch, &workspace))?;
-        }
         let tables = plan.tables.tables(&workspace);
         let sizes = &plan.problem.sizes;
         let one_pass = plan.kv_heads == sizes.num_kv_heads;
         if !one_pass {
+            self.fill_tables(stream, batch, &workspace)?;
             // A gate may belong to the heads of all passes.
             self.statistics(stream, tensors, (None, Some(&tensors.grad_gates)), sizes.num_q_heads)?;
         }
@@ -162,6 +170,13 @@ impl NsaBackward {
         })
     }
 
+    /// Tables of the compressed keys and of the window.
+    fn fill_tables(&self, stream: &Stream, batch: &DeviceBatch<'_>, workspace: &DeviceSpan<'_>) -> Result<()> {
+        let mut tables = [&self.plan.tables].into_iter().chain(&self.plan.window_tables);
+        tables.try_for_each(|tables| Ok(self.prepare.launch(stream, &tables.params(batch, workspace))?))
+    }
+
+    /// The heads of a pass. `grad_gates` are there in a call of one pass, which fills its tables itself.
     fn launch_pass<'a>(
         &self,
         pass: &Pass<'a>,
@@ -173,8 +188,12 @@ impl NsaBackward {
         let row_stats = slots.row_stats.each_ref().map(|slot| slot.span(&pass.workspace));
         let tensor = |slot: &Slot| TensorSpan::contiguous(slot.span(&pass.workspace), num_kv_heads, head_dim);
         let compressed = slots.compressed.each_ref().map(tensor);
-        self.statistics(pass.stream, tensors, (Some(&row_stats), grad_gates), num_q_heads)?;
-        self.launch_branches(pass, tensors, &row_stats, &compressed)?;
+        let branches = self.branches(pass, tensors, &row_stats, &compressed);
+        let statistics =
+            |stream: &Stream| self.statistics(stream, tensors, (Some(&row_stats), grad_gates), num_q_heads);
+        let open = |stream: &Stream| self.open(stream, pass, &branches, grad_gates.is_some());
+        self.kernels.sides().take(pass.stream)?.side_by_side::<Error>(pass.stream, &[&statistics, &open])?;
+        self.launch_branches(pass, &branches)?;
         self.leave_rows(pass, tensors, &compressed)
     }
 
@@ -189,18 +208,14 @@ impl NsaBackward {
         self.combine.statistics(stream, (&saved.branches, &saved.lse, gates), grad_out, wanted, heads)
     }
 
-    /// The gradients of query, key and value through every branch. Those of queries: the window, which may have the selected blocks with
-    /// it, and compressed attention add to scaled sums, and who comes last makes gradients of them. Where the plan shares no sums,
-    /// compressed attention writes them, or selected blocks and window in one pass, and the others add. Those of keys and values: the
-    /// window writes them, or it and the selected blocks in one pass.
-    fn launch_branches<'a>(
+    /// What the attentions of a pass read and write.
+    fn branches<'a>(
         &self,
         pass: &Pass<'a>,
         tensors: &NsaBackwardTensors<'a>,
         row_stats: &[DeviceSpan<'a>; 3],
         compressed: &CompressedGrads<'a>,
-    ) -> Result<()> {
-        let Pass { stream, workspace, batch, ref tables, softmax_scale, .. } = *pass;
+    ) -> Branches<'a> {
         let saved = &tensors.saved;
         let [query, key] = saved.rotated.unwrap_or([tensors.query, tensors.key]);
         let through = |b: usize, [key, value]: [TensorSpan<'a>; 2], [grad_key, grad_value]: [TensorSpan<'a>; 2]| {
@@ -208,63 +223,91 @@ impl NsaBackward {
             let NsaBackwardTensors { grad_out, grad_query, .. } = *tensors;
             AttentionGradTensors { forward, grad_out, grad_lse: None, grad_query, grad_key, grad_value }
         };
-        let scratch = self.plan.scratch.span(&workspace);
-        let [compressed, selected, window] = [
-            through(0, saved.compressed, *compressed),
-            through(1, [key, tensors.value], [tensors.grad_key, tensors.grad_value]),
-            through(2, [key, tensors.value], [tensors.grad_key, tensors.grad_value]),
-        ];
-        let [of_compressed, of_selected, of_window] = row_stats.map(Some);
-        let shared = self.shared_sums(pass, &saved.compressed, row_stats)?;
-        let sums = |is_first, is_last| shared.map(|sums| SharedSums { turn: Turn { is_first, is_last }, ..sums });
-        let through_compressed = |accumulate, sums| {
-            let branch = BranchGrads { row_stats: of_compressed, accumulate, sums, ..BranchGrads::default() };
-            self.compressed.launch(stream, batch, (tables, &scratch), (&compressed, &branch), softmax_scale)
+        let (keys, grads) = ([key, tensors.value], [tensors.grad_key, tensors.grad_value]);
+        Branches {
+            compressed: through(0, saved.compressed, *compressed),
+            selected: through(1, keys, grads).selected(tensors.topk_indices),
+            window: through(2, keys, grads),
+            row_stats: *row_stats,
+            shared: self.plan.shares_query_sums.then(|| self.shared_sums(pass, &saved.compressed, row_stats)),
+        }
+    }
+
+    /// What comes before the first attention and needs no statistics: the tables of a call of one pass, and the scaled sums, opened by
+    /// who adds first, the window or selected blocks and window together.
+    fn open(&self, stream: &Stream, pass: &Pass<'_>, branches: &Branches<'_>, fills_tables: bool) -> Result<()> {
+        let Pass { workspace, batch, softmax_scale, .. } = *pass;
+        if fills_tables {
+            self.fill_tables(stream, batch, &workspace)?;
+        }
+        if branches.shared.is_some() {
+            self.plan.temporaries.key_bounds.span(&workspace).fill(0, stream)?;
+        }
+        let Some((step, tables)) = self.window.as_ref().zip(self.plan.window_tables) else {
+            let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
+            let whole = WholeGrads { sums: branches.shared, ..WholeGrads::default() };
+            return self.selected.prepare_branch(&context, batch, (&branches.selected, &whole), softmax_scale);
         };
-        let through_selected = |accumulate, sums| {
-            let selected = selected.selected(tensors.topk_indices);
-            let selected = BackwardTensors { row_stats: of_selected, accumulate, ..selected };
+        let Some(sums) = &branches.shared else { return Ok(()) };
+        let (tables, scratch) = (tables.tables(&workspace), self.plan.scratch.span(&workspace));
+        step.open(stream, batch, (&tables, &scratch), (&branches.window, sums), softmax_scale)
+    }
+
+    /// The gradients of query, key and value through every branch. Those of queries: the window, which may have the selected blocks with
+    /// it, and compressed attention add to scaled sums, and who comes last makes gradients of them. Where the plan shares no sums,
+    /// compressed attention writes them, or selected blocks and window in one pass, and the others add. Those of keys and values: the
+    /// window writes them, or it and the selected blocks in one pass.
+    fn launch_branches(&self, pass: &Pass<'_>, branches: &Branches<'_>) -> Result<()> {
+        let Pass { stream, workspace, batch, ref tables, softmax_scale, .. } = *pass;
+        let scratch = self.plan.scratch.span(&workspace);
+        let Branches { compressed, selected, window, row_stats, shared } = branches;
+        let [of_compressed, of_selected, of_window] = row_stats.map(Some);
+        let sums = |is_last| shared.map(|sums| SharedSums { is_last, ..sums });
+        let through_compressed = |accumulate, is_last| {
+            let sums = sums(is_last);
+            let branch = BranchGrads { row_stats: of_compressed, accumulate, sums, ..BranchGrads::default() };
+            self.compressed.launch(stream, batch, (tables, &scratch), (compressed, &branch), softmax_scale)
+        };
+        let through_selected = |accumulate, is_last| {
+            let selected = BackwardTensors { row_stats: of_selected, accumulate, ..*selected };
             let context = LaunchContext { stream, workspace: scratch };
-            let whole = WholeGrads { window_stats: of_window, sums };
+            let is_prepared = self.window.is_none();
+            let whole = WholeGrads { window_stats: of_window, sums: sums(is_last), is_prepared };
             self.selected.launch_branch(&context, batch, (&selected, &whole), softmax_scale)
         };
         let Some((step, tables)) = self.window.as_ref().zip(self.plan.window_tables) else {
-            through_selected(false, sums(true, false))?;
-            return through_compressed(shared.is_none(), sums(false, true));
+            through_selected(false, false)?;
+            return through_compressed(shared.is_none(), true);
         };
-        let through_window = |accumulate, sums| {
-            let branch = BranchGrads { row_stats: of_window, accumulate, sums, ..BranchGrads::default() };
+        let through_window = |accumulate| {
+            let branch = BranchGrads { row_stats: of_window, accumulate, sums: sums(false), ..BranchGrads::default() };
             let tables = tables.tables(&workspace);
-            step.launch(stream, batch, (&tables, &scratch), (&window, &branch), softmax_scale)
+            step.launch(stream, batch, (&tables, &scratch), (window, &branch), softmax_scale)
         };
         if shared.is_some() {
-            through_window(false, sums(true, false))?;
-            through_compressed(false, sums(false, false))?;
+            through_window(false)?;
+            through_compressed(false, false)?;
         } else {
-            through_compressed(false, None)?;
-            through_window(true, None)?;
+            through_compressed(false, false)?;
+            through_window(true)?;
         }
-        through_selected(true, sums(false, true))
+        through_selected(true, true)
     }
 
     /// The scaled sums of gradients of queries of compressed attention, of the window, and of selected blocks that are done together
-    /// with it, where they are shared.
+    /// with it.
     fn shared_sums(
         &self,
         pass: &Pass<'_>,
         [key, value]: &[TensorSpan<'_>; 2],
         row_stats: &[DeviceSpan<'_>; 3],
-    ) -> Result<Option<SharedSums>> {
-        if !self.plan.shares_query_sums {
-            return Ok(None);
-        }
-        let key_bounds = self.plan.temporaries.key_bounds.span(&pass.workspace);
-        key_bounds.fill(0, pass.stream)?;
-        let [of_compressed, of_keys] = [0, BOUNDS_BYTES].map(|offset| key_bounds.address().offset(offset));
+    ) -> SharedSums {
+        let key_bounds = self.plan.temporaries.key_bounds.address(&pass.workspace);
+        let [of_compressed, of_keys] = [0, BOUNDS_BYTES].map(|offset| key_bounds.offset(offset));
         let [compressed, selected, window] = row_stats;
         let bounds = |stats, keys| SumBounds { rows: pass.sizes.row_bounds(stats), keys };
         let selected = if self.window.is_none() { bounds(selected, of_keys) } else { SumBounds::default() };
-        Ok(Some(SharedSums {
+        SharedSums {
             bounds: [bounds(compressed, of_compressed), bounds(window, of_keys), selected],
             key_bounds: of_keys,
             other: SumKeys {
@@ -273,8 +316,8 @@ impl NsaBackward {
                 cu_keys: pass.tables.cu_compressed,
                 bounds: of_compressed,
             },
-            turn: Turn { is_first: true, is_last: true },
-        }))
+            is_last: false,
+        }
     }
 
     /// Back through rotation and compression: what reached compressed keys and values goes on to keys, values and parameters.
