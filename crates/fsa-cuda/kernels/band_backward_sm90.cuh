@@ -31,7 +31,7 @@ struct QueryMemory {
 
 FSA_DEVICE void produce_keys(const BandBackwardParams& p, const QueryMemory& m, int total) {
     u32 step = 0, tile = 0;
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number += gridDim.x) {
+    FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number = next_tile(number)) {
         const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
         if (w.steps == 0) continue;
         const u32 barrier = m.row_ring.start(tile++, 2 * row_tile_bytes(p.band));
@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_backward_queries(c
     QueryConsumer c = {p, m, group, 0, 0, 0};
     if (group == 1) named_arrive(TURN, CONSUMER_THREADS);       // the first goes first
     const int row = first_row_of_thread();
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number += gridDim.x) {
+    FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number = next_tile(number)) {
         const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
         if (w.tile.tokens == 0) continue;
         clear(c.grad_query);

@@ -2,7 +2,7 @@
 //        lse. A row without a key gets 0 and -inf. With FSA_BLOCK_MASK to those keys of blocks that the row lists; steps that no row of a tile lists are
 //        left out. With FSA_BLOCK_SCORES of compressed attention: chooses blocks by the way (stage select), where all heads of a group vote, 1, 2, 4, 8 or
 //        16 of them, kernel_size is kernel_stride or twice that, and a block has four compressed keys.
-// GRID   As many ctas as there are multiprocessors, at most one per tile; each takes every gridDim.x-th tile of all heads, those with the most keys first.
+// GRID   As many ctas as there are multiprocessors, at most one per tile; each takes one of every gridDim.x tiles of all heads, those with the most keys first.
 // ROLES  Two warpgroups of 64 rows consume, a thread of a third produces, its other warps check values. A consumer computes the next scores beside the
 //        current values' product, and the two consumers take turns to start products, so that the softmax of one runs under the products of the other.
 //        With FSA_BLOCK_SCORES keys and values come every fourth at a time, first steps first; consumers pool the probabilities of a step and leave the sums
@@ -53,7 +53,7 @@ FSA_DEVICE void produce(const BandParams& p, const BandMemory& m) {
     prefetch_map(&p.query_map);
     prefetch_map(&p.key_map);
     prefetch_map(&p.value_map);
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number += gridDim.x) {
+    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number = next_tile(number)) {
         const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
         if (w.steps == 0) continue;
         load_tile<CTA_ROWS>(m.query, &p.query_map, m.query_ring.start(tile++, row_tile_bytes(p.band)), w.tile.first_head, w.tile.token);
@@ -212,7 +212,7 @@ FSA_DEVICE void hand_over(const ScoreSlots& slots, u32 n, int row, const RowStat
 FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const ScoreSlots& slots, ChoiceMemory* memory) {
     Chooser c = {choice, slots, memory[__shfl_sync(ALL_LANES, Chooser::warp(), 0)], p.band.tile_heads};
     u32 tile = 0;
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number += gridDim.x) {
+    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number = next_tile(number)) {
         const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
         if (w.tile.tokens == 0) continue;
         slots.ring.wait(tile);
@@ -278,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
     Consumer c = {p, m, group, 0, 0, 0};
     if (group == 1) c.give_turn();      // the first goes first
     const int row = first_row_of_thread();
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number += gridDim.x) {
+    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number = next_tile(number)) {
         const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
         if (w.tile.tokens == 0) continue;
         clear(c.out);

@@ -36,6 +36,10 @@ typedef u32 Fragments[STEP_KEYS / 16][4];   // scores of 64 rows as A
 // Names of barriers; 0 is __syncthreads.
 constexpr int ALL_CONSUMERS = 1, ALL_CHECKERS = 2, TURN = 3;
 
+// The tile that a cta takes after `number`; its first is that of its own number. Rounds of as many tiles as there are ctas go forwards and backwards in
+// turns: those with the most keys come first, so always forwards the first cta would get more keys than the last in every round.
+FSA_DEVICE int next_tile(int number) { return number + 2 * (int)(gridDim.x - number % gridDim.x) - 1; }
+
 // One tile of rows, its heads being those of one kv head, and the steps of keys that it meets, last first, or first to last.
 struct BandWork {
     BandTile tile;
@@ -122,7 +126,7 @@ struct Checked {
     template <typename F>
     FSA_DEVICE void check(const Band& band, int num_kv_heads, int total, const Ring<STAGES>& loaded, F tile) const {
         u32 step = 0, count = 0;
-        FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number += gridDim.x) {
+        FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number = next_tile(number)) {
             const BandWork w = BandWork::find(band, number, num_kv_heads);
             FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
                 loaded.wait(step);
