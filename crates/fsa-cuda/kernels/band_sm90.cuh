@@ -210,14 +210,13 @@ FSA_DEVICE void hand_over(const ScoreSlots& slots, u32 n, int row, const RowStat
 #if FSA_BLOCK_SCORES == 1
 // Chooses blocks for the tokens of a tile while the consumers attend to the next one.
 FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const ScoreSlots& slots, ChoiceMemory* memory) {
-    Chooser c = {choice, slots, memory[__shfl_sync(ALL_LANES, Chooser::warp(), 0)], p.band.tile_heads};
-    u32 tile = 0;
+    Chooser c = {choice, slots, memory[__shfl_sync(ALL_LANES, Chooser::warp(), 0)], p.band.tile_heads, 0};
     FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number = next_tile(number)) {
         const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
         if (w.tile.tokens == 0) continue;
-        slots.ring.wait(tile);
-        c.choose(tile, w.tile, w.steps, choice.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token) * choice.topk);
-        slots.ring.release(tile++);
+        slots.ring.wait(c.slot);
+        c.choose(w.tile, w.steps, choice.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token) * choice.topk);
+        slots.ring.release(c.slot++);
     }
 }
 #elif FSA_BLOCK_SCORES == 2
