@@ -2,7 +2,7 @@
 
 check     window, compressed and dense attention, forward and backward, and the selection, small and packed, against float64
 bench     medians of graph replays at the shapes of the record
-FSA_DEV_SET=sm80: the portable kernels; FSA_DEV_STEP_KEYS: keys of a step of windows in the forward
+FSA_DEV_SET=sm80: the portable kernels; FSA_DEV_STEP_KEYS: keys of a step of windows in the forward; FSA_DEV_SUM_ROWS: rows of a tile of the one pass
 """
 import ctypes, math, os, sys
 import torch
@@ -71,11 +71,12 @@ class Shape:
     def defines(self, d, dtype):
         return defines(d, dtype)
 
-    def of_64_rows(self):
-        """The same in tiles of 64 rows."""
-        if "half" not in self.__dict__:
-            self.half = Shape(self.cu_q, self.cu_kv, self.hq, self.hk, self.window, (self.kernel_size, self.kernel_stride) if self.compressed else None, rows=64)
-        return self.half
+    def of_rows(self, rows):
+        """The same in tiles of so many rows."""
+        name = f"of_{rows}_rows"
+        if name not in self.__dict__:
+            self.__dict__[name] = Shape(self.cu_q, self.cu_kv, self.hq, self.hk, self.window, (self.kernel_size, self.kernel_stride) if self.compressed else None, rows=rows)
+        return self.__dict__[name]
 
     def persistent(self, heads):
         return (max(1, min(self.num_tiles * self.head_tiles * heads, MULTIPROCESSORS)), 1, 1) if HOPPER else (self.num_tiles * self.head_tiles, heads, 1)
@@ -140,11 +141,20 @@ def given_stats(out, lse, grad_out, gate):
     return stats, torch.stack([bound(gate * size), bound(gate * delta)]).view(torch.int32)
 
 
+def sum_rows(heads, window_too):
+    """Rows of a tile of the one pass, as BandBackwardPlan chooses them; FSA_DEV_SUM_ROWS to compare."""
+    def used(rows):
+        tile_heads = -(-heads // -(-heads // rows))
+        return rows // tile_heads * tile_heads
+    return 64 if window_too else int(os.environ.get("FSA_DEV_SUM_ROWS", 80 if 5 * used(80) >= 6 * used(64) else 64))
+
+
 def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1, only=None, one_pass=False, given=None, window=None, accumulate=False):
     """In two passes, or in one; `only` is one of the kernels by its last word. `given` are statistics of rows with bounds; `window` is its size and the same of
     the rows' attention to it, which the one pass does too."""
     d = q.shape[2]
-    s = s.of_64_rows() if one_pass else s
+    rows = sum_rows(s.hq // s.hk, window is not None) if one_pass else ROWS
+    s = s.of_rows(rows) if one_pass else s
     gq, gk, gv = grads
     p = aligned(BandBackwardParams)
     p.band = s.band()
@@ -156,7 +166,7 @@ def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits
     p.query_map, p.grad_out_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(grad_out, s.tile_tokens, s.tile_heads)
     p.key_map, p.value_map = tensor_map(k, 128, 1), tensor_map(v, 128, 1)
     p.accumulate = p.accumulate_keys = accumulate
-    m = Module.get("band_sums_sm90.cuh" if one_pass else sets.file("band_backward"), dict(s.defines(d, q.dtype), **(dict(FSA_WINDOW_TOO=1) if window else {})))
+    m = Module.get("band_sums_sm90.cuh" if one_pass else sets.file("band_backward"), dict(s.defines(d, q.dtype), **(dict(FSA_WINDOW_TOO=1) if window else {}), **(dict(FSA_SUM_ROWS=rows) if one_pass else {})))
     halves = -(-d // 64)
     shared = halves * 128 * 128 * 6 if HOPPER else halves * 128 * (2 * 64 + 3 * 64)
     threads = 384 if HOPPER else 128
@@ -176,7 +186,8 @@ def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits
         if only in (None, "open"):
             m.launch("band_sums_open", (max(targets, of_bounds), 1, 1), 256, 0, p)
         if only in (None, "sums"):
-            m.launch("band_sums", (s.num_key_tiles, s.hk, splits), threads, 13 * 16384, p)
+            # keys and values; stages of rows and their gradients; two of score gradients, and sums
+            m.launch("band_sums", (s.num_key_tiles, s.hk, splits), threads, (256 + rows * (2 * (3 if rows == 64 else 2) + 3)) * 256, p)
         if only in (None, "finish"):
             m.launch("band_sums_finish", (targets, 1, 1), 256, 0, p)
     else:

@@ -52,7 +52,7 @@ class Masked(Shape):
         self.build()
         band.backward(self, q, k, v, out, lse, grad_out, grads, scale, grad_lse, splits, **options)
 
-    def of_64_rows(self):
+    def of_rows(self, rows):
         return self
 
 

@@ -7,10 +7,10 @@
 //        finishes. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO the
 //        rows also attend to their last keys in a softmax of its own: scores and dP are common, so five products do both.
 // GRID   (tiles of 128 keys, kv heads, splits) as the pass of keys: block/key_walk.cuh.
-// ROLES  Two warpgroups of 64 keys consume tiles of 64 rows, and multiply half the columns each of dS K. Of a third two warps bring the rows, and a thread
-//        each of the other two sends a warpgroup's half of grad_query on its way.
-// SMEM   128 keys and values, three stages of 64 rows of query and gradient, two of dS^T, 64 x 64 sums of each warpgroup; of every stage's rows the
-//        statistics, and for each key the rows that see it, as bits.
+// ROLES  Two warpgroups of 64 keys consume tiles of 64 or 80 rows, and multiply half the columns each of K^T dS^T. Of a third two or three warps bring the
+//        rows, and two threads of the last send a warpgroup's half of grad_query each on its way.
+// SMEM   128 keys and values, three stages of 64 or two of 80 rows of query and gradient, two of dS, sums of 64 columns of each warpgroup; of every stage's
+//        rows the statistics, and for each key the rows that see it, as bits.
 // SYNC   mbarriers: keys loaded, scaled; rows loaded, checked, free; dS full, free; sums full, free. dS of a tile is multiplied beside the products of the
 //        next.
 #include "block/key_walk.cuh"
@@ -18,11 +18,19 @@
 #include "ptx/thread.cuh"
 
 static_assert(HEAD_DIM == 128 && IS_BF16, "a warpgroup's half of the columns is one box; f16 has no room to spare for sums");
-constexpr int SUM_ROWS = 64, ROW_STAGES = 3, DS_STAGES = 2;
 #ifndef FSA_WINDOW_TOO      // 1: the rows attend to the window in a softmax of its own, too, and the gradients are those of both
 #define FSA_WINDOW_TOO 0
 #endif
+#ifndef FSA_SUM_ROWS        // 80: a quarter more rows for the keys that a product reads
+#define FSA_SUM_ROWS 64
+#endif
 constexpr bool WINDOW_TOO = FSA_WINDOW_TOO;
+constexpr int SUM_ROWS = FSA_SUM_ROWS, ROW_WORDS = (SUM_ROWS + 31) / 32;        // bits of rows
+constexpr bool IN_TURN = SUM_ROWS > 64;     // There are no registers for scores and dP of more than 64 rows: dP comes when probabilities are bf16.
+static_assert(!(WINDOW_TOO && IN_TURN), "two softmaxes need the scores of both");
+constexpr int ROW_STAGES = IN_TURN ? 2 : 3, DS_STAGES = 2;
+typedef f32 RowScores[SUM_ROWS / 2];        // of 64 keys, or columns, and the rows of a tile
+typedef u32 RowFragments[SUM_ROWS / 16][4];
 constexpr u32 ALL_LANES = 0xffffffffu;
 
 // What consumers have to mind of a tile of rows: some row does not see some key, has a gate below zero, sees some key, or none, through the window.
@@ -39,10 +47,10 @@ struct SplitStats {
     FSA_DEVICE void put(int row, const RowStats& stats) { lse[row] = stats.lse; delta[row] = stats.delta; }
     // Of the two rows that the thread has in columns 8 i and on of 64.
     static FSA_DEVICE Pair pair(const f32* numbers, int i) { return *(const Pair*)(numbers + 8 * i + 2 * (threadIdx.x & 3)); }
-    // x = f(x, number of its row) for 64 keys x 64 rows.
+    // x = f(x, number of its row) for 64 keys.
     template <typename F>
-    static FSA_DEVICE void apply(PieceScores& s, const f32* numbers, F f) {
-        FSA_UNROLL for (int i = 0; i < PIECE_KEYS / 8; ++i) {
+    static FSA_DEVICE void apply(RowScores& s, const f32* numbers, F f) {
+        FSA_UNROLL for (int i = 0; i < SUM_ROWS / 8; ++i) {
             const Pair of_rows = pair(numbers, i);
             FSA_UNROLL for (int e = 0; e < 4; ++e) s[4 * i + e] = f(s[4 * i + e], of_rows.of(e), 4 * i + e);
         }
@@ -51,32 +59,32 @@ struct SplitStats {
 
 // The rows of a tile that see a key, a bit each, for every key of a tile: an interval of rows, of which some list the key's block.
 struct SeenKeys {
-    u32 rows[CTA_KEYS][SUM_ROWS / 32];
+    u32 rows[CTA_KEYS][ROW_WORDS];
 
-    // A lane of the warp that brings rows 32 half and on, of which those `wanted` count if they are at most `window` keys behind this key; the first
+    // A lane of the warp that brings rows 32 word and on, of which those `wanted` count if they are at most `window` keys behind this key; the first
     // that is not before it is in the tile's token `from`.
-    FSA_DEVICE void put(const Band& band, int half, int key, int from, int window, u32 wanted) {
-        rows[key][half] = rows_before(band, from + min_i(window, 1 << 30) + 1, half) & ~rows_before(band, from, half) & wanted;
+    FSA_DEVICE void put(const Band& band, int word, int key, int from, int window, u32 wanted) {
+        rows[key][word] = rows_before(band, from + min_i(window, 1 << 30) + 1, word) & ~rows_before(band, from, word) & wanted;
     }
 
   private:
     // Rows of the first tokens of the tile.
-    static FSA_DEVICE u32 rows_before(const Band& band, int tokens, int half) {
-        return low_bits(min_i(max_i(tokens, 0), band.tile_tokens) * band.tile_heads - 32 * half);
+    static FSA_DEVICE u32 rows_before(const Band& band, int tokens, int word) {
+        return low_bits(min_i(max_i(tokens, 0), band.tile_tokens) * band.tile_heads - 32 * word);
     }
 };
 
-struct SumRecords {
+struct __align__(16) SumRecords {
     static constexpr int ROWS = SUM_ROWS;
     SplitStats stats[1 + WINDOW_TOO];
     SeenKeys seen[1 + WINDOW_TOO];
-    i32 special[ROWS / 32];
+    i32 special[ROW_WORDS];
 
     FSA_DEVICE i32 put(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r) {
         i32 found = put_stats(stats[0], r, p.row_stats, p.band) | (WINDOW_TOO ? put_stats(stats[WINDOW_TOO], r, p.window_stats, p.band) : 0);
         const u32 blocks = r.blocks(p.band, w), exist = __ballot_sync(ALL_LANES, r.exists);
-        // A row that does not exist is masked, too: its zeros times a value that is not finite are NaN.
-        found |= r.exists && sees_all(p, w, r, blocks) ? 0 : MASKED;
+        // A row of the tile that does not exist is masked, too: its zeros times a value that is not finite are NaN.
+        found |= r.row >= ROWS || r.exists && sees_all(p, w, r, blocks) ? 0 : MASKED;
         if (WINDOW_TOO && r.exists) found |= sees_window(p, w, r);
         found = __reduce_or_sync(ALL_LANES, found);
         if (found & WINDOW && found & NO_WINDOW) found |= MASKED;
@@ -84,25 +92,30 @@ struct SumRecords {
         return found;
     }
     // What of 32 rows sees one of the thread's two keys, key_low or + 8, the first row being the thread's first in 32 columns of the accumulators.
-    FSA_DEVICE u32 seen_by(int attention, int key, int half) const {
-        if (attention == 1 && !(special[half] & WINDOW)) return 0;
-        return special[half] & MASKED ? seen[attention].rows[key][half] >> 2 * (threadIdx.x & 3) : ALL_LANES;
+    FSA_DEVICE u32 seen_by(int attention, int key, int word) const {
+        if (attention == 1 && !(special[word] & WINDOW)) return 0;
+        return special[word] & MASKED ? seen[attention].rows[key][word] >> 2 * (threadIdx.x & 3) : ALL_LANES;
+    }
+    FSA_DEVICE i32 all_special() const {
+        i32 all = 0;
+        FSA_UNROLL for (int word = 0; word < ROW_WORDS; ++word) all |= special[word];
+        return all;
     }
 
   private:
     static constexpr int SIZE = BLOCK_SIZE < CTA_KEYS ? BLOCK_SIZE : CTA_KEYS;
 
     FSA_DEVICE void put_seen(const BandBackwardParams& p, int row, int begin, u32 blocks, u32 exist) {
-        const int lane = row % 32, half = row / 32;
+        const int lane = row % 32, word = row / 32;
         FSA_NO_UNROLL for (int key = lane; key < CTA_KEYS; key += 32) {
             const int from = begin + key * p.band.kernel_stride;
-            if (WINDOW_TOO) seen[WINDOW_TOO].put(p.band, half, key, from, p.window_size, exist);
+            if (WINDOW_TOO) seen[WINDOW_TOO].put(p.band, word, key, from, p.window_size, exist);
             u32 wanted = exist;
             if constexpr (BLOCK_MASK) {     // every 16 keys lie in one block
                 const u32 one = __ballot_sync(ALL_LANES, blocks >> (key - lane) / SIZE & 1), other = __ballot_sync(ALL_LANES, blocks >> (key - lane + 16) / SIZE & 1);
                 wanted &= lane < 16 ? one : other;
             }
-            seen[0].put(p.band, half, key, from, p.band.window, wanted);
+            seen[0].put(p.band, word, key, from, p.band.window, wanted);
         }
     }
     // No row sees all of a tile that is not full: behind the last key are those of another sequence.
@@ -117,14 +130,13 @@ struct SumRecords {
     }
     static FSA_DEVICE i32 put_stats(SplitStats& stats, const RowOfTile& r, const RowStats* of_all, const Band& band) {
         const RowStats of_row = r.stats(of_all, band);
-        stats.put(r.row, of_row);
+        if (r.row < ROWS) stats.put(r.row, of_row);
         return is_negative(of_row) ? NEGATIVE : 0;
     }
 };
 typedef RowRing<SumRecords, ROW_STAGES> SumRowRing;
-constexpr int DS_BYTES = CTA_KEYS * 128, SUM_COLUMNS = HEAD_DIM / CONSUMERS, SUM_BYTES = SUM_ROWS * SUM_COLUMNS * 2;
+constexpr int DS_HALF_BYTES = SUM_ROWS * 128, DS_BYTES = CONSUMERS * DS_HALF_BYTES, SUM_COLUMNS = HEAD_DIM / CONSUMERS, SUM_BYTES = SUM_ROWS * SUM_COLUMNS * 2;
 constexpr int SUMS_SMEM_BYTES = 2 * KeyTile::BYTES + SumRowRing::BYTES + DS_STAGES * DS_BYTES + CONSUMERS * SUM_BYTES;
-typedef f32 SumColumns[SUM_COLUMNS / 2];
 
 // What keys are multiplied by in shared memory, a power of two, and what their scores are multiplied by in exponents.
 struct KeyScale {
@@ -169,10 +181,11 @@ FSA_DEVICE void send_sums(const BandBackwardParams& p, const SumMemory& m, const
     }
 }
 
-// Stores 64 x 64 values as a warpgroup's fragments to rows of 128 bytes.
-FSA_DEVICE void store_fragments(u32 tile, const PieceFragments& a) {
-    const int lane = lane_number(), row = thread_number() % WARPGROUP / 32 * 16 + (lane & 15);
-    FSA_UNROLL for (int k = 0; k < PIECE_KEYS / 16; ++k) store_matrices(tile + SwizzledTile<PIECE_KEYS>::offset(row, 2 * k + (lane >> 4)), a[k]);
+// Stores a warpgroup's fragments of 64 x SUM_ROWS values transposed, as rows of 128 bytes.
+FSA_DEVICE void store_transposed(u32 tile, const RowFragments& a) {
+    const int lane = lane_number(), warp = thread_number() % WARPGROUP / 32;
+    const u32 at = tile + SwizzledTile<SUM_ROWS>::offset((lane & 7) + lane / 16 * 8, 2 * warp + lane / 8 % 2);
+    FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k) store_transposed_matrices(at + k * 16 * 128, a[k]);
     fence_async_proxy();
     __syncwarp();
 }
@@ -189,43 +202,43 @@ struct SumConsumer {
     // The thread's first key of the tile.
     static FSA_DEVICE int key_low() { return thread_number() / 32 * 16 + lane_number() / 4; }
 
-    // Passes dS^T of this warpgroup's keys on to both, as the n-th item: zeros, then those of the tiles. A branch around the product of the one before the
+    // Passes dS of this warpgroup's keys on to both, as the n-th item: zeros, then those of the tiles. A branch around the product of the one before the
     // first would make ptxas wait for every product.
-    FSA_DEVICE void pass_on(const PieceFragments& a, int n) const {
+    FSA_DEVICE void pass_on(const RowFragments& a, int n) const {
         m.ds_ring.wait_free(n);
-        store_fragments(m.ds_tile(n) + group() * PIECE_BYTES, a);
+        store_transposed(m.ds_tile(n) + group() * DS_HALF_BYTES, a);
         if (lane_number() == 0) barrier_arrive(m.ds_ring.full + 8 * Ring<DS_STAGES>::place(n));
     }
-    // Starts this warpgroup's columns of dS K, dS being the n-th item.
-    FSA_DEVICE void start_queries(SumColumns& acc, int n) const {
+    // Starts this warpgroup's columns of K^T dS^T, dS being the n-th item. Keys are the factor that a warpgroup reads by itself, so that it serves all rows.
+    FSA_DEVICE void start_queries(RowScores& acc, int n) const {
         const u32 ds = m.ds_tile(n), columns = m.key + group() * KeyTile::HALF_BYTES;
         m.ds_ring.wait(n);
         wgmma_fence();
         FSA_UNROLL for (int k = 0; k < CTA_KEYS / 16; ++k)
-            Wgmma<SUM_COLUMNS>::template shared_shared<1, 1>(acc, over_rows<SUM_ROWS>(ds, k, 0), over_rows<CTA_KEYS>(columns, k, 0), k != 0);
+            Wgmma<SUM_ROWS>::template shared_shared<1, 0>(acc, over_rows<CTA_KEYS>(columns, k, 0), over_columns<SUM_ROWS>(ds, k), k != 0);
         wgmma_commit();
     }
     // That product is done: its sums, those of the tile before the n-th, leave.
-    FSA_DEVICE void finish_queries(SumColumns& acc, int n) const {
+    FSA_DEVICE void finish_queries(RowScores& acc, int n) const {
         wgmma_pin(acc);
         m.ds_ring.release(n);
         if (n == 0) return;
         const int own = group();
         barrier_wait(m.sum_rings.empty + 8 * own, n & 1);
-        PieceFragments a;
-        FSA_UNROLL for (int k = 0; k < SUM_COLUMNS / 16; ++k)
+        RowFragments a;
+        FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k)
             FSA_UNROLL for (int i = 0; i < 4; ++i) a[k][i] = pack_sums(acc[8 * k + 2 * i], acc[8 * k + 2 * i + 1]);
-        store_fragments(m.sum_tile(own), a);
+        store_transposed(m.sum_tile(own), a);
         if (lane_number() == 0) barrier_arrive(m.sum_rings.full + 8 * own);
     }
 
     // Zero for keys that a row does not see.
-    FSA_DEVICE void mask(PieceScores& s, const SumRecords& records) const {
-        FSA_UNROLL for (int half = 0; half < 2; ++half) {
-            if (!(records.special[half] & MASKED)) continue;
-            const u32 low = records.seen_by(0, key_low(), half), high = records.seen_by(0, key_low() + 8, half);
-            FSA_UNROLL for (int n = 0; n < PIECE_KEYS / 4; ++n)
-                if (!sees(low, high, n)) s[16 * half + n] = 0.0f;
+    FSA_DEVICE void mask(RowScores& s, const SumRecords& records) const {
+        FSA_UNROLL for (int word = 0; word < ROW_WORDS; ++word) {
+            if (!(records.special[word] & MASKED)) continue;
+            const u32 low = records.seen_by(0, key_low(), word), high = records.seen_by(0, key_low() + 8, word);
+            FSA_UNROLL for (int n = 0; n < min_i(16, SUM_ROWS / 2 - 16 * word); ++n)
+                if (!sees(low, high, n)) s[16 * word + n] = 0.0f;
         }
     }
     // Element n of 32 columns: two rows each of the thread's two keys, 8 columns apart.
@@ -233,9 +246,9 @@ struct SumConsumer {
 
     // Probabilities and score gradients of the attention and of the window, each added up, from scores and dP, in place.
     template <bool SPECIAL>
-    FSA_DEVICE void weigh_both(PieceScores& s, PieceScores& dp, const SumRecords& records) const {
+    FSA_DEVICE void weigh_both(RowScores& s, RowScores& dp, const SumRecords& records) const {
         u32 low, high, low_too, high_too;
-        FSA_UNROLL for (int i = 0; i < PIECE_KEYS / 8; ++i) {
+        FSA_UNROLL for (int i = 0; i < SUM_ROWS / 8; ++i) {
             if (SPECIAL && i % 4 == 0) {
                 low = records.seen_by(0, key_low(), i / 4), high = records.seen_by(0, key_low() + 8, i / 4);
                 low_too = records.seen_by(WINDOW_TOO, key_low(), i / 4), high_too = records.seen_by(WINDOW_TOO, key_low() + 8, i / 4);
@@ -261,21 +274,35 @@ struct SumConsumer {
         }
     }
 
+    // Keeps ptxas from packing them later, when more is in registers.
+    static FSA_DEVICE void pin(RowFragments& a) {
+        FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k)
+            FSA_UNROLL for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[k][i])::"memory");
+    }
+    // Value e of a thread's scores, of fragments.
+    static FSA_DEVICE f32 packed(const RowFragments& a, int e) {
+        const u32 word = a[e / 8][e % 8 / 2];
+        return e & 1 ? unpack_hi(word) : unpack_lo(word);
+    }
+
     FSA_DEVICE void walk(int steps) {
         pass_on({}, 0);
         FSA_NO_UNROLL for (int n = 0; n < steps; ++n) {
             const u32 own = group() * PIECE_BYTES, keys = m.key + own, values = m.value + own;
             const u32 query = m.rows.query(n), grad = m.rows.grad(n);
-            PieceScores s, dp;
+            RowScores s, dp;
+            RowFragments a, b;
             m.rows.loaded.wait(n);
             wgmma_fence();
             start_piece<SUM_ROWS>(s, keys, query);
             wgmma_commit();
-            start_piece<SUM_ROWS>(dp, values, grad);
-            wgmma_commit();
+            if (!IN_TURN) {
+                start_piece<SUM_ROWS>(dp, values, grad);
+                wgmma_commit();
+            }
             m.rows.checked.wait(n);
             const SumRecords& records = m.rows.record(n);
-            const i32 special = records.special[0] | records.special[1];
+            const i32 special = records.all_special();
             if (WINDOW_TOO && special & WINDOW) {
                 wgmma_wait<0>();
                 wgmma_pin(s);
@@ -283,26 +310,41 @@ struct SumConsumer {
                 if (special & (MASKED | NEGATIVE)) weigh_both<true>(s, dp, records);
                 else weigh_both<false>(s, dp, records);
             } else {
-                wgmma_wait<1>();
+                wgmma_wait<IN_TURN ? 0 : 1>();
                 wgmma_pin(s);
                 const SplitStats& stats = records.stats[0];
                 SplitStats::apply(s, stats.lse, [&](f32 x, f32 lse, int) { return exp2_fast(fmaf(x, scale_log2, -lse)); });
                 if (special & MASKED) mask(s, records);
                 if (special & NEGATIVE) SplitStats::apply(s, stats.delta, [](f32 x, f32 delta, int) { return with_sign_of(x, delta); });
-                wgmma_wait<0>();
+                if (IN_TURN) {
+                    FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k) to_fragment<SUM_ROWS>(a[k], s, k);
+                    pin(a);
+                    wgmma_fence();
+                    start_piece<SUM_ROWS>(dp, values, grad);
+                    wgmma_commit();
+                    start_piece_sum<SUM_ROWS>(grad_value, a, grad);     // under the gradients of the scores
+                    wgmma_commit();
+                    wgmma_wait<1>();
+                } else {
+                    wgmma_wait<0>();
+                }
                 wgmma_pin(dp);
-                SplitStats::apply(dp, stats.delta, [&](f32 x, f32 delta, int e) { return s[e] * (x - delta); });
+                SplitStats::apply(dp, stats.delta, [&](f32 x, f32 delta, int e) { return (IN_TURN ? packed(a, e) : s[e]) * (x - delta); });
                 if (special & MASKED) mask(dp, records);
             }
-            PieceFragments a, b;
-            FSA_UNROLL for (int k = 0; k < PIECE_KEYS / 16; ++k) {
-                to_fragment<PIECE_KEYS>(a[k], s, k);
-                to_fragment<PIECE_KEYS>(b[k], dp, k);
+            FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k) {
+                if (!IN_TURN) to_fragment<SUM_ROWS>(a[k], s, k);
+                to_fragment<SUM_ROWS>(b[k], dp, k);
             }
-            SumColumns acc;
+            if (IN_TURN) {
+                pin(b);
+                wgmma_wait<0>();        // the sums below take the registers of `a`
+                wgmma_pin(grad_value);
+            }
+            RowScores acc;
             start_queries(acc, n);
             wgmma_fence();
-            start_piece_sum<SUM_ROWS>(grad_value, a, grad);
+            if (!IN_TURN) start_piece_sum<SUM_ROWS>(grad_value, a, grad);
             start_piece_sum<SUM_ROWS>(grad_key, b, query);
             wgmma_commit();
             pass_on(b, n + 1);
@@ -313,7 +355,7 @@ struct SumConsumer {
             wgmma_pin(grad_value);
             m.rows.loaded.release(n);
         }
-        SumColumns acc;
+        RowScores acc;
         start_queries(acc, steps);
         wgmma_wait<0>();
         finish_queries(acc, steps);
@@ -360,8 +402,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
         if (threadIdx.x == CONSUMER_THREADS) load_keys(p, m.key, m.value, m.loaded_keys, w);
         scale_keys(m);
         const int thread = threadIdx.x - CONSUMER_THREADS;
-        if (thread < SUM_ROWS) m.rows.bring(p, w);
-        else if (thread % 32 == 0) send_sums(p, m, w, thread / 32 - SUM_ROWS / 32);
+        if (thread < 32 * SumRowRing::WARPS) m.rows.bring(p, w);
+        else if (thread == WARPGROUP - 32) send_sums(p, m, w, 0);
+        else if (thread == WARPGROUP - 16) send_sums(p, m, w, 1);
         return;
     }
     registers_grow<240>();

@@ -40,9 +40,16 @@ fn is_one_pass(specialisation: &Specialisation) -> bool {
 pub(crate) const MAX_HOPPER_HEAD_DIM: usize = 128;
 /// The length of vectors that the one pass is made for.
 pub(crate) const SUMS_HEAD_DIM: usize = 128;
-/// Stages of the kernels for Hopper: of the two passes; of rows and of score gradients in the one.
+/// Stages of the kernels for Hopper: of the two passes; of score gradients in the one, and of rows there, in tiles of
+/// [`TILE_ROWS`] and of [`WIDE_ROWS`].
 const STAGES: usize = 2;
-const SUMS_STAGES: [usize; 2] = [3, 2];
+const GRADIENT_STAGES: usize = 2;
+const ROW_STAGES: usize = 3;
+const WIDE_ROW_STAGES: usize = 2;
+/// Rows of a wide tile of the one pass.
+pub(crate) const WIDE_ROWS: usize = 80;
+/// A wide tile takes as long as 6 / 5 of one of [`TILE_ROWS`].
+const WIDE_COST: [usize; 2] = [6, 5];
 /// Tokens and heads that a CTA of `band_delta` takes.
 const DELTA_TOKENS: usize = 8;
 const DELTA_HEADS: usize = 8;
@@ -59,8 +66,17 @@ const SMALL_THREADS: usize = 256;
 pub(crate) fn tile_rows(specialisation: &Specialisation) -> usize {
     match specialisation.set {
         KernelSet::Sm90 if !is_one_pass(specialisation) => 2 * TILE_ROWS,
+        KernelSet::Sm90 if specialisation.wide_rows => WIDE_ROWS,
         _ => TILE_ROWS,
     }
+}
+
+/// The kernel that does the same in one pass, in wide tiles where groups of so many heads fill them well enough. Two softmaxes have
+/// no registers for those.
+pub(crate) fn one_pass(kernel: &Specialisation, group_size: usize) -> Specialisation {
+    let [rows, wide_rows] = [TILE_ROWS, WIDE_ROWS].map(|rows| RowTiles::filled_rows(group_size, rows));
+    let pays = wide_rows * WIDE_COST[1] >= rows * WIDE_COST[0];
+    kernel.with_query_sums(QuerySums::Scaled).with_wide_rows(pays && !kernel.window_too)
 }
 
 /// Keys of a step of the pass of queries.
@@ -123,12 +139,12 @@ fn keys_smem_bytes(specialisation: &Specialisation) -> usize {
 
 /// Shared memory of a CTA of `band_sums`: keys and values, the stages of rows and of score gradients, sums on their way.
 fn sums_smem_bytes(specialisation: &Specialisation) -> usize {
-    let ([row_stages, gradient_stages], head_dim) = (SUMS_STAGES, specialisation.head_dim);
-    let keys = tile_keys(specialisation);
+    let (rows, keys, head_dim) = (tile_rows(specialisation), tile_keys(specialisation), specialisation.head_dim);
+    let row_stages = if specialisation.wide_rows { WIDE_ROW_STAGES } else { ROW_STAGES };
     2 * tile_bytes(keys, head_dim)
-        + 2 * row_stages * tile_bytes(TILE_ROWS, head_dim)
-        + gradient_stages * tile_bytes(keys, TILE_ROWS)
-        + tile_bytes(TILE_ROWS, head_dim)
+        + 2 * row_stages * tile_bytes(rows, head_dim)
+        + GRADIENT_STAGES * tile_bytes(rows, keys)
+        + tile_bytes(rows, head_dim)
 }
 
 /// Shared memory of a CTA of the largest of the main kernels.
@@ -146,6 +162,7 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
     if is_one_pass(specialisation) {
         return vec![
             ("SUMS_SMEM_BYTES", sums_smem_bytes(specialisation)),
+            ("SUM_ROWS", tile_rows(specialisation)),
             ("CTA_KEYS", cta_keys),
             ("THREADS", threads),
             ("DELTA_TOKENS", DELTA_TOKENS),

@@ -2,7 +2,7 @@
 
 use crate::arch::KernelSet;
 use crate::band::{MAX_WINDOW_STEPS_HEAD_DIM, WINDOW_STEPS};
-use crate::band_backward::{MAX_HOPPER_HEAD_DIM, SUMS_HEAD_DIM};
+use crate::band_backward::{MAX_HOPPER_HEAD_DIM, SUMS_HEAD_DIM, WIDE_ROWS};
 use crate::plan::MAX_CTA_SMEM_BYTES;
 use crate::{band_select, params};
 use fsa_core::config::BLOCK_SIZES;
@@ -171,6 +171,8 @@ pub struct Specialisation {
     /// [`QuerySums::Scaled`] of an interval of keys only: the gradients of attention to the window are added, of which the rows have
     /// statistics of their own. Where there is no mask, too.
     pub window_too: bool,
+    /// [`QuerySums::Scaled`] of an interval of keys only, and not with the window: tiles of more rows.
+    pub wide_rows: bool,
     /// Attention that chooses blocks only: a group has one head.
     pub one_head: bool,
     /// Hopper's attention to a window only: keys of a step, where they are not what other attentions take.
@@ -183,9 +185,21 @@ impl Specialisation {
         let depends = kernel.depends();
         let (is_bf16, head_dim) = if depends.rows { (dtype == DType::Bf16, head_dim) } else { (true, 128) };
         let block_size = if depends.block_size { block_size } else { 64 };
-        let (query_sums, [block_mask, window_too, one_head]) = (QuerySums::F32, [false; 3]);
+        let (query_sums, [block_mask, window_too, wide_rows, one_head]) = (QuerySums::F32, [false; 4]);
         let step_keys = None;
-        Self { kernel, set, is_bf16, head_dim, block_size, query_sums, block_mask, window_too, one_head, step_keys }
+        Self {
+            kernel,
+            set,
+            is_bf16,
+            head_dim,
+            block_size,
+            query_sums,
+            block_mask,
+            window_too,
+            wide_rows,
+            one_head,
+            step_keys,
+        }
     }
 
     /// The same, or the portable kernel where the set has none of its own.
@@ -210,7 +224,12 @@ impl Specialisation {
 
     /// The specialisation of one pass that does the window, too.
     pub fn with_window_too(self) -> Self {
-        Self { query_sums: QuerySums::Scaled, window_too: true, ..self }
+        Self { query_sums: QuerySums::Scaled, window_too: true, wide_rows: false, ..self }
+    }
+
+    /// The specialisation of one pass with tiles of more rows, or not.
+    pub fn with_wide_rows(self, wide_rows: bool) -> Self {
+        Self { wide_rows, ..self }
     }
 
     /// The specialisation for groups of one head, or of several.
@@ -341,6 +360,9 @@ impl Specialisation {
         if self.window_too {
             let _ = writeln!(text, "#define FSA_WINDOW_TOO 1");
         }
+        if self.wide_rows {
+            let _ = writeln!(text, "#define FSA_SUM_ROWS {WIDE_ROWS}");
+        }
         if self.kernel == Kernel::CompressLinear {
             let _ = writeln!(text, "#define FSA_WGMMA {}", u8::from(crate::compress_linear::takes_wgmma(self)));
         }
@@ -378,7 +400,12 @@ impl fmt::Display for Specialisation {
         if depends.block_size || self.block_mask {
             write!(f, " block {block_size}")?;
         }
-        let flags = [(self.block_mask, " mask"), (self.window_too, " window too"), (self.one_head, " one head")];
+        let flags = [
+            (self.block_mask, " mask"),
+            (self.window_too, " window too"),
+            (self.wide_rows, " wide tiles"),
+            (self.one_head, " one head"),
+        ];
         for (_, text) in flags.into_iter().filter(|(is_set, _)| *is_set) {
             f.write_str(text)?;
         }
@@ -439,6 +466,7 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                         Kernel::BandBackward => all.extend([
                             specialisation.with_block_mask(block_size),
                             specialisation.with_query_sums(QuerySums::Scaled),
+                            specialisation.with_query_sums(QuerySums::Scaled).with_wide_rows(true),
                             specialisation.with_window_too(),
                             specialisation.with_block_mask(block_size).with_window_too(),
                         ]),

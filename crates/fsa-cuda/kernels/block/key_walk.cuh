@@ -11,16 +11,16 @@ constexpr int PIECE_BYTES = PIECE_KEYS * 128;   // from one piece to the next in
 typedef f32 PieceScores[PIECE_KEYS / 2];
 typedef u32 PieceFragments[PIECE_KEYS / 16][4];
 
-// 64 x 64 scores: rows of a tile of 128 times rows of one of ROWS.
-template <int ROWS>
-FSA_DEVICE void start_piece(PieceScores& s, u32 a, u32 b) {
+// Scores of 64 rows of a tile of 128 and 2 COUNT rows of one of ROWS.
+template <int ROWS, int COUNT>
+FSA_DEVICE void start_piece(f32 (&s)[COUNT], u32 a, u32 b) {
     FSA_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k)
-        Wgmma<64>::shared_shared<0, 0>(s, over_columns<CTA_KEYS>(a, k), over_columns<ROWS>(b, k), k != 0);
+        Wgmma<2 * COUNT>::template shared_shared<0, 0>(s, over_columns<CTA_KEYS>(a, k), over_columns<ROWS>(b, k), k != 0);
 }
-// Adds scores times 64 rows of a tile of ROWS.
-template <int ROWS>
-FSA_DEVICE void start_piece_sum(Columns& acc, const PieceFragments& a, u32 rows) {
-    FSA_UNROLL for (int k = 0; k < PIECE_KEYS / 16; ++k) Wgmma<HEAD_DIM>::template registers_shared<1>(acc, a[k], over_rows<ROWS>(rows, k, 0), 1);
+// Adds scores times 16 STEPS rows of a tile of ROWS.
+template <int ROWS, int STEPS>
+FSA_DEVICE void start_piece_sum(Columns& acc, const u32 (&a)[STEPS][4], u32 rows) {
+    FSA_UNROLL for (int k = 0; k < STEPS; ++k) Wgmma<HEAD_DIM>::template registers_shared<1>(acc, a[k], over_rows<ROWS>(rows, k, 0), 1);
 }
 
 // A tile of keys and the tiles of rows that meet it: tokens from the first that sees a key on, as many at a time as fit. Of gridDim.z splits each takes
@@ -84,7 +84,7 @@ struct RowOfTile {
 // mind of its warp's rows, their `special`.
 template <typename Records, int STAGES>
 struct RowRing {
-    static constexpr int ROWS = Records::ROWS;
+    static constexpr int ROWS = Records::ROWS, WARPS = (ROWS + 31) / 32;    // that bring them
     typedef SwizzledTile<ROWS> Tile;
     static constexpr int BYTES = STAGES * 2 * Tile::BYTES, BARRIERS = 4 * STAGES;
     u32 tiles;
@@ -96,7 +96,7 @@ struct RowRing {
     }
     FSA_DEVICE void open() const {
         loaded.open();
-        checked.open(0, ROWS / 32);
+        checked.open(0, WARPS);
     }
     // All threads of the cta, before the first load. Rows that no box covers stay zero for ever.
     FSA_DEVICE void clear_uncovered(const Band& band) const {
@@ -108,7 +108,8 @@ struct RowRing {
     FSA_DEVICE u32 grad(u32 n) const { return query(n) + Tile::BYTES; }
     FSA_DEVICE Records& record(u32 n) const { return records[Ring<STAGES>::place(n)]; }
 
-    // The first ROWS threads of the producing warpgroup: the first loads the tiles, and each brings the records of one row.
+    // The first WARPS warps of the producing warpgroup: the first thread loads the tiles, and each brings the records of one row, of which those from ROWS on
+    // do not exist.
     FSA_DEVICE void bring(const BandBackwardParams& p, const KeyWork& w) const {
         FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n) {
             // Exact, see BandTile. Not kept in registers from one tile to the next.
@@ -127,7 +128,7 @@ struct RowRing {
             const i32 special = to.put(p, w, of_tile);
             if (__any_sync(0xffffffffu, !exists && token_of_tile < p.band.tile_tokens)) {
                 loaded.wait(n);
-                if (!exists) { clear_row(query(n), row); clear_row(grad(n), row); }
+                if (!exists && row < ROWS) { clear_row(query(n), row); clear_row(grad(n), row); }
                 fence_async_proxy();
             }
             __syncwarp();

@@ -45,6 +45,10 @@ FSA_DEVICE void store_shared(u32 address, Vec4 v) {
 FSA_DEVICE void store_matrices(u32 address, const u32 (&m)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3]) : "memory");
 }
+// The same, each matrix transposed: lane i holds the address of column i % 8 of matrix i / 8.
+FSA_DEVICE void store_transposed_matrices(u32 address, const u32 (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3]) : "memory");
+}
 FSA_DEVICE Vec4 load_shared(u32 address) {
     Vec4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));

@@ -29,6 +29,9 @@ FSA_DEVICE void wgmma_pin(f32 (&d)[COUNT]) {
 #define FSA_REGS_32 \
     FSA_REGS_16 \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FSA_REGS_40 \
+    FSA_REGS_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define FSA_REGS_48 \
     FSA_REGS_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -59,6 +62,9 @@ FSA_DEVICE void wgmma_pin(f32 (&d)[COUNT]) {
     FSA_OUTS_16, \
     "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
     "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define FSA_OUTS_40 \
+    FSA_OUTS_32, \
+    "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
 #define FSA_OUTS_48 \
     FSA_OUTS_32, \
     "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
@@ -141,6 +147,17 @@ struct Wgmma<64> {
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16" FSA_WGMMA_TYPE
                      "{" FSA_REGS_32 "}, %32, %33, p, 1, 1, %35, %36; }"
                      : FSA_OUTS_32
+                     : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
+    }
+};
+
+template <>
+struct Wgmma<80> {
+    template <int TRANSPOSE_A, int TRANSPOSE_B>
+    static FSA_DEVICE void shared_shared(f32 (&d)[40], u64 a, u64 b, int accumulate) {
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %42, 0; wgmma.mma_async.sync.aligned.m64n80k16" FSA_WGMMA_TYPE
+                     "{" FSA_REGS_40 "}, %40, %41, p, 1, 1, %43, %44; }"
+                     : FSA_OUTS_40
                      : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
     }
 };

@@ -92,10 +92,20 @@ impl RowTiles {
     /// The same for the first `heads` heads of every group.
     pub(crate) fn of_heads(sizes: &Sizes, heads: usize, rows: usize) -> Self {
         let heads = heads.max(1);
-        let tile_heads = heads.div_ceil(heads.div_ceil(rows));
-        let tile_tokens = rows / tile_heads;
+        let [tile_heads, tile_tokens] = Self::shape(heads, rows);
         let num_tiles = bound(sizes.total_q, sizes.sequences, tile_tokens);
         Self { tile_heads, tile_tokens, head_tiles: heads.div_ceil(tile_heads), num_tiles }
+    }
+
+    /// Rows of a tile of at most `rows` for groups of so many heads.
+    pub(crate) fn filled_rows(heads: usize, rows: usize) -> usize {
+        Self::shape(heads.max(1), rows).into_iter().product()
+    }
+
+    /// Heads and tokens of a tile.
+    fn shape(heads: usize, rows: usize) -> [usize; 2] {
+        let tile_heads = heads.div_ceil(heads.div_ceil(rows));
+        [tile_heads, rows / tile_heads]
     }
 
     /// The same with fewer tokens in a tile.
@@ -197,7 +207,8 @@ impl BandBackwardPlan {
 
     /// The kernels of the plan, without a mask.
     pub(crate) fn specialisation(&self, set: KernelSet) -> Specialisation {
-        self.problem.sizes.specialisation(Kernel::BandBackward, set, 64).with_query_sums(self.query_sums)
+        let sizes = &self.problem.sizes;
+        kernel_of(&sizes.specialisation(Kernel::BandBackward, set, 64), sizes, self.query_sums)
     }
 
     /// `head_bytes` are the statistics of the rows of a kv head.
@@ -224,13 +235,13 @@ impl BandBackwardPlan {
         let wanted = wanted.next_power_of_two();
         let enough = wanted.min(1 << walks.ilog2());
         let splits = powers.take_while(|splits| *splits <= enough).filter(fits).last().unwrap_or(1);
-        let scaled = kernel.with_query_sums(QuerySums::Scaled);
+        let scaled = kernel_of(kernel, sizes, QuerySums::Scaled);
         let adds_up = options.query_sums.map_or(wanted <= MAX_SUMS_SPLITS, |sums| sums == QuerySums::Scaled);
         let row_key_tiles =
             problem.keys.window_size().map_or(num_key_tiles, |size| num_key_tiles.min(size / tile_keys + 2));
         let can_add_up = !options.deterministic && scaled.exists(1) && row_key_tiles <= MAX_SUMMED_TILES;
         let query_sums = if adds_up && can_add_up { QuerySums::Scaled } else { QuerySums::F32 };
-        let tiles = RowTiles::new(sizes, band_backward::tile_rows(&kernel.with_query_sums(query_sums)));
+        let tiles = RowTiles::new(sizes, band_backward::tile_rows(&kernel_of(kernel, sizes, query_sums)));
         let mut workspace = Workspace::default();
         let spec = TableSpec {
             windows: problem.keys.windows(),
@@ -261,6 +272,14 @@ impl BandBackwardPlan {
     pub(crate) fn can_share_sums(&self, other: &Self) -> bool {
         let scaled = [self, other].map(|plan| plan.query_sums) == [QuerySums::Scaled; 2];
         scaled && self.row_key_tiles + other.row_key_tiles <= MAX_SUMMED_TILES
+    }
+}
+
+/// The specialisation of a kernel that adds up gradients of queries in a way.
+fn kernel_of(kernel: &Specialisation, sizes: &Sizes, query_sums: QuerySums) -> Specialisation {
+    match query_sums {
+        QuerySums::Scaled => band_backward::one_pass(kernel, sizes.gqa_group_size()),
+        _ => kernel.with_query_sums(query_sums),
     }
 }
 

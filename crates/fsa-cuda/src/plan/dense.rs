@@ -138,7 +138,7 @@ impl DenseBackwardPlan {
         let of_both = |options: &PlanOptions| {
             let query_sums = options.query_sums.or(Some(QuerySums::Scaled));
             let options = PlanOptions { query_sums, ..*options };
-            let plan = BandBackwardPlan::with_row_stats(&band, &kernel, facts, &options);
+            let plan = BandBackwardPlan::with_row_stats(&band, &kernel.with_window_too(), facts, &options);
             (plan.query_sums == QuerySums::Scaled).then_some(plan)
         };
         // By itself in two passes without atomics.

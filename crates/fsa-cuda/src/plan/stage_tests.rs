@@ -77,7 +77,15 @@ fn gradients_of_queries_are_added_up_in_memory_where_that_pays_and_is_exact_enou
     let sums = |problem: &BandProblem, options: &PlanOptions| band_backward(problem, options).query_sums;
     let long = problem(65_536, compressed);
     let plan = band_backward(&long, &options);
-    assert_eq!((plan.query_sums, plan.splits, plan.tiles.tile_tokens), (QuerySums::Scaled, 1, 16), "{plan}");
+    assert_eq!((plan.query_sums, plan.splits, plan.tiles.tile_tokens), (QuerySums::Scaled, 1, 20), "{plan}");
+    let tile = |heads| {
+        let sizes = sizes(65_536, (heads, 1));
+        let plan = band_backward(&BandProblem { sizes, ..long }, &options);
+        let wide = plan.specialisation(KernelSet::Sm90).wide_rows;
+        (plan.tiles.tile_heads * plan.tiles.tile_tokens, wide)
+    };
+    let wide = [(80, true), (78, true), (80, true), (63, false), (80, true), (64, false), (80, true), (64, false)];
+    assert_eq!([1, 3, 5, 9, 16, 32, 40, 64].map(tile), wide, "80 rows where that is a fifth more than 64 would be");
     assert_eq!(sums(&long, &PlanOptions { deterministic: true, ..options }), QuerySums::F32);
     assert_eq!(sums(&long, &PlanOptions { query_sums: Some(QuerySums::F32), ..options }), QuerySums::F32);
     let f16 = BandProblem { sizes: Sizes { dtype: DType::F16, ..long.sizes }, ..long };
