@@ -95,7 +95,7 @@ def fill_forward(p, s, q, k, v, out, lse, scale, step, every=1):
     p.query_map, p.key_map, p.value_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(k, step, 1, every), tensor_map(v, step, 1, every)
 
 
-CHOICE_BYTES = {1: 4 * 15680, 2: 8 * 4160}      # of the warps that choose: beside those that attend, or these, for their rows
+CHOICE_BYTES = {1: 4 * 16384, 2: 8 * 4160}      # of the warps that choose: beside those that attend, or these, for their rows
 
 
 def forward_select(s, q, k, v, out, lse, ids, scale, block_size=64, init=1, local=2):

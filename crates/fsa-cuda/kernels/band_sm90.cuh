@@ -84,6 +84,21 @@ FSA_DEVICE void scale_rows(Columns& out, f32 low, f32 high) {
     }
 }
 
+// Where a thread's two rows go, and what is there already: on its way while the last product runs.
+struct StoredRows {
+    BranchRow low, high;
+    HeldGroups held;
+
+    FSA_DEVICE static BranchRow row_of(const BandParams& p, const BandTile& t, int row) {
+        return t.exists(row) ? open_branch_row(p.out, p.branch, t.token + t.token_of(row), t.first_head + t.head_of(row)) : no_row();
+    }
+    FSA_DEVICE void open(const BandParams& p, const BandTile& t, int row) {
+        low = row_of(p, t, row);
+        high = row_of(p, t, row + 8);
+        load_held(held, p.branch, low.sum, high.sum, low.exists, high.exists, 0);
+    }
+};
+
 struct Consumer {
     const BandParams& p;
     const BandMemory& m;
@@ -118,7 +133,15 @@ struct Consumer {
         return w.needs_mask(n) && m.checked.wait(checks++);
     }
 
-    FSA_DEVICE void attend(const BandWork& w, const RowLimits& limits, const RowLists& lists) {
+    // The keys of step n, and after the last one the queries, are not read again.
+    FSA_DEVICE void release_scored(const BandWork& w, int n, u32 number) {
+        m.key_ring.release(number);
+        if (n + 1 == w.steps) m.query_ring.release(tile++);
+    }
+
+    // `meanwhile` is done while the last product runs: nothing changes the rows' sums any more.
+    template <typename F>
+    FSA_DEVICE void attend(const BandWork& w, const RowLimits& limits, const RowLists& lists, F meanwhile) {
         const u32 query = m.query + group * 64 * 128;
         Scores s;
         Fragments a;
@@ -131,7 +154,7 @@ struct Consumer {
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_pin(s);
-        m.key_ring.release(step);
+        release_scored(w, 0, step);
         softmax(s, w, limits, blocks, 0, carry_low, carry_high);
         FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
         FSA_NO_UNROLL for (int n = 1; n < w.steps; ++n) {
@@ -148,7 +171,7 @@ struct Consumer {
             give_turn();
             wgmma_wait<1>();
             wgmma_pin(s);
-            m.key_ring.release(step + 1);
+            release_scored(w, n, step + 1);
             softmax(s, w, limits, blocks, n, carry_low, carry_high);
             wgmma_wait<0>();
             wgmma_pin(out);
@@ -158,12 +181,12 @@ struct Consumer {
             FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
             ++step;
         }
-        m.query_ring.release(tile++);
         const bool dirty = wait_for_values(w, w.steps - 1);
         wgmma_pin(out);
         wgmma_fence();
         start_sum(out, a, m.value(step));
         wgmma_commit();
+        meanwhile();
         wgmma_wait<0>();
         wgmma_pin(out);
         m.value_ring.release(step++);
@@ -172,30 +195,41 @@ struct Consumer {
 
     // Log2-sum-exp of a row.
     FSA_DEVICE static f32 log2_of(const RowState& state, f32 sum) { return (state.max == neg_inf() ? 0.0f : state.max) + log2_fast(sum); }
-    // Where a row goes; writes its lse.
-    FSA_DEVICE BranchRow finish(const BandTile& t, int row, const RowState& state) const {
+    // Scales a row that is stored; writes its lse.
+    FSA_DEVICE void finish(const BandTile& t, int row, const RowState& state, BranchRow& target) const {
         const f32 sum = quad_sum(state.sum);
-        if (!t.exists(row)) return no_row();
+        if (!target.exists) return;
         if (p.lse != nullptr && (threadIdx.x & 3) == 0) p.lse[t.plane_index(row, p.band.total_q)] = log2_of(state, sum) * LN_2;
-        return branch_row(p.out, p.branch, t.token + t.token_of(row), t.first_head + t.head_of(row), sum);
+        target.normalise(sum);
     }
-    FSA_DEVICE void store(const BandTile& t, int row) const { store_branch(p.branch, finish(t, row, low), finish(t, row + 8, high), out); }
+    FSA_DEVICE void store(const BandTile& t, int row, StoredRows& target) const {
+        finish(t, row, low, target.low);
+        finish(t, row + 8, high, target.high);
+        store_branch(p.branch, target.low, target.high, out, target.held);
+    }
 };
 
 #if FSA_BLOCK_SCORES
 // What consumers and those who choose share besides the slots.
 struct HandOver {
     f32 references[SLOTS * CTA_ROWS];
+    ChosenTile tiles[SLOTS];
     u64 barriers[2 * SLOTS];
 
     FSA_DEVICE ScoreSlots slots(const BlockChoice& choice) {
         f32* scores = choice.scores + (i64)blockIdx.x * SLOTS * CTA_ROWS * (GROUPS + 1) * choice.max_steps;
-        return {Ring<SLOTS>::at(shared_address(barriers)), references, scores, choice.max_steps};
+        return {Ring<SLOTS>::at(shared_address(barriers)), references, tiles, scores, choice.max_steps};
     }
 };
 
-// Hands the scores of a tile over to those who choose: thread's rows `row` and `row` + 8.
-FSA_DEVICE void hand_over(const ScoreSlots& slots, u32 n, int row, const RowState& low, const RowState& high) {
+// Hands a slot over to those who choose, or says that there are no more.
+FSA_DEVICE void hand_over(const ScoreSlots& slots, u32 n, const ChosenTile& tile) {
+    if (threadIdx.x == 0) slots.tile_of(n) = tile;
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(slots.ring.full + 8 * Ring<SLOTS>::place(n));
+}
+// Leaves what turns the sums of the thread's rows `row` and `row` + 8 into scores.
+FSA_DEVICE void leave_references(const ScoreSlots& slots, u32 n, int row, const RowState& low, const RowState& high) {
     const f32 low_reference = Consumer::log2_of(low, quad_sum(low.sum)), high_reference = Consumer::log2_of(high, quad_sum(high.sum));
     f32* references = slots.references_of(n) + row;
     if ((threadIdx.x & 3) == 0) {
@@ -203,20 +237,15 @@ FSA_DEVICE void hand_over(const ScoreSlots& slots, u32 n, int row, const RowStat
         references[8] = fabsf(high_reference) < -neg_inf() ? high_reference : -neg_inf();
     }
     __syncwarp();
-    if (HAS_CHOOSERS && (threadIdx.x & 31) == 0) barrier_arrive(slots.ring.full + 8 * Ring<SLOTS>::place(n));
 }
 #endif
 
 #if FSA_BLOCK_SCORES == 1
 // Chooses blocks for the tokens of a tile while the consumers attend to the next one.
 FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const ScoreSlots& slots, ChoiceMemory* memory) {
-    Chooser c = {choice, slots, memory[__shfl_sync(ALL_LANES, Chooser::warp(), 0)], p.band.tile_heads, 0};
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number = next_tile(number)) {
-        const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
-        if (w.tile.tokens == 0) continue;
-        slots.ring.wait(c.slot);
-        c.choose(w.tile, w.steps, choice.topk_indices + ((i64)w.kv_head * p.band.total_q + w.tile.token) * choice.topk);
-        slots.ring.release(c.slot++);
+    for (u32 n = 0; slots.ring.wait(n), slots.tile_of(n).tokens > 0; ++n) {
+        Chooser c = {choice, slots, memory[__shfl_sync(ALL_LANES, Chooser::warp(), 0)], p.band.tile_heads, n};
+        c.choose(p.band.total_q);
     }
 }
 #elif FSA_BLOCK_SCORES == 2
@@ -276,24 +305,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
     registers_grow<CONSUMER_REGISTERS>();
     Consumer c = {p, m, group, 0, 0, 0};
     if (group == 1) c.give_turn();      // the first goes first
-    const int row = first_row_of_thread();
     FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number = next_tile(number)) {
         const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
-        if (w.tile.tokens == 0) continue;
+        if (w.tile.tokens == 0) break;
         clear(c.out);
         c.low = c.high = {neg_inf(), 0.0f};
 #if FSA_BLOCK_SCORES
         const ScoreSlots slots = handover.slots(all.choice);
         if (HAS_CHOOSERS) slots.ring.wait_free(slot);
-        c.scores.open(slots, slot, row);
+        c.scores.open(slots, slot, first_row_of_thread());
 #endif
-        if (w.steps > 0) c.attend(w, RowLimits::of(p.band, w.tile, row), RowLists::of(p.band, w.tile, w.kv_head, row));
+        StoredRows target;
+        const auto meanwhile = [&] {
+            const int row = first_row_of_thread();
 #if FSA_BLOCK_SCORES
-        hand_over(slots, slot++, row, c.low, c.high);
+            leave_references(slots, slot, row, c.low, c.high);
+            if (HAS_CHOOSERS) hand_over(slots, slot++, {w.tile.position, w.tile.tokens, w.steps, w.tile.token, w.kv_head});
 #endif
-        c.store(w.tile, row);
+            target.open(p, w.tile, row);
+        };
+        if (w.steps > 0) c.attend(w, RowLimits::of(p.band, w.tile, first_row_of_thread()), RowLists::of(p.band, w.tile, w.kv_head, first_row_of_thread()), meanwhile);
+        else meanwhile();
+        c.store(w.tile, first_row_of_thread(), target);
 #if FSA_BLOCK_SCORES == 2
         choose(p, all.choice, slots, (PairMemory*)(shared + SMEM_BYTES), w);
 #endif
     }
+#if FSA_BLOCK_SCORES == 1
+    const ScoreSlots slots = handover.slots(all.choice);
+    slots.ring.wait_free(slot);
+    hand_over(slots, slot, {});
+#endif
 }

@@ -17,7 +17,7 @@ pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("band", "BandSelectParams")]
 const WARPGROUPS: usize = 3;
 const WARPGROUP: usize = 128;
 /// Shared memory of a warp that chooses: of another warpgroup, or, of one head, of those that attend.
-const CHOICE_BYTES: usize = 15680;
+const CHOICE_BYTES: usize = 16384;
 const ROW_CHOICE_BYTES: usize = 4160;
 /// Steps whose scores are read together.
 const PART_STEPS: usize = 4;

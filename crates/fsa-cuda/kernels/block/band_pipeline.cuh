@@ -6,6 +6,7 @@
 #include "block/rows.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/tensor_map.cuh"
+#include "ptx/thread.cuh"
 #include "ptx/wgmma.cuh"
 
 #ifndef FSA_CONSUMERS       // a kernel may have another number of consuming warpgroups
@@ -188,7 +189,7 @@ struct RowLimits {
     FSA_DEVICE bool sees_high(int key) const { return first_high <= key && key < end_high; }
 };
 // Row of the tile that is the thread's first; its other row is 8 more.
-FSA_DEVICE int first_row_of_thread() { return threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4; }
+FSA_DEVICE int first_row_of_thread() { return thread_number() / 32 * 16 + lane_number() / 4; }
 
 // Value `mask` for the scores of keys that a row does not see.
 template <int COUNT>

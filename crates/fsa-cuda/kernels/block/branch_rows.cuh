@@ -8,15 +8,25 @@
 // One of the thread's two rows.
 struct BranchRow {
     char *out, *sum;            // first bytes
-    f32 scale, gated_scale;     // of the thread's sums
+    f32 scale, gated_scale;     // of the thread's sums; of a row that is not normalised 1 and its gate
     bool exists;
+
+    // `sum` is that of the row's weights.
+    FSA_DEVICE void normalise(f32 sum) {
+        scale = sum == 0.0f ? 0.0f : reciprocal_fast(sum);
+        gated_scale = scale * gated_scale;
+    }
 };
-// A row that exists; `sum` is that of its weights.
+// A row that exists, not normalised.
+FSA_DEVICE BranchRow open_branch_row(const Tensor& out, const Branch& branch, i64 row, int head) {
+    char* target = (char*)tensor_row(out, row, head);
+    if (branch.sum.data == nullptr) return {target, nullptr, 1.0f, 0.0f, true};
+    return {target, (char*)tensor_row(branch.sum, row, head), 1.0f, gate_of(branch.gates, row, head, branch.number), true};
+}
 FSA_DEVICE BranchRow branch_row(const Tensor& out, const Branch& branch, i64 row, int head, f32 sum) {
-    const f32 scale = sum == 0.0f ? 0.0f : reciprocal_fast(sum);
-    if (branch.sum.data == nullptr) return {(char*)tensor_row(out, row, head), nullptr, scale, 0.0f, true};
-    const f32 gate = gate_of(branch.gates, row, head, branch.number);
-    return {(char*)tensor_row(out, row, head), (char*)tensor_row(branch.sum, row, head), scale, scale * gate, true};
+    BranchRow r = open_branch_row(out, branch, row, head);
+    r.normalise(sum);
+    return r;
 }
 FSA_DEVICE BranchRow no_row() { return {nullptr, nullptr, 0.0f, 0.0f, false}; }
 
@@ -37,10 +47,20 @@ FSA_DEVICE void store_group(char* row, int group, const Sums& acc, f32 scale, Ve
     if (exists) store_global(row + group * 64 + (threadIdx.x & 3) * 16, v);
 }
 
-// Both rows of a thread. All lanes of a warp take part.
+// Groups of the sum's rows whose loads are under way together: as many as there are registers for.
+constexpr int HELD_GROUPS = HEAD_DIM <= 128 ? HEAD_DIM / 32 : 2;
+typedef Vec4 HeldGroups[2][HELD_GROUPS];
+// Starts to load groups of both rows of a thread from `first` on.
+FSA_DEVICE void load_held(HeldGroups& held, const Branch& branch, const char* low, const char* high, bool low_exists, bool high_exists, int first) {
+    const bool adds = branch.sum.data != nullptr && branch.accumulate;
+    FSA_UNROLL for (int i = 0; i < HELD_GROUPS; ++i) {
+        held[0][i] = load_group(low, first + i, adds && low_exists);
+        held[1][i] = load_group(high, first + i, adds && high_exists);
+    }
+}
+// Both rows of a thread, of which the first groups are on their way. All lanes of a warp take part.
 template <typename Sums>
-FSA_DEVICE void store_branch(const Branch& branch, const BranchRow& low, const BranchRow& high, const Sums& acc) {
-    constexpr int AHEAD = HEAD_DIM <= 128 ? HEAD_DIM / 32 : 2;      // groups whose loads are under way together: as many as there are registers for
+FSA_DEVICE void store_branch(const Branch& branch, const BranchRow& low, const BranchRow& high, const Sums& acc, HeldGroups& held) {
     const Vec4 nothing = {0, 0, 0, 0};
     if (!branch.discards) {
         FSA_UNROLL for (int group = 0; group < HEAD_DIM / 32; ++group) {
@@ -49,15 +69,17 @@ FSA_DEVICE void store_branch(const Branch& branch, const BranchRow& low, const B
         }
     }
     if (branch.sum.data == nullptr) return;
-    FSA_UNROLL for (int first = 0; first < HEAD_DIM / 32; first += AHEAD) {
-        Vec4 held[2][AHEAD];
-        FSA_UNROLL for (int i = 0; i < AHEAD; ++i) {
-            held[0][i] = load_group(low.sum, first + i, branch.accumulate && low.exists);
-            held[1][i] = load_group(high.sum, first + i, branch.accumulate && high.exists);
-        }
-        FSA_UNROLL for (int i = 0; i < AHEAD; ++i) {
+    FSA_UNROLL for (int first = 0; first < HEAD_DIM / 32; first += HELD_GROUPS) {
+        if (first > 0) load_held(held, branch, low.sum, high.sum, low.exists, high.exists, first);
+        FSA_UNROLL for (int i = 0; i < HELD_GROUPS; ++i) {
             store_group<false>(low.sum, first + i, acc, low.gated_scale, transpose_quad(held[0][i]), low.exists);
             store_group<true>(high.sum, first + i, acc, high.gated_scale, transpose_quad(held[1][i]), high.exists);
         }
     }
+}
+template <typename Sums>
+FSA_DEVICE void store_branch(const Branch& branch, const BranchRow& low, const BranchRow& high, const Sums& acc) {
+    HeldGroups held;
+    load_held(held, branch, low.sum, high.sum, low.exists, high.exists, 0);
+    store_branch(branch, low, high, acc, held);
 }

@@ -173,6 +173,14 @@ FSA_DEVICE void append_lanes(Candidates& c, Tally& t, f32 score, int block, bool
     t.count += __popc(votes);
 }
 
+// Writes what a token's row has besides the best `places` blocks, of which there are none where it lists all: the first blocks, the last ones, then -1.
+template <int LANES>
+FSA_DEVICE void list_forced(i32* row, const RowBlocks& blocks, int places, int topk) {
+    const int first_local = blocks.first_scored + places, skipped = blocks.lists_all() ? blocks.first_scored : blocks.end_scored;
+    const int end = first_local + blocks.candidates - skipped;
+    for (int slot = lane_number() & (LANES - 1); slot < topk; slot += LANES)
+        if (slot < blocks.first_scored || slot >= first_local) row[slot] = slot < blocks.first_scored ? slot : slot < end ? skipped + slot - first_local : -1;
+}
 // Writes the row of LANES lanes' token: the first blocks, its candidates ascending, the last ones, then -1. Where there are more places than candidates,
 // `unmet` and the next blocks follow.
 template <int LANES>
@@ -188,8 +196,5 @@ FSA_DEVICE void list_blocks(i32* row, const Candidates& c, const RowBlocks& bloc
     if (!present) return;
     FSA_UNROLL for (int i = 0; i < KEYS; ++i)
         if (KEYS * lane + i < places) row[blocks.first_scored + KEYS * lane + i] = (i32)~id[i];
-    const int first_local = blocks.first_scored + places, skipped = blocks.lists_all() ? blocks.first_scored : blocks.end_scored;
-    const int end = blocks.lists_all() ? blocks.candidates : first_local + blocks.candidates - blocks.end_scored;
-    for (int slot = lane; slot < topk; slot += LANES)
-        if (slot < blocks.first_scored || slot >= first_local) row[slot] = slot < blocks.first_scored ? slot : slot < end ? skipped + slot - first_local : -1;
+    list_forced<LANES>(row, blocks, places, topk);
 }

@@ -2,8 +2,7 @@
 // piece of every step. Sums come to shared memory ahead of their use. The heads are added up; the scores that they make of a few steps stay there. The two best
 // of every lane so far give a bound that enough blocks reach; the few that do become candidates (block/candidates.cuh), and the next steps follow.
 #pragma once
-#include "block/candidates.cuh"
-#include "block/score_slots.cuh"
+#include "block/few_choice.cuh"
 
 constexpr int CHOOSERS = 4;                                         // warps
 constexpr int TOKEN_LANES = 8, WARP_TOKENS = 32 / TOKEN_LANES;
@@ -11,13 +10,15 @@ constexpr int PART_STEPS = 4, PART_HEADS = 2;                       // of a part
 constexpr int PARTS = 2;                                            // one in use, one on its way
 static_assert(PART_HEADS * PART_STEPS == TOKEN_LANES, "a lane has one maximum of a part");
 constexpr int CHUNK_STEPS = 12;                                     // whose scores are kept at a time
-constexpr i32 ABSENT = (i32)0xbf800000;                             // -1: scores are not negative, and order as integers
 
-struct __align__(16) ChoiceMemory {     // of a warp
-    Vec4 sums[PARTS][PART_HEADS][PART_STEPS][32];                   // by lanes
-    f32 factors[PARTS][WARP_TOKENS][PART_HEADS * PART_STEPS];       // maxima first
-    Vec4 scores[CHUNK_STEPS][32];                                   // by lanes
-    Candidates candidates[WARP_TOKENS];
+union __align__(16) ChoiceMemory {     // of a warp
+    struct {
+        Vec4 sums[PARTS][PART_HEADS][PART_STEPS][32];               // by lanes
+        f32 factors[PARTS][WARP_TOKENS][PART_HEADS * PART_STEPS];   // maxima first
+        Vec4 scores[CHUNK_STEPS][32];                               // by lanes
+        Candidates candidates[WARP_TOKENS];
+    };
+    Vec4 few[COPY_BYTES / 512][32];                                 // by lanes: sums of tokens with few blocks
 };
 
 struct Chooser {
@@ -202,11 +203,29 @@ struct Chooser {
         const RowBlocks blocks = blocks_of(token);
         list_blocks<TOKEN_LANES>(rows + token * choice.topk, c, blocks, choice.topk, blocks.first_scored, token < tokens);
     }
-    // Writes the rows of the warp's tokens of a tile, every CHOOSERS-th four of them.
-    FSA_DEVICE void choose(const BandTile& t, int tile_steps, i32* rows) {
-        position = t.position;
-        tokens = t.tokens;
-        steps = tile_steps;
+    // The rows of the warp's tokens, which have few blocks.
+    template <int LANES>
+    FSA_DEVICE void choose_of_few(i32* rows) const {
+        typedef FewChooser<LANES> Few;
+        constexpr int STRIDE = CHOOSERS * Few::TOKENS;
+        const Few few = {choice, slots, shared_address(&m.few[0][lane_number()]), slot, heads, position, tokens, steps};
+        int first = Few::TOKENS * warp();
+        if (first >= tokens) slots.ring.release(slot);
+        FSA_NO_UNROLL for (; first < tokens; first += STRIDE)
+            few.list(first, rows, [&] { if (first + STRIDE >= tokens) slots.ring.release(slot); });
+    }
+    // Writes the rows of the warp's tokens of a slot's tile, every CHOOSERS-th few of them, and releases the slot.
+    FSA_DEVICE void choose(int total_q) {
+        const ChosenTile tile = slots.tile_of(slot);
+        i32* rows = choice.topk_indices + ((i64)tile.kv_head * total_q + tile.token) * choice.topk;
+        position = tile.position;
+        tokens = tile.tokens;
+        steps = tile.steps;
+        if (end_of(max_i(tokens - WARP_TOKENS, 0)) <= FEW_STEPS) {
+            if (heads <= 4) choose_of_few<4>(rows);
+            else choose_of_few<8>(rows);
+            return;
+        }
         place = 0;
         seek(WARP_TOKENS * warp());
         copy();
@@ -228,5 +247,6 @@ struct Chooser {
             list(rows, c, first + lane_token());
         }
         copy_wait<0>();
+        slots.ring.release(slot);
     }
 };

@@ -63,11 +63,6 @@ struct PairChooser {
         return piece / STEP_PIECES * GROUPS + piece % STEP_PIECES * 2 - r.blocks.first_scored;
     }
     FSA_DEVICE static constexpr int distance(int e) { return e % 4 * 8 + e / 4; }
-    // The same number, of which the compiler knows nothing: what follows from it is not kept in registers.
-    FSA_DEVICE static int unknown(int x) {
-        asm volatile("" : "+r"(x));
-        return x;
-    }
 
     // Scores of the lane's pieces of the first `most` of a row; blocks that nobody sees score 0.
     FSA_DEVICE void load(f32 (&x)[LANE_PIECES][PIECE], const Row& r, int most) const {

@@ -7,14 +7,22 @@
 
 constexpr int SLOTS = HAS_CHOOSERS ? 2 : 1;
 
+// A tile whose scores are in a slot.
+struct ChosenTile {
+    i32 position, tokens, steps;    // of the first token; tokens that exist; steps whose scores there are
+    i32 token, kv_head;
+};
+
 struct ScoreSlots {
     Ring<SLOTS> ring;           // readers are the warps that choose, writers those that attend; of no use where these are the same
     f32* references;            // [SLOTS, CTA_ROWS] in shared memory: log2-sum-exps, infinity of a row that does not vote
+    ChosenTile* tiles;          // [SLOTS] in shared memory
     f32* scores;                // [SLOTS] of this cta
     i32 max_steps;
 
     FSA_DEVICE f32* sums(u32 n) const { return scores + (i64)Ring<SLOTS>::place(n) * CTA_ROWS * (GROUPS + 1) * max_steps; }
     FSA_DEVICE f32* maxima(u32 n) const { return sums(n) + CTA_ROWS * GROUPS * max_steps; }
+    FSA_DEVICE ChosenTile& tile_of(u32 n) const { return tiles[Ring<SLOTS>::place(n)]; }
     FSA_DEVICE f32* references_of(u32 n) const { return references + Ring<SLOTS>::place(n) * CTA_ROWS; }
 };
 

@@ -8,4 +8,9 @@ FSA_DEVICE int thread_number() {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread;
 }
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is asked for.
+FSA_DEVICE int unknown(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 FSA_DEVICE int lane_number() { return thread_number() & 31; }
