@@ -68,7 +68,7 @@ const MAX_BLOCKS: usize = (1 << 19) - 2;
 const MAX_CHUNK_TILES: usize = (1 << 24) / crate::params::TILE_ROWS;
 
 /// Shared memory of a CTA that is left alone: what kernels declare in their code, and the system's kilobyte.
-const STATIC_SMEM_BYTES: usize = 4 << 10;
+const STATIC_SMEM_BYTES: usize = 3 << 10;
 
 /// Dynamic shared memory that a CTA can have on Hopper.
 pub(crate) const MAX_CTA_SMEM_BYTES: usize = (227 << 10) - STATIC_SMEM_BYTES;
