@@ -84,7 +84,10 @@ FSA_DEVICE void scale_rows(Columns& out, f32 low, f32 high) {
     }
 }
 
-// Where a thread's two rows go, and what is there already: on its way while the last product runs.
+// Whether what is read for a tile's results is on its way while the last product runs: not where registers or L1 are short.
+constexpr bool OPENS_EARLY = HEAD_DIM <= 128 && FSA_BLOCK_SCORES != 2;
+
+// Where a thread's two rows go, and what is there already.
 struct StoredRows {
     BranchRow low, high;
     HeldGroups held;
@@ -322,10 +325,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
             leave_references(slots, slot, row, c.low, c.high);
             if (HAS_CHOOSERS) hand_over(slots, slot++, {w.tile.position, w.tile.tokens, w.steps, w.tile.token, w.kv_head});
 #endif
-            target.open(p, w.tile, row);
+            if (OPENS_EARLY) target.open(p, w.tile, row);
         };
         if (w.steps > 0) c.attend(w, RowLimits::of(p.band, w.tile, first_row_of_thread()), RowLists::of(p.band, w.tile, w.kv_head, first_row_of_thread()), meanwhile);
         else meanwhile();
+        if (!OPENS_EARLY) target.open(p, w.tile, first_row_of_thread());
         c.store(w.tile, first_row_of_thread(), target);
 #if FSA_BLOCK_SCORES == 2
         choose(p, all.choice, slots, (PairMemory*)(shared + SMEM_BYTES), w);
