@@ -7,9 +7,9 @@ FSA_DEV_SET=sm80: the portable kernels; FSA_DEV_STEP_KEYS: keys of a step of win
 import ctypes, math, os, sys
 import torch
 import sets
-from driver import Module, cuda
-from band_params import Band, BandBackwardParams, BandParams, BandSelectParams, PrepareParams, SelectParams, TensorMap, aligned
-from params import SumBounds, Tensor
+from driver import Module, tensor_map
+from band_params import Band, BandBackwardParams, BandParams, BandSelectParams, PrepareParams, SelectParams
+from params import SumBounds, Tensor, aligned
 
 DEVICE = "cuda"
 HOPPER = sets.SET == "sm90"
@@ -19,20 +19,6 @@ MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count
 
 def tensor(x):
     return Tensor(x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def tensor_map(x, tokens, heads, step=1):
-    """Boxes of `tokens` (of which every `step`-th counts) x `heads` x 64 columns of a [tokens, heads, columns] tensor."""
-    m = TensorMap()
-    if not HOPPER or x.numel() == 0:
-        return m
-    array = aligned(TensorMap)
-    u64s, u32s = lambda *v: (ctypes.c_uint64 * len(v))(*v), lambda *v: (ctypes.c_uint32 * len(v))(*v)
-    code = cuda().cuTensorMapEncodeTiled(ctypes.byref(array), 9 if x.dtype == torch.bfloat16 else 6, 3, ctypes.c_void_p(x.data_ptr()), u64s(x.shape[2], x.shape[1], x.shape[0]),
-                                         u64s(x.stride(1) * 2, x.stride(0) * 2), u32s(64, heads, tokens), u32s(1, 1, step), 0, 3, 3, 0)
-    assert code == 0, f"cuTensorMapEncodeTiled: {code}"
-    ctypes.memmove(ctypes.byref(m), ctypes.byref(array), 128)
-    return m
 
 
 class Shape:

@@ -1,12 +1,7 @@
-"""The parameter structs of the stages with an interval of keys, and the driver's tensor maps; field for field as kernels/base/params.cuh."""
+"""The parameter structs of the stages with an interval of keys; field for field as kernels/base/params.cuh."""
 import ctypes
-from ctypes import c_void_p as ptr, c_int32 as i32, c_int64 as i64, c_float as f32, c_uint64 as u64
-from params import Branch, SumBounds, SumKeys, Tensor
-
-
-class TensorMap(ctypes.Structure):
-    _fields_ = [("words", u64 * 16)]
-    _align_ = 64
+from ctypes import c_void_p as ptr, c_int32 as i32, c_int64 as i64, c_float as f32
+from params import Branch, SumBounds, SumKeys, Tensor, TensorMap, padded
 
 
 class BlockMask(ctypes.Structure):
@@ -25,24 +20,6 @@ class BlockMaskParams(ctypes.Structure):
 class PrepareParams(ctypes.Structure):
     _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "cu_compressed", "tile_base", "key_tile_base")] + [
         (n, i32) for n in ("batch", "kernel_size", "kernel_stride", "tile_tokens", "tile_keys", "compressed")]
-
-
-def padded(fields):
-    """Maps start at multiples of 64 bytes; Python before 3.13 does not align members by itself."""
-    class Packed(ctypes.Structure):
-        _fields_ = fields
-    size, out, number = 0, [], 0
-    for name, kind in fields:
-        align = 64 if kind is TensorMap else ctypes.alignment(kind)
-        gap = -size % align
-        if gap:
-            out.append((f"_pad{number}", ctypes.c_char * gap))
-            number += 1
-        out.append((name, kind))
-        size += gap + ctypes.sizeof(kind)
-    if size % 64 and any(kind is TensorMap for _, kind in fields):
-        out.append(("_end", ctypes.c_char * (-size % 64)))
-    return out
 
 
 class BandParams(ctypes.Structure):
@@ -72,10 +49,3 @@ class SelectParams(ctypes.Structure):
     _pack_ = 1
     _fields_ = padded([("band", Band), ("query", Tensor), ("key", Tensor), ("lse", ptr), ("topk_indices", ptr), ("scale_log2", f32)] + [
         (n, i32) for n in ("topk", "init_blocks", "local_blocks", "scored_heads", "num_tiles", "num_kv_heads", "segment_steps", "direct")] + [(n, TensorMap) for n in ("query_map", "key_map")])
-
-
-def aligned(kind):
-    """A zeroed struct whose address is a multiple of 64."""
-    memory = ctypes.create_string_buffer(ctypes.sizeof(kind) + 64)
-    value = kind.from_buffer(memory, -ctypes.addressof(memory) % 64)
-    return value

@@ -2,6 +2,7 @@
 import ctypes, os
 import torch
 import nvrtc, sets
+from params import TensorMap, aligned
 
 _cuda = None
 
@@ -19,6 +20,20 @@ def cuda():
         torch.zeros(1, device="cuda")
         _cuda = ctypes.CDLL("libcuda.so.1")
     return _cuda
+
+
+def tensor_map(x, tokens, heads, step=1):
+    """Boxes of `tokens` (of which every `step`-th counts) x `heads` x 64 columns of a [tokens, heads, columns] tensor."""
+    m = TensorMap()
+    if sets.SET != "sm90" or x.numel() == 0:
+        return m
+    array = aligned(TensorMap)
+    u64s, u32s = lambda *v: (ctypes.c_uint64 * len(v))(*v), lambda *v: (ctypes.c_uint32 * len(v))(*v)
+    code = cuda().cuTensorMapEncodeTiled(ctypes.byref(array), 9 if x.dtype == torch.bfloat16 else 6, 3, ctypes.c_void_p(x.data_ptr()), u64s(x.shape[2], x.shape[1], x.shape[0]),
+                                         u64s(x.stride(1) * 2, x.stride(0) * 2), u32s(64, heads, tokens), u32s(1, 1, step), 0, 3, 3, 0)
+    assert code == 0, f"cuTensorMapEncodeTiled: {code}"
+    ctypes.memmove(ctypes.byref(m), ctypes.byref(array), 128)
+    return m
 
 
 PDL = sets.SET == "sm90"     # the portable kernels do not know of it

@@ -1,6 +1,36 @@
 """The parameter structs of kernels/base/params.cuh, field for field."""
 import ctypes
-from ctypes import c_void_p as ptr, c_int32 as i32, c_int64 as i64, c_float as f32
+from ctypes import c_void_p as ptr, c_int32 as i32, c_int64 as i64, c_float as f32, c_uint64 as u64
+
+
+class TensorMap(ctypes.Structure):
+    _fields_ = [("words", u64 * 16)]
+    _align_ = 64
+
+
+def padded(fields):
+    """Maps start at multiples of 64 bytes; Python before 3.13 does not align members by itself."""
+    class Packed(ctypes.Structure):
+        _fields_ = fields
+    size, out, number = 0, [], 0
+    for name, kind in fields:
+        align = 64 if kind is TensorMap else ctypes.alignment(kind)
+        gap = -size % align
+        if gap:
+            out.append((f"_pad{number}", ctypes.c_char * gap))
+            number += 1
+        out.append((name, kind))
+        size += gap + ctypes.sizeof(kind)
+    if size % 64 and any(kind is TensorMap for _, kind in fields):
+        out.append(("_end", ctypes.c_char * (-size % 64)))
+    return out
+
+
+def aligned(kind):
+    """A zeroed struct whose address is a multiple of 64."""
+    memory = ctypes.create_string_buffer(ctypes.sizeof(kind) + 64)
+    value = kind.from_buffer(memory, -ctypes.addressof(memory) % 64)
+    return value
 
 
 class Tensor(ctypes.Structure):
@@ -35,8 +65,10 @@ class AttendParams(ctypes.Structure):
 
 
 class ReduceParams(ctypes.Structure):
-    _fields_ = [("layout", Layout), ("index", Index), ("query", Tensor), ("key", Tensor), ("value", Tensor), ("out", Tensor), ("partial", ptr),
-                ("partial_lse", ptr), ("lse", ptr), ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32), ("branch", Branch)]
+    _pack_ = 1
+    _fields_ = padded([("layout", Layout), ("index", Index), ("query", Tensor), ("key", Tensor), ("value", Tensor), ("out", Tensor), ("partial", ptr),
+                       ("partial_lse", ptr), ("lse", ptr), ("scale_log2", f32), ("group_size", i32), ("chunk", i32), ("first_head", i32), ("branch", Branch),
+                       ("key_map", TensorMap), ("value_map", TensorMap)])
 
 
 class SumBounds(ctypes.Structure):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 import params as P
 import sets
-from driver import Module
+from driver import Module, tensor_map
 
 TILE = 64
 MIB = 1 << 20
@@ -124,6 +124,7 @@ class Selected:
         p, d = self.plan, self.defines
         attend, reduce = Module.get(sets.file("attend"), d), Module.get(sets.file("reduce"), d)
         scale_log2, group = self.scale * math.log2(math.e), self.hq // self.hk
+        maps = [tensor_map(x, min(self.block_size, 64), 1) for x in (self.k, self.v)]
         launches = []
         attend_bytes = sets.attend_bytes(self.block_size, self.d, d.get("FSA_QUERY_STAGES", 2))
         reduce_bytes = sets.reduce_tiles_bytes(self.block_size, self.d) + TILE * p.slots * 4
@@ -134,8 +135,10 @@ class Selected:
                 partial = self.partials[buffer].data_ptr()
                 partial_lse = partial + p.heads * p.chunk_tiles * TILE * p.slots * self.d * 2
                 a = P.AttendParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), partial, partial_lse, scale_log2, group, chunk, head)
-                r = P.ReduceParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), tensor(out), partial, partial_lse, lse.data_ptr(),
-                                   scale_log2, group, chunk, head)
+                r = P.aligned(P.ReduceParams)
+                r.layout, r.index, r.query, r.key, r.value, r.out = self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), tensor(out)
+                r.partial, r.partial_lse, r.lse, r.scale_log2, r.group_size, r.chunk, r.first_head = partial, partial_lse, lse.data_ptr(), scale_log2, group, chunk, head
+                r.key_map, r.value_map = maps
                 launches.append((buffer, (head + heads - 1) // group,
                                  lambda s=None, a=a, h=heads, later=len(launches) >= p.buffers: attend.launch("attend", (p.full_units + p.max_blocks, h, 1), 128, attend_bytes, a, s, later),
                                  lambda s=None, r=r, h=heads: reduce.launch("reduce", (p.chunk_tiles, h, 1), 128, reduce_bytes, r, s, True)))

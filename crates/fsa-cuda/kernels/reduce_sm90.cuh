@@ -4,14 +4,15 @@
 // GRID   (tiles of the chunk, query heads of the launch).
 // ROLES  One warpgroup. The accumulators of the dense part are in the layout of the partials, which stream through registers.
 // SMEM   query tile, key tile, value tile of at most 64 keys; log2-sum-exps of the tile's partials [64, slots], which become weights.
-// SYNC   cp.async groups alternate keys, values: the next keys load under softmax and second product, the next
-//        values under the next first product; the sink comes through L1, as every tile of the sequence reads it. Barriers around each
-//        product; the merge needs none.
+// SYNC   The copy engine brings keys and values, each to an mbarrier: the next keys load under softmax and second product, the next
+//        values under the next first product. A barrier after each product, before its tile is written again; the merge needs none.
 #include "block/branch_rows.cuh"
 #include "block/sequence.cuh"
 #include "block/softmax.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/thread.cuh"
 #include "ptx/wgmma.cuh"
-#include "tile/swizzled_tile.cuh"
+#include "tile/tile_boxes.cuh"
 
 constexpr int STEP_KEYS = BLOCK_SIZE < 64 ? BLOCK_SIZE : 64;
 constexpr int KEY_STEPS = BLOCK_SIZE / STEP_KEYS;
@@ -25,13 +26,22 @@ struct TileState {
     RowState low, high;
 };
 
-// What all dense steps share.
+// What all dense steps share. Sums and scores leave few registers: the tile and what its rows list are in shared memory.
 struct DenseContext {
+    const Tile& tile;
+    const u32 (&infos)[TILE_ROWS];      // RowInfo of the tile's rows
     u32 query_tile, key_tile, value_tile;
-    Tile tile;
+    u32 barriers;                       // of keys, of values
+    u32 parity;                         // of both, at the next step
     int kv_head;
-    int row_low;            // of the tile; the other row is row_low + 8
-    RowInfo info_low, info_high;
+
+    // Row of the tile; the thread's other row is 8 more.
+    static FSA_DEVICE int row_low() {
+        const int thread = thread_number();
+        return thread / 32 * 16 + (thread & 31) / 4;
+    }
+    FSA_DEVICE RowInfo info_low() const { return {infos[row_low()]}; }
+    FSA_DEVICE RowInfo info_high() const { return {infos[row_low() + 8]}; }
 };
 
 // Adds the NaN and infinite elements of visible value rows, which clean_rows removed from the tile.
@@ -54,23 +64,28 @@ FSA_DEVICE int step_key(const i32* ids, int n) { return ids[n / KEY_STEPS] * BLO
 
 // Online softmax over `steps` steps of the listed blocks. `listed(block number in the list, row info)` says whether a row takes part.
 template <typename F>
-FSA_DEVICE void dense_blocks(TileState& state, const ReduceParams& p, const DenseContext& c, const i32* ids, int steps, F listed) {
-    auto copy_step = [&](u32 tile, const Tensor& source, int n) {
-        if (n < steps) {
-            const int key = step_key(ids, n);
-            copy_rows<STEP_KEYS>(tile, source, c.kv_head, c.tile.kv_row + key, c.tile.kv_len - key, key < BLOCK_SIZE);
-        }
-        copy_commit();
+FSA_DEVICE void dense_blocks(TileState& state, const ReduceParams& p, DenseContext& c, const i32* ids, int steps, F listed) {
+    // What lies behind the sequence comes along: no row sees it, and values are cleaned.
+    auto load_keys = [&](int n) {
+        if (n >= steps || threadIdx.x != 0) return;
+        barrier_expect(c.barriers, KeyTile::BYTES);
+        load_tile<STEP_KEYS>(c.key_tile, &p.key_map, c.barriers, c.kv_head, c.tile.kv_row + step_key(ids, n));
     };
-    copy_step(c.key_tile, p.key, 0);
-    copy_step(c.value_tile, p.value, 0);
+    auto load_values = [&](int n) {
+        if (n >= steps || threadIdx.x != 0) return;
+        barrier_expect(c.barriers + 8, KeyTile::BYTES);
+        load_tile<STEP_KEYS>(c.value_tile, &p.value_map, c.barriers + 8, c.kv_head, c.tile.kv_row + step_key(ids, n));
+    };
+    load_keys(0);
+    load_values(0);
+    copy_wait<0>();     // the queries
+    fence_async_proxy();
+    __syncthreads();
     FSA_NO_UNROLL for (int n = 0; n < steps; ++n) {
-        const int key = step_key(ids, n);
-        const int limit_low = listed(n / KEY_STEPS, c.info_low) ? c.tile.position + c.row_low - key : -1;
-        const int limit_high = listed(n / KEY_STEPS, c.info_high) ? c.tile.position + c.row_low + 8 - key : -1;
-        copy_wait<1>();
-        fence_async_proxy();
-        __syncthreads();
+        const int key = step_key(ids, n), limit = c.tile.position + c.row_low() - key;
+        const int limit_low = listed(n / KEY_STEPS, c.info_low()) ? limit : -1;
+        const int limit_high = listed(n / KEY_STEPS, c.info_high()) ? limit + 8 : -1;
+        barrier_wait(c.barriers, c.parity);
         f32 s[STEP_KEYS / 2];
         wgmma_fence();
         FSA_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k)
@@ -79,7 +94,7 @@ FSA_DEVICE void dense_blocks(TileState& state, const ReduceParams& p, const Dens
         wgmma_wait<0>();
         wgmma_pin(s);
         __syncthreads();
-        copy_step(c.key_tile, p.key, n + 1);
+        load_keys(n + 1);
         f32 carry_low, carry_high;
         if (__all_sync(0xffffffffu, min_i(limit_low, limit_high) >= STEP_KEYS - 1)) {     // no row of the warp has a mask
             carry_low = softmax_step<STEP_KEYS, false, false>(s, state.low, p.scale_log2, false, limit_low);
@@ -90,9 +105,9 @@ FSA_DEVICE void dense_blocks(TileState& state, const ReduceParams& p, const Dens
         }
         u32 a[STEP_KEYS / 16][4];
         FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
-        copy_wait<1>();
+        barrier_wait(c.barriers + 8, c.parity);
         const bool dirty = clean_rows<STEP_KEYS>(c.value_tile);
-        fence_async_proxy();
+        if (dirty) fence_async_proxy();
         const bool any_dirty = __syncthreads_or(dirty);
         FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) {
             scale_piece(state.out[piece], carry_low, carry_high);
@@ -106,7 +121,8 @@ FSA_DEVICE void dense_blocks(TileState& state, const ReduceParams& p, const Dens
         FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) wgmma_pin(state.out[piece]);
         if (any_dirty) add_nonfinite(state.out, p.value, c.kv_head, c.tile.kv_row + key, min_i(STEP_KEYS, c.tile.kv_len - key), limit_low, limit_high);
         __syncthreads();
-        copy_step(c.value_tile, p.value, n + 1);
+        load_values(n + 1);
+        c.parity ^= 1;
     }
 }
 
@@ -154,12 +170,18 @@ constexpr int SLOTS_AHEAD = HEAD_DIM <= 128 ? 2 : 1;
 FSA_DEVICE void merge_partials(Piece (&out)[PIECES], const char* low, const char* high, int count_low, int count_high, const f32* weights_low,
                                const f32* weights_high) {
     const int count = __reduce_max_sync(0xffffffffu, max_i(count_low, count_high));
+    low += (threadIdx.x & 3) * 16;
+    high += (threadIdx.x & 3) * 16;
     FSA_NO_UNROLL for (int slot = 0; slot < count; slot += SLOTS_AHEAD) {
+        keep(low);
+        keep(high);
         Vec4 v[2 * SLOTS_AHEAD][HEAD_DIM / 32];
         FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
-            load_row(v[2 * a], low + (slot + a) * ROW_BYTES, slot + a < count_low);
-            load_row(v[2 * a + 1], high + (slot + a) * ROW_BYTES, slot + a < count_high);
+            load_pieces(v[2 * a], low + a * ROW_BYTES, slot + a < count_low);
+            load_pieces(v[2 * a + 1], high + a * ROW_BYTES, slot + a < count_high);
         }
+        low += SLOTS_AHEAD * ROW_BYTES;
+        high += SLOTS_AHEAD * ROW_BYTES;
         FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
             merge_partial<false>(out, v[2 * a], slot + a < count_low ? weights_low[slot + a] : 0.0f);
             merge_partial<true>(out, v[2 * a + 1], slot + a < count_high ? weights_high[slot + a] : 0.0f);
@@ -169,8 +191,8 @@ FSA_DEVICE void merge_partials(Piece (&out)[PIECES], const char* low, const char
 
 // Adds the partials of the tile's rows, which start at row `chunk_row` of the buffer. `lse` has room for [64, slots].
 FSA_DEVICE void merge(TileState& state, const ReduceParams& p, const DenseContext& c, f32* lse, i64 chunk_row) {
-    const int slots = p.index.slots, low = c.row_low, high = low + 8;
-    const int count_low = c.info_low.partials(), count_high = c.info_high.partials();
+    const int slots = p.index.slots, low = c.row_low(), high = low + 8;
+    const int count_low = c.info_low().partials(), count_high = c.info_high().partials();
     f32 *lse_low = lse + low * slots, *lse_high = lse + high * slots;
     // A quad copies the log2-sum-exps of its own rows.
     auto copy_lse = [&](f32* to, int row, int count) {
@@ -191,15 +213,15 @@ FSA_DEVICE void merge(TileState& state, const ReduceParams& p, const DenseContex
 }
 
 // Rows whose id found no slot: their blocks one at a time, lowest first. Rare.
-FSA_DEVICE void spilled_blocks(TileState& state, const ReduceParams& p, const DenseContext& c, i32* ids, i32* next) {
+FSA_DEVICE void spilled_blocks(TileState& state, const ReduceParams& p, DenseContext& c, i32* ids, i32* next) {
     const int last_position = c.tile.position + c.tile.rows - 1;
     int done = -1;
     while (true) {
         __syncthreads();
         if (threadIdx.x == 0) *next = 0x7fffffff;
         __syncthreads();
-        if (c.info_low.spilled() > done) atomicMin(next, c.info_low.spilled());
-        if (c.info_high.spilled() > done) atomicMin(next, c.info_high.spilled());
+        if (c.info_low().spilled() > done) atomicMin(next, c.info_low().spilled());
+        if (c.info_high().spilled() > done) atomicMin(next, c.info_high().spilled());
         __syncthreads();
         done = *next;
         if (done == 0x7fffffff) return;
@@ -209,10 +231,9 @@ FSA_DEVICE void spilled_blocks(TileState& state, const ReduceParams& p, const De
     }
 }
 
-// Writes the thread's rows and their natural-log lse. The tile is read again, which takes no registers until here.
-FSA_DEVICE void store_rows(const TileState& state, const ReduceParams& p, int tile_number) {
-    const Tile tile = p.layout.tiles[tile_number];
-    const int head = p.first_head + blockIdx.y, low = threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4;
+// Writes the thread's rows and their natural-log lse.
+FSA_DEVICE void store_rows(const TileState& state, const ReduceParams& p, const Tile& tile) {
+    const int head = p.first_head + blockIdx.y, low = DenseContext::row_low();
     auto finish = [&](int row, const RowState& sums) -> BranchRow {
         const f32 sum = quad_sum(sums.sum);
         if (row >= tile.rows) return no_row();
@@ -227,38 +248,39 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
     extern __shared__ __align__(1024) char shared[];
     __shared__ i32 dense_ids[MAX_DENSE + 1], dense_bits[MAX_DENSE];
     __shared__ i32 next_spilled;
-    __shared__ u32 warp_info[4];
+    __shared__ u32 warp_info[4], infos[TILE_ROWS];
+    __shared__ u64 barriers[2];
+    __shared__ Tile tile;
     let_next_start();
     const Index& index = p.index;
     const int tile_number = p.chunk * p.layout.chunk_tiles + blockIdx.x;
-    DenseContext c;
-    c.tile.rows = 0;
-    if (tile_number < p.layout.max_tiles) c.tile = p.layout.tiles[tile_number];
-    if (c.tile.rows == 0) {
+    const Tile own = tile_number < p.layout.max_tiles ? p.layout.tiles[tile_number] : Tile{};
+    if (own.rows == 0) {
         wait_for_previous();
         return;
     }
-    const int head = p.first_head + blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    c.kv_head = head / p.group_size;
-    c.row_low = warp * 16 + lane / 4;
-    const int low = c.row_low, high = low + 8;
-    c.query_tile = shared_address(shared);
-    c.key_tile = c.query_tile + QueryTile::BYTES;
-    c.value_tile = c.key_tile + KeyTile::BYTES;
+    const int head = p.first_head + blockIdx.y, thread = threadIdx.x;
+    const u32 query_tile = shared_address(shared), key_tile = query_tile + QueryTile::BYTES;
+    DenseContext c = {tile, infos, query_tile, key_tile, key_tile + KeyTile::BYTES, shared_address(barriers), 0, head / p.group_size};
 
-    copy_rows<TILE_ROWS>(c.query_tile, p.query, head, c.tile.token, c.tile.rows);
-    const u32* row_info = index.row_info + (i64)c.kv_head * p.layout.total_q + c.tile.token;
-    c.info_low.word = low < c.tile.rows ? row_info[low] : 0;
-    c.info_high.word = high < c.tile.rows ? row_info[high] : 0;
-    const u32 any = __reduce_or_sync(0xffffffffu, c.info_low.word | c.info_high.word);
-    if (lane == 0) warp_info[warp] = any;
+    copy_rows<TILE_ROWS>(c.query_tile, p.query, head, own.token, own.rows);
+    copy_commit();
+    const u32 info = thread < own.rows ? index.row_info[(i64)c.kv_head * p.layout.total_q + own.token + thread] : 0;
+    if (thread < TILE_ROWS) infos[thread] = info;
+    const u32 any = __reduce_or_sync(0xffffffffu, info);
+    if (thread % 32 == 0) warp_info[thread / 32] = any;
+    if (thread == 0) {
+        tile = own;
+        barrier_init(c.barriers, 1);
+        barrier_init(c.barriers + 8, 1);
+        barriers_ready();
+    }
     __syncthreads();
-    const u32 all = warp_info[0] | warp_info[1] | warp_info[2] | warp_info[3];
-    const DenseRule rule = dense_rule(c.tile, 1);
-    if (threadIdx.x < MAX_DENSE && (all >> threadIdx.x & 1)) {
-        const int slot = __popc(all & ((1u << threadIdx.x) - 1));
-        dense_ids[slot] = threadIdx.x == 0 ? 0 : rule.first_local + threadIdx.x - 1;
-        dense_bits[slot] = threadIdx.x;
+    const u32 all = warp_info[0] | warp_info[1];        // two warps have the rows
+    if (thread < MAX_DENSE && (all >> thread & 1)) {
+        const int slot = __popc(all & ((1u << thread) - 1));
+        dense_ids[slot] = thread == 0 ? 0 : dense_rule(own, 1).first_local + thread - 1;
+        dense_bits[slot] = thread;
     }
     __syncthreads();
 
@@ -266,11 +288,11 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP, REDUCE_CTAS) reduce(cons
     FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece)
         FSA_UNROLL for (int i = 0; i < PIECE_COLUMNS / 2; ++i) state.out[piece][i] = 0.0f;
     state.low = state.high = {neg_inf(), 0.0f};
-    const int steps = count_steps(dense_ids, __popc(all & 0x7f), c.tile.position + c.tile.rows - 1);
+    const int steps = count_steps(dense_ids, __popc(all & 0x7f), own.position + own.rows - 1);
     dense_blocks(state, p, c, dense_ids, steps, [&](int n, RowInfo info) { return info.lists_dense(dense_bits[n]); });
     if (all >> RowInfo::SPILLED_SHIFT != 0) spilled_blocks(state, p, c, dense_ids, &next_spilled);
     wait_for_previous();
-    const i64 chunk_row = (i64)blockIdx.y * p.layout.chunk_tiles * TILE_ROWS + c.tile.token - p.layout.chunk_token[p.chunk];
+    const i64 chunk_row = (i64)blockIdx.y * p.layout.chunk_tiles * TILE_ROWS + tile.token - p.layout.chunk_token[p.chunk];
     merge(state, p, c, (f32*)(shared + QueryTile::BYTES + 2 * KeyTile::BYTES), chunk_row);
-    store_rows(state, p, tile_number);
+    store_rows(state, p, tile);
 }

@@ -161,6 +161,8 @@ device_structs! {
         chunk: i32,
         first_head: i32,
         branch: Branch,
+        key_map: TensorMap,
+        value_map: TensorMap,
     }
 
     /// What bounds an attention's part of scaled sums of gradients of queries.

@@ -16,15 +16,16 @@ pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("reduce", "ReduceParams")];
 /// One warpgroup, or four warps.
 const THREADS: u32 = 128;
 
-/// Keys of a step, at most. Portable CTAs have less shared memory for the keys of large heads.
+/// Keys of a step. Portable CTAs have less shared memory for the keys of large heads.
 fn step_keys(specialisation: &Specialisation) -> usize {
-    if specialisation.set == KernelSet::Sm80 && specialisation.head_dim > 128 { 32 } else { 64 }
+    let Specialisation { set, head_dim, block_size, .. } = *specialisation;
+    block_size.min(if set == KernelSet::Sm80 && head_dim > 128 { 32 } else { 64 })
 }
 
 /// Shared memory of the tiles: queries, keys, values.
 fn tiles_bytes(specialisation: &Specialisation) -> usize {
-    let Specialisation { head_dim, block_size, .. } = *specialisation;
-    tile_bytes(TILE_ROWS, head_dim) + 2 * tile_bytes(block_size.min(step_keys(specialisation)), head_dim)
+    let head_dim = specialisation.head_dim;
+    tile_bytes(TILE_ROWS, head_dim) + 2 * tile_bytes(step_keys(specialisation), head_dim)
 }
 
 /// Shared memory of a CTA: the tiles, and a log-sum-exp per row and slot.
@@ -34,7 +35,11 @@ pub(crate) fn smem_bytes(specialisation: &Specialisation, slots: usize) -> usize
 
 /// What the kernel file must agree with.
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
-    vec![("QueryTile::BYTES + 2 * KeyTile::BYTES", tiles_bytes(specialisation)), ("WARPGROUP", THREADS as usize)]
+    vec![
+        ("QueryTile::BYTES + 2 * KeyTile::BYTES", tiles_bytes(specialisation)),
+        ("STEP_KEYS", step_keys(specialisation)),
+        ("WARPGROUP", THREADS as usize),
+    ]
 }
 
 /// The loaded kernel.
@@ -47,6 +52,11 @@ pub(crate) struct ReduceKernel {
 impl ReduceKernel {
     pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
         Ok(Self { reduce: module.function("reduce")?, specialisation: *specialisation })
+    }
+
+    /// Tokens and heads of the boxes in which keys and values are copied.
+    pub(crate) fn key_boxes(&self) -> [usize; 2] {
+        [step_keys(&self.specialisation), 1]
     }
 
     /// Writes `out` and `lse` of a chunk for `heads` query heads. With `overlaps`, from the end of

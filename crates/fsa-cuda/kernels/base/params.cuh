@@ -114,6 +114,12 @@ struct AttendParams {
     i32 first_head;             // query head of blockIdx.y = 0
 };
 
+// How the bulk copy engine sees a [tokens, heads, HEAD_DIM] tensor: boxes of 64 columns, some heads and some tokens, 128-byte swizzle. Made by the driver;
+// all zero where the kernels are portable.
+struct __align__(64) TensorMap {
+    u64 words[16];
+};
+
 struct ReduceParams {
     Layout layout;
     Index index;
@@ -127,6 +133,8 @@ struct ReduceParams {
     i32 chunk;
     i32 first_head;
     Branch branch;
+    TensorMap key_map;          // boxes of 64 keys of one head, or of a block if that is less
+    TensorMap value_map;        // the same
 };
 
 // What bounds an attention's part of scaled sums of grad_query.
@@ -174,12 +182,6 @@ struct BackwardParams {
     i32 given_stats;            // 1: row_stats are the caller's, and may say that gates are negative
     i32 accumulate;             // 1: grad_query_out is added to
     i32 accumulate_keys;        // 1: grad_key_out and grad_value_out are
-};
-
-// How the bulk copy engine sees a [tokens, heads, HEAD_DIM] tensor: boxes of 64 columns, some heads and some tokens, 128-byte swizzle. Made by the driver;
-// all zero where the kernels are portable.
-struct __align__(64) TensorMap {
-    u64 words[16];
 };
 
 // Which blocks of keys a row lists, and the steps of keys that the rows of a tile list. Made by block_mask from lists of blocks.

@@ -5,9 +5,9 @@
 #include "block/listed_blocks.cuh"
 #include "block/rows.cuh"
 #include "ptx/barrier.cuh"
-#include "ptx/tensor_map.cuh"
 #include "ptx/thread.cuh"
 #include "ptx/wgmma.cuh"
+#include "tile/tile_boxes.cuh"
 
 #ifndef FSA_CONSUMERS       // a kernel may have another number of consuming warpgroups
 #define FSA_CONSUMERS 2
@@ -105,12 +105,6 @@ struct Ring {
     }
 };
 
-// Loads ROWS rows of a tile, 64 columns at a time: boxes of the map, as many heads and tokens as it says.
-template <int ROWS>
-FSA_DEVICE void load_tile(u32 tile, const TensorMap* map, u32 barrier, int head, int row) {
-    FSA_UNROLL for (int half = 0; half < SwizzledTile<ROWS>::HALVES; ++half)
-        load_box(tile + half * SwizzledTile<ROWS>::HALF_BYTES, map, barrier, half * 64, head, row);
-}
 // Bytes that the boxes of a tile of rows bring: those of the tokens and heads that a tile can have.
 FSA_DEVICE int row_tile_bytes(const Band& band) { return RowTile::HALVES * 128 * band.tile_tokens * band.tile_heads; }
 

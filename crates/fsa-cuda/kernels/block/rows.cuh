@@ -82,6 +82,9 @@ FSA_DEVICE void store_natural(char* row, int piece, const Piece& acc, f32 scale,
 FSA_DEVICE Vec4 load_group(const char* row, int group, bool present) {
     return present ? load_global_once(row + group * 64 + (threadIdx.x & 3) * 16) : Vec4{0, 0, 0, 0};
 }
+FSA_DEVICE void load_pieces(Vec4 (&v)[HEAD_DIM / 32], const char* first, bool present) {
+    FSA_UNROLL for (int group = 0; group < HEAD_DIM / 32; ++group) v[group] = present ? load_global_once(first + group * 64) : Vec4{0, 0, 0, 0};
+}
 FSA_DEVICE void load_row(Vec4 (&v)[HEAD_DIM / 32], const char* row, bool present) {
     FSA_UNROLL for (int group = 0; group < HEAD_DIM / 32; ++group) v[group] = load_group(row, group, present);
 }

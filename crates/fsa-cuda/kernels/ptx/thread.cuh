@@ -13,4 +13,7 @@ FSA_DEVICE int unknown(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+// Keeps a pointer in its registers. From parts that it knows the compiler makes an address of its own for every load, and the registers of one are
+// needed for the next: loads then wait for each other.
+FSA_DEVICE void keep(const char*& pointer) { asm volatile("" : "+l"(pointer)); }
 FSA_DEVICE int lane_number() { return thread_number() & 31; }

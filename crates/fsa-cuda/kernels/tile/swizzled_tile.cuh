@@ -41,19 +41,16 @@ FSA_DEVICE const char* tensor_row(const Tensor& t, i64 row, int head) {
     return (const char*)t.data + (row * t.row_stride + (i64)head * t.head_stride) * ELEMENT_BYTES;
 }
 
-// Starts the copy of consecutive rows into a tile, by THREADS threads; rows from `valid_rows` on become zero. `cached`: the next ctas of
-// the SM read the same rows, so they stay in L1.
+// Starts the copy of consecutive rows into a tile, by THREADS threads; rows from `valid_rows` on become zero.
 template <int ROWS, int THREADS = WARPGROUP>
-FSA_DEVICE void copy_rows(u32 tile, const Tensor& source, int head, i64 first_row, int valid_rows, bool cached = false) {
+FSA_DEVICE void copy_rows(u32 tile, const Tensor& source, int head, i64 first_row, int valid_rows) {
     const char* base = tensor_row(source, first_row, head);
     const i64 row_bytes = source.row_stride * ELEMENT_BYTES;
     FSA_UNROLL for (int i = 0; i < (ROWS * PIECES_PER_ROW + THREADS - 1) / THREADS; ++i) {
         const int n = threadIdx.x + i * THREADS, row = n / PIECES_PER_ROW, piece = n % PIECES_PER_ROW;
         if (ROWS * PIECES_PER_ROW % THREADS != 0 && row >= ROWS) break;
         const bool valid = row < valid_rows;
-        const u32 at = tile + SwizzledTile<ROWS>::offset(row, piece);
-        const char* from = base + (valid ? row : 0) * row_bytes + piece * 16;
-        if (cached) copy_async_cached(at, from, valid ? 16 : 0); else copy_async(at, from, valid ? 16 : 0);
+        copy_async(tile + SwizzledTile<ROWS>::offset(row, piece), base + (valid ? row : 0) * row_bytes + piece * 16, valid ? 16 : 0);
     }
 }
 
@@ -90,7 +87,7 @@ FSA_DEVICE void gather_rows(u32 tile, const char* base, u32 row_bytes, const cha
     }
 }
 
-// Clears NaN and infinity in the pieces that this thread copied with copy_rows; true if there were some. The test costs one
+// Clears NaN and infinity in the pieces that copy_rows gives to this thread; true if there were some. The test costs one
 // packed fma per word, and the rest runs only if it is needed.
 template <int ROWS, int THREADS = WARPGROUP>
 FSA_DEVICE bool clean_rows(u32 tile) {

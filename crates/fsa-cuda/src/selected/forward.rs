@@ -6,8 +6,8 @@ use crate::attend::AttendKernel;
 use crate::driver::{DeviceBatch, Replays, Stream};
 use crate::index::IndexKernels;
 use crate::kernels::{Kernels, Loaded};
-use crate::launch::{LaunchContext, check_batch, check_scale, scale_log2};
-use crate::params::{AttendParams, Branch, Index, IndexParams, Layout, ReduceParams};
+use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale, scale_log2};
+use crate::params::{AttendParams, Branch, Index, IndexParams, Layout, ReduceParams, TensorMap};
 use crate::plan::ForwardPlan;
 use crate::reduce::ReduceKernel;
 use fsa_core::{Error, Result};
@@ -32,6 +32,8 @@ struct Pass<'a> {
     branch: Branch,
     layout: Layout,
     index: Index,
+    /// Keys and values as Hopper's kernels copy them.
+    maps: [TensorMap; 2],
     scale_log2: f32,
 }
 
@@ -88,6 +90,9 @@ impl KvOuterForward {
         let problem = &self.plan.problem;
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let layout = self.plan.index.layout(problem, batch, &context.workspace);
+        let (sizes, boxes) = (problem.sizes(), self.reduce.key_boxes());
+        let map = |keys: &TensorSpan<'_>| keys.map(self.set, [problem.total_kv, problem.num_kv_heads], boxes, &sizes);
+        let maps = [map(&tensors.key)?, map(&tensors.value)?];
         for first in (0..problem.num_kv_heads).step_by(self.plan.kv_heads) {
             let (kv_heads, heads) = self.plan.pass(first);
             let indices = &tensors.topk_indices;
@@ -95,7 +100,7 @@ impl KvOuterForward {
             let staged = self.plan.index.staged.into();
             let params = IndexParams { layout, index, first_kv_head: first as i32, staged };
             self.index.launch(context.stream, &self.plan.index, kv_heads, &params)?;
-            let pass = Pass { tensors, context, branch, layout, index, scale_log2: scale_log2(softmax_scale) };
+            let pass = Pass { tensors, context, branch, layout, index, maps, scale_log2: scale_log2(softmax_scale) };
             self.launch_pass(&pass, heads)?;
         }
         Ok(())
@@ -178,6 +183,8 @@ impl KvOuterForward {
             chunk: chunk as i32,
             first_head: head as i32,
             branch: pass.branch,
+            key_map: pass.maps[0],
+            value_map: pass.maps[1],
         };
         Ok(self.reduce.launch(stream, &self.plan.index, heads, self.overlaps(), &params)?)
     }
