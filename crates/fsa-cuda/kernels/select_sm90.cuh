@@ -1,7 +1,7 @@
 // WHAT   Stage select on Hopper: scores of blocks from compressed attention, with its log-sum-exp, and the best topk of them for every token and kv head. For
 //        windows that reach over one neighbour or none (kernel_size is kernel_stride or twice that) and blocks of a multiple of four of them; the portable kernel
 //        does the others.
-// GRID   As many ctas as there are multiprocessors, at most one per tile; each takes one of every gridDim.x tiles of tokens of all kv heads, those with the most
+// GRID   As many ctas as there are multiprocessors, at most one per tile; each takes every gridDim.x-th tile of tokens of all kv heads, those with the most
 //        keys first. A tile holds all heads that vote.
 // ROLES  Three warpgroups of 64 rows consume, a thread of a fourth produces. It brings every fourth key of a step at a time, so that the four keys of a group
 //        meet in one thread. A warp pools the scores of a step in its registers to groups; while the next step's are computed it adds up the heads and
@@ -65,7 +65,7 @@ struct SelectMemory {
 
 FSA_DEVICE void produce(const SelectParams& p, const SelectMemory& m, int total) {
     u32 step = 0, tile = 0;
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number = next_tile(number)) {
+    FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number += gridDim.x) {
         const SelectWork w = SelectWork::find(p, number);
         if (w.steps == 0) continue;
         load_tile<CTA_ROWS>(m.query, &p.query_map, m.query_ring.start(tile++, row_tile_bytes(p.band)), w.tile.first_head, w.tile.token);
