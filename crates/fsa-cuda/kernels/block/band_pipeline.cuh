@@ -38,7 +38,8 @@ typedef u32 Fragments[STEP_KEYS / 16][4];   // scores of 64 rows as A
 constexpr int ALL_CONSUMERS = 1, ALL_CHECKERS = 2, TURN = 3;
 
 // The tile that a cta takes after `number`; its first is that of its own number. Rounds of as many tiles as there are ctas go forwards and backwards in
-// turns: those with the most keys come first, so always forwards the first cta would get more keys than the last in every round.
+// turns: those with the most keys come first, so always forwards the first cta would get more keys than the last in every round. All warps of a cta have to
+// go through its tiles in this order, or they wait for each other for ever.
 FSA_DEVICE int next_tile(int number) { return number + 2 * (int)(gridDim.x - number % gridDim.x) - 1; }
 
 // One tile of rows, its heads being those of one kv head, and the steps of keys that it meets, last first, or first to last.
