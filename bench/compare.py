@@ -13,6 +13,7 @@ against the peers'. Everything is saved as it comes. Exit code 1: a result of ou
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 import time
@@ -24,6 +25,9 @@ from comparison import module, nsa, selected, tables
 from comparison import peer_stages as stages
 from comparison import peers as public
 from comparison import record as records
+
+#: What the row under way at the deadline may take.
+GRACE_S = 60
 
 
 def arguments() -> argparse.Namespace:
@@ -51,6 +55,8 @@ def main() -> int:
         print("compare.py needs a GPU")
         return 2
     deadline = time.monotonic() + options.budget
+    # A kernel that never ends must not look like a slow one: says where, and leaves what was saved.
+    faulthandler.dump_traceback_later(options.budget + GRACE_S, exit=True)
     peers, commits = public.load(options.fsa, options.sfnsa)
     about = records.about(options.commit, commits)
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
