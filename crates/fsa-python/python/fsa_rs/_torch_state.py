@@ -59,7 +59,9 @@ class Layout:
         for _ in range(3):
             self.parts.append(Part(end, torch.float32, (heads, rows), (rows, 1)))
             end = self.parts[-1].end
-        end = -(-end // 16) * 16  # vectors are read in pieces of 16 bytes
+        written, end = end, -(-end // 16) * 16  # vectors are read in pieces of 16 bytes
+        #: Bytes that nobody writes. A call's results have to be the same whenever its inputs are: they are cleared.
+        self.gap = slice(written, end)
         for shape in shapes:
             self.parts.append(Part(end, dtype, shape, (shape[1] * shape[2], shape[2], 1)))
             end = self.parts[-1].end
@@ -69,7 +71,10 @@ class Layout:
 
     def allocate(self, q: Tensor, again: bool = False) -> Tensor:
         """Room for what is kept, or for what is computed again."""
-        return q.new_empty((self.bytes - self.kept if again else self.kept,), dtype=torch.uint8)
+        room = q.new_empty((self.bytes - self.kept if again else self.kept,), dtype=torch.uint8)
+        if self.gap.start < self.gap.stop <= self.kept and not again:
+            room[self.gap].zero_()
+        return room
 
     def cleared(self, state: Tensor) -> list[Tensor]:
         """The parts before the extension writes them on the CPU: it leaves rows after the last compressed one alone."""
