@@ -139,8 +139,10 @@ class Selected:
                 r.layout, r.index, r.query, r.key, r.value, r.out = self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), tensor(out)
                 r.partial, r.partial_lse, r.lse, r.scale_log2, r.group_size, r.chunk, r.first_head = partial, partial_lse, lse.data_ptr(), scale_log2, group, chunk, head
                 r.key_map, r.value_map = maps
+                rows = min((chunk + 1) * p.chunk_tiles * TILE, self.total_q)      # of one sequence: its chunks list blocks of their past only
+                blocks = p.max_blocks if self.batch > 1 else min(p.max_blocks, ceil_div(max(0, rows + self.k.shape[0] - self.total_q), self.block_size))
                 launches.append((buffer, (head + heads - 1) // group,
-                                 lambda s=None, a=a, h=heads, later=len(launches) >= p.buffers: attend.launch("attend", (p.full_units + p.max_blocks, h, 1), 128, attend_bytes, a, s, later),
+                                 lambda s=None, a=a, h=heads, u=p.full_units + blocks, later=len(launches) >= p.buffers: attend.launch("attend", (u, h, 1), 128, attend_bytes, a, s, later),
                                  lambda s=None, r=r, h=heads: reduce.launch("reduce", (p.chunk_tiles, h, 1), 128, reduce_bytes, r, s, True)))
         return launches
 

@@ -6,7 +6,7 @@ use crate::arch::KernelSet;
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::{AttendParams, TILE_ROWS};
-use crate::plan::{IndexPlan, tile_bytes};
+use crate::plan::tile_bytes;
 use crate::source::Specialisation;
 use std::sync::Arc;
 
@@ -54,17 +54,17 @@ impl AttendKernel {
         Ok(Self { attend: module.function("attend")?, smem_bytes: smem_bytes(specialisation) as u32 })
     }
 
-    /// Attends the units of a chunk for `heads` query heads. With `overlaps`, from the end of
-    /// the kernel before it in the stream on.
+    /// Attends the units of a chunk, of which there are at most `units`, for `heads` query heads. With `overlaps`, from
+    /// the end of the kernel before it in the stream on.
     pub(crate) fn launch(
         &self,
         stream: &Stream,
-        plan: &IndexPlan,
+        units: usize,
         heads: usize,
         overlaps: bool,
         params: &AttendParams,
     ) -> Result<()> {
-        let grid = [plan.max_units() as u32, heads as u32, 1];
+        let grid = [units as u32, heads as u32, 1];
         self.attend.launch(stream, LaunchDims { grid, threads: THREADS, smem_bytes: self.smem_bytes, overlaps }, params)
     }
 }

@@ -166,6 +166,17 @@ impl IndexPlan {
         self.full_units + self.max_blocks
     }
 
+    /// Bound on the units of one chunk. Rows list blocks of their past, so the chunks of a single sequence list few at first; where the
+    /// sequences of a batch end is known on the device only.
+    pub(crate) fn units_of(&self, problem: &Problem, chunk: usize) -> usize {
+        if problem.sequences != 1 {
+            return self.max_units();
+        }
+        let rows = ((chunk + 1) * self.chunk_tiles * TILE_ROWS).min(problem.total_q);
+        let keys = (rows + problem.total_kv).saturating_sub(problem.total_q);
+        self.full_units + keys.div_ceil(problem.block_size).clamp(1, self.max_blocks)
+    }
+
     /// Bound on the blocks of a kv head that have several units, however their entries spread over them.
     pub(crate) fn max_split_blocks(&self) -> usize {
         (self.chunk_entries() / (self.unit_entries + 1)).min(self.max_blocks)

@@ -47,6 +47,21 @@ fn scratch_of_the_forward_stays_within_the_budget_up_to_a_million_tokens() {
 }
 
 #[test]
+fn a_chunk_of_one_sequence_has_units_for_the_blocks_before_its_last_row() {
+    let whole = problem(65_536, (32, 8), (64, 16));
+    let index = forward(&whole).index;
+    assert_eq!((index.num_chunks, index.chunk_tiles), (2, 512));
+    let blocks = |problem: &Problem, chunk| index.units_of(problem, chunk) - index.full_units;
+    assert_eq!([0, 1].map(|chunk| blocks(&whole, chunk)), [512, 1024]);
+    // The rows are the last of the keys: the chunk's last row sees those before it, too.
+    let behind = Problem { total_q: 65_000, ..whole };
+    assert_eq!([0, 1].map(|chunk| blocks(&behind, chunk)), [521, 1024]);
+    // Which blocks a chunk of several sequences lists is known on the device only.
+    let packed = Problem { sequences: 2, ..whole };
+    assert_eq!([0, 1].map(|chunk| blocks(&packed, chunk)), [1024, 1024]);
+}
+
+#[test]
 fn scratch_of_the_backward_stays_within_the_budget_up_to_a_million_tokens() {
     for tokens in [1, 100, 8192, 65_536, 262_144, 1_048_576] {
         for heads in [(32, 32), (32, 8), (32, 2), (40, 8), (64, 4)] {
@@ -211,6 +226,8 @@ fn check_index(problem: &Problem, plan: &IndexPlan, facts: &DeviceFacts) -> Resu
     // However the entries of a chunk spread over blocks, their full units fit.
     let entries = plan.chunk_tiles * TILE_ROWS * plan.slots;
     prop_assert!(plan.full_units >= entries / plan.unit_entries);
+    // Neither do the blocks that rows of the last chunk list exceed those for which a launch has CTAs.
+    prop_assert_eq!(plan.units_of(problem, plan.num_chunks - 1), plan.max_units());
     Ok(())
 }
 

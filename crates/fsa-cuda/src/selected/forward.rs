@@ -156,7 +156,8 @@ impl KvOuterForward {
             chunk: chunk as i32,
             first_head: head as i32,
         };
-        Ok(self.attend.launch(stream, &self.plan.index, heads, follows && self.overlaps(), &params)?)
+        let units = self.plan.index.units_of(&self.plan.problem, chunk);
+        Ok(self.attend.launch(stream, units, heads, follows && self.overlaps(), &params)?)
     }
 
     fn reduce(
