@@ -8,7 +8,7 @@ import ctypes, math, os, sys
 import torch
 import sets
 from driver import Module, tensor_map
-from band_params import Band, BandBackwardParams, BandParams, BandSelectParams, PrepareParams, SelectParams
+from band_params import Band, BandBackwardParams, BandParams, BandSelectParams, BatchTables, PrepareParams, SelectParams
 from params import SumBounds, Tensor, aligned
 
 DEVICE = "cuda"
@@ -46,9 +46,9 @@ class Shape:
         self.prepare()
 
     def prepare(self):
-        p = PrepareParams(self.q.data_ptr(), self.kv.data_ptr(), self.keys_sum.data_ptr() if self.compressed else None, self.tile_base.data_ptr(), self.key_tile_base.data_ptr(),
+        p = BatchTables(self.q.data_ptr(), self.kv.data_ptr(), self.keys_sum.data_ptr() if self.compressed else None, self.tile_base.data_ptr(), self.key_tile_base.data_ptr(), (ctypes.c_void_p * 5)(),
                           len(self.cu_q) - 1, self.kernel_size, self.kernel_stride, self.tile_tokens, self.tile_keys, self.compressed)
-        Module.get("prepare.cuh", defines(64)).launch("prepare", (1, 1, 1), 1024, 0, p)
+        Module.get("prepare.cuh", defines(64)).launch("prepare", (1, 1, 1), 1024, 0, PrepareParams((p, p)))
 
     def band(self):
         return Band(*(x.data_ptr() for x in (self.q, self.kv, self.keys_sum, self.tile_base, self.key_tile_base)), len(self.cu_q) - 1, self.cu_q[-1], self.cu_keys[-1], self.kernel_size,

@@ -17,9 +17,13 @@ class BlockMaskParams(ctypes.Structure):
     _fields_ = [("band", Band), ("topk_indices", ptr), ("topk", i32), ("step_keys", i32)]
 
 
-class PrepareParams(ctypes.Structure):
-    _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "cu_compressed", "tile_base", "key_tile_base")] + [
+class BatchTables(ctypes.Structure):
+    _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "cu_compressed", "tile_base", "key_tile_base")] + [("cleared", ptr * 5)] + [
         (n, i32) for n in ("batch", "kernel_size", "kernel_stride", "tile_tokens", "tile_keys", "compressed")]
+
+
+class PrepareParams(ctypes.Structure):
+    _fields_ = [("tables", BatchTables * 2)]
 
 
 class BandParams(ctypes.Structure):

@@ -40,7 +40,7 @@ class Masked(Shape):
 
     def build(self):
         p = BlockMaskParams(self.band(), self.ids.data_ptr(), self.ids.shape[2], self.step)
-        Module.get("block_mask.cuh", band.defines(128, block_size=self.block_size)).launch("block_mask", (self.num_tiles, self.hk, 1), 512, 0, p)
+        Module.get("block_mask.cuh", band.defines(128, block_size=self.block_size)).launch("block_mask", (self.num_tiles, self.hk, 1), 128, 0, p)
 
     def forward(self, q, k, v, out, lse, scale):
         self.prepare()

@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_backward_queries(c
     if (group == CONSUMERS) {
         registers_shrink<PRODUCER_REGISTERS>();
         if (threadIdx.x == CONSUMER_THREADS) produce_keys(p, m, total);
-        if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(p.band, p.num_kv_heads, total, m.key_ring, [&](u32 step) { return m.key(step); });
+        if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(p.band, p.band, p.num_kv_heads, total, m.key_ring, [&](u32 step) { return m.key(step); });
         return;
     }
     registers_grow<CONSUMER_REGISTERS>();

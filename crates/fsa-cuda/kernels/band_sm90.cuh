@@ -1,6 +1,7 @@
 // WHAT   Attention of rows to an interval of keys (window, compressed, dense) on Hopper: online softmax over steps of keys, out and the natural-log
 //        lse. A row without a key gets 0 and -inf. With FSA_BLOCK_MASK to those keys of blocks that the row lists; steps that no row of a tile lists are
-//        left out. With FSA_BLOCK_SCORES of compressed attention: chooses blocks by the way (stage select), where all heads of a group vote, 1, 2, 4, 8 or
+//        left out. With FSA_WINDOW_TOO to a window, and then, with the sums of the window, to the keys before it: the rows of both attentions from one walk
+//        of all keys. With FSA_BLOCK_SCORES of compressed attention: chooses blocks by the way (stage select), where all heads of a group vote, 1, 2, 4, 8 or
 //        16 of them, kernel_size is kernel_stride or twice that, and a block has four compressed keys.
 // GRID   As many ctas as there are multiprocessors, at most one per tile; each takes one of every gridDim.x tiles of all heads, those with the most keys first.
 // ROLES  Two warpgroups of 64 rows consume, a thread of a third produces, its other warps check values. A consumer computes the next scores beside the
@@ -13,6 +14,10 @@
 //        them what the warps that choose need.
 // SYNC   An mbarrier pair per stage and for the queries, another barrier per stage for values that were checked; named barriers for the turns. An mbarrier
 //        pair per slot of scores.
+#ifndef FSA_WINDOW_TOO
+#define FSA_WINDOW_TOO 0
+#endif
+#define FSA_WALKS (1 + FSA_WINDOW_TOO)
 #include "block/band_pipeline.cuh"
 #include "block/branch_rows.cuh"
 #include "block/softmax.cuh"
@@ -40,27 +45,60 @@ typedef BandSelectParams KernelParams;
 FSA_DEVICE const BandParams& attention_of(const KernelParams& p) { return p.attention; }
 FSA_DEVICE void load_step(u32 tile, const TensorMap* map, u32 barrier, int head, int row) { load_groups(tile, map, barrier, head, row); }
 #else
+#if FSA_WINDOW_TOO
+typedef BandBothParams KernelParams;
+FSA_DEVICE const BandParams& attention_of(const KernelParams& p) { return p.attention; }
+#else
 typedef BandParams KernelParams;
 FSA_DEVICE const BandParams& attention_of(const KernelParams& p) { return p; }
+#endif
 FSA_DEVICE void load_step(u32 tile, const TensorMap* map, u32 barrier, int head, int row) { load_tile<STEP_KEYS>(tile, map, barrier, head, row); }
 #endif
+
+// Keys that a tile goes on to.
+FSA_DEVICE const Band& next_band(const KernelParams& all) {
+#if FSA_WINDOW_TOO
+    return all.before;
+#else
+    return attention_of(all).band;
+#endif
+}
+
+// Where an attention's rows go.
+struct Results {
+    const Tensor& out;
+    const Branch& branch;
+    f32* lse;
+};
+// Those of a tile that goes on are its first.
+FSA_DEVICE Results results_of(const KernelParams& all, bool first) {
+    const BandParams& p = attention_of(all);
+#if FSA_WINDOW_TOO
+    if (!first) return {all.out, all.branch, all.lse};
+#endif
+    return {p.out, p.branch, p.lse};
+}
 
 // Numbers of tiles end here.
 FSA_DEVICE int total_tiles(const BandParams& p) { return p.num_tiles * p.band.head_tiles * p.num_kv_heads; }
 
-FSA_DEVICE void produce(const BandParams& p, const BandMemory& m) {
+FSA_DEVICE void produce(const BandParams& p, const Band& next, const BandMemory& m) {
     u32 step = 0, tile = 0;
     prefetch_map(&p.query_map);
     prefetch_map(&p.key_map);
     prefetch_map(&p.value_map);
     FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number = next_tile(number)) {
-        const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
+        BandWork w = BandWork::find(p.band, next, number, p.num_kv_heads);
         if (w.steps == 0) continue;
         load_tile<CTA_ROWS>(m.query, &p.query_map, m.query_ring.start(tile++, row_tile_bytes(p.band)), w.tile.first_head, w.tile.token);
-        FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
-            const int row = w.tile.key_row + w.key(n);
-            load_step(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, row);
-            load_step(m.value(step), &p.value_map, m.value_ring.start(step, KeyTile::BYTES), w.kv_head, row);
+        FSA_NO_UNROLL for (bool more = true; more;) {
+            FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
+                const int row = w.tile.key_row + w.key(n);
+                load_step(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, row);
+                load_step(m.value(step), &p.value_map, m.value_ring.start(step, KeyTile::BYTES), w.kv_head, row);
+            }
+            more = WALKS == 2 && w.goes_on;
+            if (more) w.go_on(next);
         }
     }
 }
@@ -92,13 +130,13 @@ struct StoredRows {
     BranchRow low, high;
     HeldGroups held;
 
-    FSA_DEVICE static BranchRow row_of(const BandParams& p, const BandTile& t, int row) {
-        return t.exists(row) ? open_branch_row(p.out, p.branch, t.token + t.token_of(row), t.first_head + t.head_of(row)) : no_row();
+    FSA_DEVICE static BranchRow row_of(const Results& to, const BandTile& t, int row) {
+        return t.exists(row) ? open_branch_row(to.out, to.branch, t.token + t.token_of(row), t.first_head + t.head_of(row)) : no_row();
     }
-    FSA_DEVICE void open(const BandParams& p, const BandTile& t, int row) {
-        low = row_of(p, t, row);
-        high = row_of(p, t, row + 8);
-        load_held(held, p.branch, low.sum, high.sum, low.exists, high.exists, 0);
+    FSA_DEVICE void open(const Results& to, const BandTile& t, int row) {
+        low = row_of(to, t, row);
+        high = row_of(to, t, row + 8);
+        load_held(held, to.branch, low.sum, high.sum, low.exists, high.exists, 0);
     }
 };
 
@@ -139,7 +177,7 @@ struct Consumer {
     // The keys of step n, and after the last one the queries, are not read again.
     FSA_DEVICE void release_scored(const BandWork& w, int n, u32 number) {
         m.key_ring.release(number);
-        if (n + 1 == w.steps) m.query_ring.release(tile++);
+        if (n + 1 == w.steps && !w.goes_on) m.query_ring.release(tile++);
     }
 
     // `meanwhile` is done while the last product runs: nothing changes the rows' sums any more.
@@ -159,6 +197,7 @@ struct Consumer {
         wgmma_pin(s);
         release_scored(w, 0, step);
         softmax(s, w, limits, blocks, 0, carry_low, carry_high);
+        if (WALKS == 2) scale_rows(out, carry_low, carry_high);     // the sums of the interval before, if there was one
         FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
         FSA_NO_UNROLL for (int n = 1; n < w.steps; ++n) {
             blocks = lists.from(w.key(n));
@@ -199,16 +238,16 @@ struct Consumer {
     // Log2-sum-exp of a row.
     FSA_DEVICE static f32 log2_of(const RowState& state, f32 sum) { return (state.max == neg_inf() ? 0.0f : state.max) + log2_fast(sum); }
     // Scales a row that is stored; writes its lse.
-    FSA_DEVICE void finish(const BandTile& t, int row, const RowState& state, BranchRow& target) const {
+    FSA_DEVICE void finish(const Results& to, const BandTile& t, int row, const RowState& state, BranchRow& target) const {
         const f32 sum = quad_sum(state.sum);
         if (!target.exists) return;
-        if (p.lse != nullptr && (threadIdx.x & 3) == 0) p.lse[t.plane_index(row, p.band.total_q)] = log2_of(state, sum) * LN_2;
+        if (to.lse != nullptr && (threadIdx.x & 3) == 0) to.lse[t.plane_index(row, p.band.total_q)] = log2_of(state, sum) * LN_2;
         target.normalise(sum);
     }
-    FSA_DEVICE void store(const BandTile& t, int row, StoredRows& target) const {
-        finish(t, row, low, target.low);
-        finish(t, row + 8, high, target.high);
-        store_branch(p.branch, target.low, target.high, out, target.held);
+    FSA_DEVICE void store(const Results& to, const BandTile& t, int row, StoredRows& target) const {
+        finish(to, t, row, low, target.low);
+        finish(to, t, row + 8, high, target.high);
+        store_branch(to.branch, target.low, target.high, out, target.held);
     }
 };
 
@@ -291,8 +330,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
         registers_shrink<PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMER_THREADS) produce(p, m);
-        if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(p.band, p.num_kv_heads, total_tiles(p), m.value_ring, [&](u32 step) { return m.value(step); });
+        if (threadIdx.x == CONSUMER_THREADS) produce(p, next_band(all), m);
+        if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(p.band, next_band(all), p.num_kv_heads, total_tiles(p), m.value_ring, [&](u32 step) { return m.value(step); });
         return;
     }
 #if FSA_BLOCK_SCORES == 1
@@ -309,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
     Consumer c = {p, m, group, 0, 0, 0};
     if (group == 1) c.give_turn();      // the first goes first
     FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number = next_tile(number)) {
-        const BandWork w = BandWork::find(p.band, number, p.num_kv_heads);
+        BandWork w = BandWork::find(p.band, next_band(all), number, p.num_kv_heads);
         if (w.tile.tokens == 0) break;
         clear(c.out);
         c.low = c.high = {neg_inf(), 0.0f};
@@ -318,19 +357,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         if (HAS_CHOOSERS) slots.ring.wait_free(slot);
         c.scores.open(slots, slot, first_row_of_thread());
 #endif
-        StoredRows target;
-        const auto meanwhile = [&] {
-            const int row = first_row_of_thread();
+        FSA_NO_UNROLL for (int walk = 0; walk < WALKS; ++walk) {
+            if (walk > 0) w.go_on(next_band(all));
+            const Results to = results_of(all, walk == 0);
+            StoredRows target;
+            const auto meanwhile = [&] {
+                const int row = first_row_of_thread();
 #if FSA_BLOCK_SCORES
-            leave_references(slots, slot, row, c.low, c.high);
-            if (HAS_CHOOSERS) hand_over(slots, slot++, {w.tile.position, w.tile.tokens, w.steps, w.tile.token, w.kv_head});
+                leave_references(slots, slot, row, c.low, c.high);
+                if (HAS_CHOOSERS) hand_over(slots, slot++, {w.tile.position, w.tile.tokens, w.steps, w.tile.token, w.kv_head});
 #endif
-            if (OPENS_EARLY) target.open(p, w.tile, row);
-        };
-        if (w.steps > 0) c.attend(w, RowLimits::of(p.band, w.tile, first_row_of_thread()), RowLists::of(p.band, w.tile, w.kv_head, first_row_of_thread()), meanwhile);
-        else meanwhile();
-        if (!OPENS_EARLY) target.open(p, w.tile, first_row_of_thread());
-        c.store(w.tile, first_row_of_thread(), target);
+                if (OPENS_EARLY) target.open(to, w.tile, row);
+            };
+            const Band& band = walk == 0 ? p.band : next_band(all);
+            if (w.steps > 0) c.attend(w, RowLimits::of(band, w.tile, first_row_of_thread()), RowLists::of(band, w.tile, w.kv_head, first_row_of_thread()), meanwhile);
+            else meanwhile();
+            if (!OPENS_EARLY) target.open(to, w.tile, first_row_of_thread());
+            c.store(to, w.tile, first_row_of_thread(), target);
+        }
 #if FSA_BLOCK_SCORES == 2
         choose(p, all.choice, slots, (PairMemory*)(shared + SMEM_BYTES), w);
 #endif

@@ -3,8 +3,8 @@
 //        bf16 and scaled so that nothing overflows (block/query_sums.cuh). The order of these additions is that of time.
 //        The factor of the sums is that of the keys in shared memory, so that no sum is multiplied by it; scores give it back in the factor of their exponents.
 //        band_sums_open clears the target and takes the bounds of keys, band_delta those of rows where the caller has no statistics; band_sums_finish
-//        makes bf16 of f16 in place, band_backward_merge adds up splits. Several attentions may add to one target: the first opens it for all, the last
-//        finishes. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO the
+//        makes bf16 of f16 in place, band_backward_merge adds up splits. Several attentions may add to one target, side by side: it is opened for all
+//        before, and finished behind them. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO the
 //        rows also attend to their last keys in a softmax of its own: scores and dP are common, so five products do both.
 // GRID   (tiles of 128 keys, kv heads, splits) as the pass of keys: block/key_walk.cuh.
 // ROLES  Two warpgroups of 64 keys consume tiles of 64 or 80 rows, and multiply half the columns each of K^T dS^T. Of a third two or three warps bring the

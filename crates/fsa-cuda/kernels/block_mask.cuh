@@ -6,7 +6,7 @@
 // SYNC   Two barriers.
 #include "block/listed_blocks.cuh"
 
-constexpr int MASK_THREADS = 512, MASK_WARPS = MASK_THREADS / 32, MAX_WORDS = 64;      // no more words than ids in a row
+constexpr int MASK_THREADS = 128, MASK_WARPS = MASK_THREADS / 32, MAX_WORDS = 64;      // no more words than ids in a row
 constexpr u32 ALL_LANES = 0xffffffffu;
 
 // Bits of the word that an id belongs to.

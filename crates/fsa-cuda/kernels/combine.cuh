@@ -5,7 +5,8 @@
 // ROLES  64 threads a row: a thread has a 16-byte piece of every few heads.
 // SMEM   Sums of the gates' gradients of a row's phases, where heads share a gate.
 // SYNC   combine: none; each element is read and written by one thread, so out may be one of the branches. The others: sums within a head by
-//        shuffles; over the heads each phase in their order, then one barrier and the phases in theirs.
+//        shuffles; over the heads each phase in their order, then one barrier and the phases in theirs. combine_statistics may overlap the kernel
+//        before it, which clears the bounds, until it raises them.
 #include "block/gates.cuh"
 #include "block/query_sums.cuh"
 #include "block/row_stats.cuh"
@@ -145,10 +146,17 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 3) combine_statistics(
             delta_bound = max_u(delta_bound, bound_bits(gate[a] * delta));
         }
     }
-    FSA_UNROLL for (int b = 0; b < BRANCHES; ++b) {
-        if (p.row_bounds[b] == nullptr) break;
-        raise_bound(&p.row_bounds[b]->grad, lane == b ? grad_bound : 0);
-        raise_bound(&p.row_bounds[b]->delta, lane == b ? delta_bound : 0);
+    FSA_UNROLL for (int other = LANES; other < 32; other *= 2) {
+        grad_bound = max_u(grad_bound, __shfl_xor_sync(0xffffffffu, grad_bound, other));
+        delta_bound = max_u(delta_bound, __shfl_xor_sync(0xffffffffu, delta_bound, other));
+    }
+    wait_for_previous();        // it clears the bounds
+    RowBounds* row_bounds = lane == 0 ? p.row_bounds[0] : lane == 1 ? p.row_bounds[1] : p.row_bounds[2];
+    // A lane for each branch, so that a warp waits for the bounds once.
+    if ((threadIdx.x & 31) < BRANCHES && row_bounds != nullptr) {
+        const u32 grad = load_relaxed(&row_bounds->grad), delta = load_relaxed(&row_bounds->delta);
+        if (grad_bound > grad) max_global(&row_bounds->grad, grad_bound);
+        if (delta_bound > delta) max_global(&row_bounds->delta, delta_bound);
     }
     if (wanted) gates.finish(row, local, phase, lane);
 }

@@ -1,5 +1,5 @@
 // WHAT   Stage compress, kinds mean and weighted, and their gradients: windows of kernel_size tokens, kernel_stride apart, to one vector
-//        each, out[i] = sum over j of factor[j] * input[i * kernel_stride + j]. Memory-bound: every row of the input crosses from HBM once.
+//        each, out[i] = sum over j of factor[j] * input[i * kernel_stride + j], and zeros behind the last window. Memory-bound: every row of the input crosses from HBM once.
 // GRID   compress_sum, compress_sum_backward: (groups of runs x kv heads, kv heads fastest: what one token has lies together).
 //        compress_factors: (pieces of the windows, kv heads). compress_factors_merge: a warp per factor.
 // ROLES  A thread has one 16-byte piece of a head's row. compress_sum: of a run of consecutive windows, whose sums it carries from cell to
@@ -102,6 +102,9 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 2) compress_sum(const 
         }
         window += windows;
     }
+    // Rows that no window has are zeros, so that nobody needs to clear them.
+    for (const int bound = (int)(first + per_run < p.total_compressed ? first + per_run : p.total_compressed); window < bound; ++window)
+        store_global((char*)tensor_row(p.out, window, place.head) + place.piece * 16, Vec4{0, 0, 0, 0});
 }
 
 // Gradients of the tokens of a cell. Parts of windows that do not exist have factor and gradient 0.

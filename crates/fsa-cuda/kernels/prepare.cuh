@@ -1,11 +1,13 @@
 // WHAT   Prefix sums over the sequences of a batch, for the stages whose rows and keys are cut into tiles: compressed keys, tiles of rows,
-//        tiles of keys. Lengths stay on the device, so that no call waits for them.
-// GRID   1 cta, any batch.
+//        tiles of keys. Lengths stay on the device, so that no call waits for them. Clears what the stages behind it raise: a memset of a few
+//        bytes takes as long as a kernel, and they follow one another.
+// GRID   A cta for each set of tables, any batch.
 // ROLES  1024 sequences a step: scans of warps, then of their totals by the first warp.
 // SMEM   totals of 32 warps.
 // SYNC   three barriers a step.
 #include "base/math.cuh"
 #include "base/params.cuh"
+#include "ptx/memory.cuh"
 
 constexpr int PREPARE_THREADS = 1024, PREPARE_WARPS = PREPARE_THREADS / 32;
 constexpr u32 ALL_LANES = 0xffffffffu;
@@ -38,8 +40,12 @@ FSA_DEVICE void prefix_sums(i32* sums, int batch, i32* totals, F count) {
     if (threadIdx.x == 0) sums[0] = 0;
 }
 
-extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant__ PrepareParams p) {
+extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant__ PrepareParams all) {
+    const BatchTables& p = all.tables[blockIdx.x];
+    let_next_start();
     __shared__ i32 totals[PREPARE_WARPS];
+    constexpr int CLEARED = sizeof(p.cleared) / sizeof(p.cleared[0]);
+    if (threadIdx.x < CLEARED && p.cleared[threadIdx.x] != nullptr) p.cleared[threadIdx.x][0] = p.cleared[threadIdx.x][1] = 0;
     auto kv_len = [&](int s) { return p.cu_seqlens_kv[s + 1] - p.cu_seqlens_kv[s]; };
     auto compressed = [&](int s) { return kv_len(s) < p.kernel_size ? 0 : (kv_len(s) - p.kernel_size) / p.kernel_stride + 1; };
     prefix_sums(p.cu_compressed, p.batch, totals, compressed);

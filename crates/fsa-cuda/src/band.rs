@@ -5,17 +5,21 @@
 use crate::arch::KernelSet;
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
-use crate::params::{BandParams, TILE_ROWS};
+use crate::params::{BandBothParams, BandParams, TILE_ROWS};
 use crate::plan::{RowTiles, tile_bytes};
 use crate::source::Specialisation;
 use std::sync::Arc;
 
 /// Kernels of the file and what they take.
-pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("band", "BandParams")];
+pub(crate) fn entry_points(specialisation: &Specialisation) -> &'static [(&'static str, &'static str)] {
+    if specialisation.window_too { &[("band", "BandBothParams")] } else { &[("band", "BandParams")] }
+}
 
 /// Keys of a step that Hopper's attention to a window may have instead.
 pub(crate) const WINDOW_STEPS: [usize; 2] = [112, 144];
-/// Largest head_dim for which it may.
+/// Keys of a step of attention to a window that goes on to the keys before it. More would leave a larger part of two last steps over.
+pub(crate) const BOTH_STEPS: usize = 112;
+/// Largest head_dim for which they may.
 pub(crate) const MAX_WINDOW_STEPS_HEAD_DIM: usize = 128;
 
 /// Shape of a CTA.
@@ -72,16 +76,17 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
     }
 }
 
-/// The loaded kernel.
+/// The loaded kernel, which takes the parameters of the one or of the other.
 #[derive(Debug)]
 pub(crate) struct BandKernel {
     band: Function<BandParams>,
+    both: Function<BandBothParams>,
     specialisation: Specialisation,
 }
 
 impl BandKernel {
     pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
-        Ok(Self { band: module.function("band")?, specialisation: *specialisation })
+        Ok(Self { band: module.function("band")?, both: module.function("band")?, specialisation: *specialisation })
     }
 
     /// Writes `out` and `lse` of all rows. On Hopper, CTAs that take one tile after the other, as many as run at a time.
@@ -92,17 +97,32 @@ impl BandKernel {
         multiprocessors: usize,
         params: &BandParams,
     ) -> Result<()> {
-        let (ctas, heads) = (tiles.ctas(), params.num_kv_heads as usize);
+        self.band.launch(stream, self.dims(tiles, multiprocessors, params.num_kv_heads as usize), params)
+    }
+
+    /// The same of a window and of all keys.
+    pub(crate) fn launch_both(
+        &self,
+        stream: &Stream,
+        tiles: &RowTiles,
+        multiprocessors: usize,
+        params: &BandBothParams,
+    ) -> Result<()> {
+        let heads = params.attention.num_kv_heads as usize;
+        self.both.launch(stream, self.dims(tiles, multiprocessors, heads), params)
+    }
+
+    fn dims(&self, tiles: &RowTiles, multiprocessors: usize, heads: usize) -> LaunchDims {
+        let ctas = tiles.ctas();
         let grid = match self.specialisation.set {
             KernelSet::Sm80 => [ctas as u32, heads as u32, 1],
             KernelSet::Sm90 => [(ctas * heads).min(multiprocessors) as u32, 1, 1],
         };
-        let dims = LaunchDims {
+        LaunchDims {
             grid,
             threads: Cta::of(&self.specialisation).threads as u32,
             smem_bytes: smem_bytes(&self.specialisation) as u32,
             overlaps: false,
-        };
-        self.band.launch(stream, dims, params)
+        }
     }
 }

@@ -231,11 +231,11 @@ impl BandBackwardKernels {
     }
 
     /// Clears the sums of gradients of queries of the kv heads that `params` names and takes the bounds of keys; nothing where there are
-    /// no such sums.
+    /// no such sums. Ahead of what makes the statistics of rows meanwhile.
     pub(crate) fn open(&self, stream: &Stream, params: &BandBackwardParams) -> Result<()> {
         let Main::OnePass { open, .. } = &self.main else { return Ok(()) };
         let of_bounds = (params.band.total_keys as usize).div_ceil(OPEN_KEYS) * params.num_kv_heads as usize;
-        open.launch(stream, dims([self.targets(params).max(of_bounds), 1, 1], SMALL_THREADS, 0), params)
+        open.launch_ahead(stream, dims([self.targets(params).max(of_bounds), 1, 1], SMALL_THREADS, 0), params)
     }
 
     /// CTAs that go over all gradients of queries.
@@ -244,16 +244,22 @@ impl BandBackwardKernels {
         (params.band.total_q as usize * query_heads(params) * row_bytes).div_ceil(TARGET_BYTES)
     }
 
-    /// All gradients of the kv heads that `params` names, whose sums are open. Who is the last to add to those of queries makes
-    /// gradients of them.
+    /// Makes gradients of the sums of those of queries; nothing where there are no such sums.
+    pub(crate) fn finish(&self, stream: &Stream, params: &BandBackwardParams) -> Result<()> {
+        let Main::OnePass { finish, .. } = &self.main else { return Ok(()) };
+        finish.launch(stream, dims([self.targets(params), 1, 1], SMALL_THREADS, 0), params)
+    }
+
+    /// All gradients of the kv heads that `params` names, but what splits leave; of those of queries the sums, where there are such, which are
+    /// open. With `ahead` its CTAs go ahead of those of other streams.
     pub(crate) fn launch(
         &self,
         stream: &Stream,
-        (tiles, is_last): (&RowTiles, bool),
+        (tiles, ahead): (&RowTiles, bool),
         multiprocessors: usize,
         params: &BandBackwardParams,
     ) -> Result<()> {
-        let (band, kv_heads) = (&params.band, params.num_kv_heads as usize);
+        let kv_heads = params.num_kv_heads as usize;
         let threads = threads(&self.specialisation);
         let of_keys = [params.num_key_tiles as usize, kv_heads, params.splits as usize];
         match &self.main {
@@ -265,18 +271,23 @@ impl BandBackwardKernels {
                 queries.launch(stream, dims(grid, threads, queries_smem_bytes(&self.specialisation)), params)?;
                 keys.launch(stream, dims(of_keys, threads, keys_smem_bytes(&self.specialisation)), params)?;
             }
-            Main::OnePass { sums, finish, .. } => {
-                sums.launch(stream, dims(of_keys, threads, sums_smem_bytes(&self.specialisation)), params)?;
-                if is_last {
-                    finish.launch(stream, dims([self.targets(params), 1, 1], SMALL_THREADS, 0), params)?;
-                }
+            Main::OnePass { sums, .. } => {
+                let dims = dims(of_keys, threads, sums_smem_bytes(&self.specialisation));
+                if ahead { sums.launch_ahead(stream, dims, params)? } else { sums.launch(stream, dims, params)? }
             }
         }
+        Ok(())
+    }
+
+    /// Adds up what splits left; nothing where there is one. `ahead` is that of what left it.
+    pub(crate) fn merge(&self, stream: &Stream, ahead: bool, params: &BandBackwardParams) -> Result<()> {
         if params.splits == 1 {
             return Ok(());
         }
+        let (band, kv_heads) = (&params.band, params.num_kv_heads as usize);
         let threads = band.total_keys as usize * kv_heads * self.specialisation.head_dim / MERGE_ELEMENTS;
-        self.merge.launch(stream, dims([threads.div_ceil(SMALL_THREADS), 1, 1], SMALL_THREADS, 0), params)
+        let dims = dims([threads.div_ceil(SMALL_THREADS), 1, 1], SMALL_THREADS, 0);
+        if ahead { self.merge.launch_ahead(stream, dims, params) } else { self.merge.launch(stream, dims, params) }
     }
 }
 

@@ -3,7 +3,8 @@
 //!
 //! Kernel file: `kernels/combine.cuh`.
 
-use crate::driver::{Function, LaunchDims, Module, Stream};
+use crate::arch::KernelSet;
+use crate::driver::{Address, Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::{CombineBackwardParams, CombineParams, CombineStatisticsParams};
 use crate::source::Specialisation;
@@ -31,14 +32,16 @@ pub(crate) struct CombineKernels {
     combine: Function<CombineParams>,
     backward: Function<CombineBackwardParams>,
     statistics: Function<CombineStatisticsParams>,
+    can_overlap: bool,
 }
 
 impl CombineKernels {
-    pub(crate) fn load(module: &Arc<Module>, _: &Specialisation) -> Result<Self> {
+    pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
         Ok(Self {
             combine: module.function("combine")?,
             backward: module.function("combine_backward")?,
             statistics: module.function("combine_statistics")?,
+            can_overlap: specialisation.set == KernelSet::Sm90,
         })
     }
 
@@ -52,9 +55,12 @@ impl CombineKernels {
         self.backward.launch(stream, dims(&params.forward), params)
     }
 
-    /// The gradients of the gates, and the statistics of rows of every branch.
+    /// The gradients of the gates, and the statistics of rows of every branch. Behind the kernel that clears their bounds, if there are
+    /// such, which on Hopper it may overlap.
     pub(crate) fn statistics(&self, stream: &Stream, params: &CombineStatisticsParams) -> Result<()> {
-        self.statistics.launch(stream, dims(&params.forward), params)
+        let follows = params.row_bounds.iter().any(|bounds| *bounds != Address::default());
+        let dims = LaunchDims { overlaps: self.can_overlap && follows, ..dims(&params.forward) };
+        self.statistics.launch(stream, dims, params)
     }
 }
 

@@ -84,11 +84,11 @@ impl CompressKernels {
         self.sum.launch(stream, dims([ctas, 1], smem_bytes(params.kernel_size as usize)), params)
     }
 
-    /// The gradient of the input.
+    /// The gradient of the input. Ahead of what runs beside it, which is larger.
     pub(crate) fn backward(&self, stream: &Stream, params: &CompressBackwardParams) -> Result<()> {
         let forward = &params.forward;
         let ctas = cells(forward).div_ceil(self.runs().1) * forward.num_kv_heads as usize;
-        self.sum_backward.launch(stream, dims([ctas, 1], smem_bytes(forward.kernel_size as usize)), params)
+        self.sum_backward.launch_ahead(stream, dims([ctas, 1], smem_bytes(forward.kernel_size as usize)), params)
     }
 
     /// That of the weight, where it is wanted.

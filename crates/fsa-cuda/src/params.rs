@@ -264,19 +264,25 @@ device_structs! {
         step_keys: i32,
     }
 
-    /// Parameters of `prepare`.
-    struct PrepareParams {
+    /// What a CTA of `prepare` fills.
+    struct BatchTables {
         cu_seqlens_q: Address,
         cu_seqlens_kv: Address,
         cu_compressed: Address,
         tile_base: Address,
         key_tile_base: Address,
+        cleared: [Address; 5],
         batch: i32,
         kernel_size: i32,
         kernel_stride: i32,
         tile_tokens: i32,
         tile_keys: i32,
         compressed: i32,
+    }
+
+    /// Parameters of `prepare`.
+    struct PrepareParams {
+        tables: [BatchTables; 2],
     }
 
     /// Parameters of `band`.
@@ -305,6 +311,15 @@ device_structs! {
         topk: i32,
         init_blocks: i32,
         local_blocks: i32,
+    }
+
+    /// Parameters of `band` where it goes from a window on to the keys before it.
+    struct BandBothParams {
+        attention: BandParams,
+        before: Band,
+        out: Tensor,
+        lse: Address,
+        branch: Branch,
     }
 
     /// Parameters of `band` where it chooses blocks.

@@ -1,7 +1,7 @@
 //! The kernel files, embedded in the binary, and the translation unit that is generated around one of them.
 
 use crate::arch::KernelSet;
-use crate::band::{MAX_WINDOW_STEPS_HEAD_DIM, WINDOW_STEPS};
+use crate::band::{BOTH_STEPS, MAX_WINDOW_STEPS_HEAD_DIM, WINDOW_STEPS};
 use crate::band_backward::{MAX_HOPPER_HEAD_DIM, SUMS_HEAD_DIM, WIDE_ROWS};
 use crate::plan::MAX_CTA_SMEM_BYTES;
 use crate::{band_select, params};
@@ -168,8 +168,8 @@ pub struct Specialisation {
     pub query_sums: QuerySums,
     /// Attention to an interval of keys only: rows see the blocks that they list.
     pub block_mask: bool,
-    /// [`QuerySums::Scaled`] of an interval of keys only: the gradients of attention to the window are added, of which the rows have
-    /// statistics of their own. Where there is no mask, too.
+    /// Attention to an interval of keys only: to a window, and then to all keys. Its backward, [`QuerySums::Scaled`] only: the gradients
+    /// of attention to the window are added, of which the rows have statistics of their own. Where there is no mask, too.
     pub window_too: bool,
     /// [`QuerySums::Scaled`] of an interval of keys only, and not with the window: tiles of more rows.
     pub wide_rows: bool,
@@ -224,6 +224,9 @@ impl Specialisation {
 
     /// The specialisation of one pass that does the window, too.
     pub fn with_window_too(self) -> Self {
+        if self.kernel == Kernel::Band {
+            return Self { window_too: true, ..self.with_step_keys(BOTH_STEPS) };
+        }
         Self { query_sums: QuerySums::Scaled, window_too: true, wide_rows: false, ..self }
     }
 
@@ -306,7 +309,7 @@ impl Specialisation {
             Kernel::Reduce => crate::reduce::ENTRY_POINTS,
             Kernel::Backward => crate::backward::ENTRY_POINTS,
             Kernel::Prepare => crate::prepare::ENTRY_POINTS,
-            Kernel::Band => crate::band::ENTRY_POINTS,
+            Kernel::Band => crate::band::entry_points(self),
             Kernel::BandBackward => crate::band_backward::entry_points(self),
             Kernel::BlockMask => crate::block_mask::ENTRY_POINTS,
             Kernel::Select => crate::select::ENTRY_POINTS,
@@ -461,6 +464,7 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                         Kernel::Band => {
                             all.push(specialisation.with_block_mask(block_size));
                             all.extend(WINDOW_STEPS.map(|step_keys| specialisation.with_step_keys(step_keys)));
+                            all.push(specialisation.with_window_too());
                         }
                         Kernel::BandSelect => all.push(specialisation.with_one_head(true)),
                         Kernel::BandBackward => all.extend([

@@ -219,19 +219,23 @@ struct Band {
     BlockMask mask;             // with FSA_BLOCK_MASK: of these keys, those of the blocks that the row lists
 };
 
-// Fills prefix sums of a batch on the device, one cta: those of them that are not null.
-struct PrepareParams {
+// Prefix sums of a batch, those of them that are not null, and bounds to clear that the kernels behind raise. One cta fills them.
+struct BatchTables {
     const i32* cu_seqlens_q;
     const i32* cu_seqlens_kv;
     i32* cu_compressed;         // [batch + 1] of max(0, (kv_len - kernel_size) / kernel_stride + 1)
     i32* tile_base;             // [batch + 1] of ceil(q_len / tile_tokens)
     i32* key_tile_base;         // [batch + 1] of ceil(keys / tile_keys), keys being compressed ones or tokens
+    u32* cleared[5];            // pairs of words that become zero
     i32 batch;
     i32 kernel_size;
     i32 kernel_stride;
     i32 tile_tokens;
     i32 tile_keys;
     i32 compressed;             // 1: key_tile_base counts compressed keys
+};
+struct PrepareParams {
+    BatchTables tables[2];      // one for each cta
 };
 
 struct BlockMaskParams {
@@ -252,6 +256,15 @@ struct BandParams {
     TensorMap query_map;        // boxes of tile_tokens x tile_heads
     TensorMap key_map;          // boxes of 128 keys of one head, of 64 above head_dim 128
     TensorMap value_map;        // the same
+};
+
+// Attention to the window that goes on to all keys before it: two attentions of a row, the second to all keys.
+struct BandBothParams {
+    BandParams attention;       // to the window
+    Band before;                // the keys before it
+    Tensor out;                 // of the second
+    f32* lse;
+    Branch branch;
 };
 
 // Compressed attention that also chooses blocks: its probabilities, pooled to scores, and what is chosen by them.

@@ -15,6 +15,10 @@
 #ifndef FSA_BLOCK_SCORES    // an attention leaves the scores of blocks, and chooses by them: 1: one more warpgroup does; 2: the warps that attend do, for their rows
 #define FSA_BLOCK_SCORES 0
 #endif
+#ifndef FSA_WALKS           // 2: a tile of rows goes on to the keys of a second interval, which lie before those of the first
+#define FSA_WALKS 1
+#endif
+constexpr int WALKS = FSA_WALKS;
 constexpr bool BLOCK_SCORES = FSA_BLOCK_SCORES != 0, HAS_CHOOSERS = FSA_BLOCK_SCORES == 1;
 constexpr int CONSUMERS = FSA_CONSUMERS, CTA_ROWS = CONSUMERS * TILE_ROWS, CONSUMER_THREADS = CONSUMERS * WARPGROUP;
 constexpr int WARPGROUPS = CONSUMERS + 1 + HAS_CHOOSERS, THREADS = WARPGROUPS * WARPGROUP;
@@ -48,6 +52,7 @@ struct BandWork {
     BandInterval keys;
     i32 kv_head;
     i32 steps;
+    bool goes_on;               // to keys of a second interval
     const i32* listed;          // with a mask of blocks: the steps, of which there are gaps between
 
     // Number `number` of all heads' tiles, those with the most keys first; steps = 0 where there is no tile or it sees no key.
@@ -55,14 +60,29 @@ struct BandWork {
         BandWork w;
         w.kv_head = number % num_kv_heads;
         w.tile = find_band_tile(band, number / num_kv_heads, w.kv_head);
-        w.keys = band_interval(band, w.tile);
-        w.steps = w.tile.tokens == 0 ? 0 : ceil_div(max_i(0, w.keys.end - w.keys.first), STEP_KEYS);
+        w.walk(band);
+        w.goes_on = false;
         if constexpr (BLOCK_MASK) {
             const i64 list = listed_steps(band, number / num_kv_heads, w.kv_head);
             w.listed = band.mask.steps + list * band.mask.max_steps;
             if (w.steps > 0) w.steps = band.mask.step_counts[list];
         }
         return w;
+    }
+    // The same of a tile that goes on to the keys of `next`.
+    FSA_DEVICE static BandWork find(const Band& band, const Band& next, int number, int num_kv_heads) {
+        BandWork w = find(band, number, num_kv_heads);
+        if constexpr (WALKS == 2) w.goes_on = w.tile.tokens > 0 && end_key(next, w.tile.last_position(), w.tile.keys) > 0;
+        return w;
+    }
+    // Takes the keys of another interval.
+    FSA_DEVICE void walk(const Band& band) {
+        keys = band_interval(band, tile);
+        steps = tile.tokens == 0 ? 0 : ceil_div(max_i(0, keys.end - keys.first), STEP_KEYS);
+    }
+    FSA_DEVICE void go_on(const Band& next) {
+        walk(next);
+        goes_on = false;
     }
     // First key of step n, counted from the last. Scores of blocks are pooled from the first on; they belong to rows that see all keys up to one.
     FSA_DEVICE int key(int n) const { return BLOCK_MASK ? listed[n] & ~1 : BLOCK_SCORES ? n * STEP_KEYS : keys.first + (steps - 1 - n) * STEP_KEYS; }
@@ -120,21 +140,25 @@ struct Checked {
 
     // Checker: goes through all steps of a cta in order. `tile(step)` is the place of a step.
     template <typename F>
-    FSA_DEVICE void check(const Band& band, int num_kv_heads, int total, const Ring<STAGES>& loaded, F tile) const {
+    FSA_DEVICE void check(const Band& band, const Band& next, int num_kv_heads, int total, const Ring<STAGES>& loaded, F tile) const {
         u32 step = 0, count = 0;
         FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number = next_tile(number)) {
-            const BandWork w = BandWork::find(band, number, num_kv_heads);
-            FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
-                loaded.wait(step);
-                if (w.needs_mask(n)) {
-                    const bool cleared = clean_checked(tile(step));
-                    if (threadIdx.x % 32 == 0) {
-                        dirty[ring.place(count)] = cleared;
-                        barrier_arrive(ring.full + 8 * ring.place(count));
+            BandWork w = BandWork::find(band, next, number, num_kv_heads);
+            FSA_NO_UNROLL for (bool more = true; more;) {
+                FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
+                    loaded.wait(step);
+                    if (w.needs_mask(n)) {
+                        const bool cleared = clean_checked(tile(step));
+                        if (threadIdx.x % 32 == 0) {
+                            dirty[ring.place(count)] = cleared;
+                            barrier_arrive(ring.full + 8 * ring.place(count));
+                        }
+                        ++count;
                     }
-                    ++count;
+                    loaded.release(step);
                 }
-                loaded.release(step);
+                more = WALKS == 2 && w.goes_on;
+                if (more) w.go_on(next);
             }
         }
     }

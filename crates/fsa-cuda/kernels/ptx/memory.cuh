@@ -98,6 +98,14 @@ FSA_DEVICE void max_global(u32* pointer, u32 word) { asm volatile("red.relaxed.g
 
 // Programmatic dependent launch. The next kernel of the stream may start once all ctas of this one have said so or are done; what
 // it does before `wait_for_previous` overlaps this one. After that, everything of the kernels before is done and visible. A cta
-// that leaves without waiting would let the order of the kernels after the next one slip.
-FSA_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-FSA_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// that leaves without waiting would let the order of the kernels after the next one slip. Before Hopper kernels follow one another.
+FSA_DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+FSA_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

@@ -14,6 +14,8 @@ use std::fmt;
 const STEP_COST: usize = 4;
 /// Parts into which the rows of a tile of keys are cut, at most.
 const MAX_SPLITS: usize = 32;
+/// Splits of compressed attention beside another attention for one of that: so a walk is over long before the longest of the other.
+const BESIDE_SPLITS: usize = 2;
 /// Rows that a split should walk of those that meet a tile of keys, on average.
 const MIN_SPLIT_ROWS: usize = 256;
 /// Most splits with which gradients of queries are added up in memory unless the caller asks for it: where more would be wanted the
@@ -192,7 +194,7 @@ impl BandBackwardPlan {
     /// Plans a checked problem for the kernel of a specialisation.
     pub fn new(problem: &BandProblem, kernel: &Specialisation, facts: &DeviceFacts, options: &PlanOptions) -> Self {
         let head_bytes = problem.sizes.row_stats_bytes() / problem.sizes.num_kv_heads.max(1);
-        Self::with(problem, kernel, facts, options, head_bytes)
+        Self::with(problem, kernel, facts, options, (head_bytes, MAX_SPLITS))
     }
 
     /// The same where the caller has the statistics of all rows.
@@ -202,7 +204,20 @@ impl BandBackwardPlan {
         facts: &DeviceFacts,
         options: &PlanOptions,
     ) -> Self {
-        Self::with(problem, kernel, facts, options, 0)
+        Self::with(problem, kernel, facts, options, (0, MAX_SPLITS))
+    }
+
+    /// The same attention where it runs beside another one, whose CTAs fill the device: splits cost what starts and ends a CTA, and only
+    /// have to end before those of the other.
+    pub(crate) fn beside(
+        &self,
+        other: &Self,
+        kernel: &Specialisation,
+        facts: &DeviceFacts,
+        options: &PlanOptions,
+    ) -> Self {
+        let options = PlanOptions { query_sums: Some(self.query_sums), ..*options };
+        Self::with(&self.problem, kernel, facts, &options, (0, BESIDE_SPLITS * other.splits))
     }
 
     /// The kernels of the plan, without a mask.
@@ -211,13 +226,13 @@ impl BandBackwardPlan {
         kernel_of(&sizes.specialisation(Kernel::BandBackward, set, 64), sizes, self.query_sums)
     }
 
-    /// `head_bytes` are the statistics of the rows of a kv head.
+    /// `head_bytes` are the statistics of the rows of a kv head, where the plan has to make them.
     fn with(
         problem: &BandProblem,
         kernel: &Specialisation,
         facts: &DeviceFacts,
         options: &PlanOptions,
-        head_bytes: usize,
+        (head_bytes, most_splits): (usize, usize),
     ) -> Self {
         let (sizes, tile_keys) = (&problem.sizes, band_backward::tile_keys(kernel));
         let num_key_tiles = bound(problem.total_keys(), sizes.sequences, tile_keys);
@@ -233,7 +248,7 @@ impl BandBackwardPlan {
         let tokens = seen.min(sizes.total_q * (num_key_tiles + 1) / (2 * num_key_tiles).max(1));
         let walks = (tokens * sizes.gqa_group_size() / MIN_SPLIT_ROWS).max(1);
         let wanted = wanted.next_power_of_two();
-        let enough = wanted.min(1 << walks.ilog2());
+        let enough = wanted.min(1 << walks.ilog2()).min(most_splits);
         let splits = powers.take_while(|splits| *splits <= enough).filter(fits).last().unwrap_or(1);
         let scaled = kernel_of(kernel, sizes, QuerySums::Scaled);
         let adds_up = options.query_sums.map_or(wanted <= MAX_SUMS_SPLITS, |sums| sums == QuerySums::Scaled);

@@ -92,6 +92,11 @@ impl NsaProblem {
         BandProblem { sizes: self.sizes, keys: Keys::Window { window_size: self.window_size } }
     }
 
+    /// The kernel of attention to the window that goes on to all keys.
+    pub(crate) fn window_too_kernel(&self, set: KernelSet) -> Specialisation {
+        self.specialisation(Kernel::Band, set).with_window_too()
+    }
+
     /// Rows that compressed keys and values have room for.
     pub fn total_compressed(&self) -> usize {
         self.windows.bound(self.sizes.total_kv)
@@ -209,6 +214,8 @@ pub struct NsaForwardPlan {
     /// Multiprocessors for the window, where it is attended to beside the selected blocks of the other half of the heads: in a call of
     /// one pass. In one of several, too, the window comes first in the second half, so that sums are rounded in the same order.
     pub window_multiprocessors: Option<usize>,
+    /// Attention to the window goes on to all keys, where rows list all blocks that they see: one walk for both branches.
+    pub window_goes_on: bool,
     /// kv heads that are compressed at a time: those of a pass, or all before the first one.
     pub compress_heads: usize,
     /// Tiles of compressed and of window attention.
@@ -283,12 +290,15 @@ impl NsaForwardPlan {
         let parts = problem.parts(kv_heads, window_multiprocessors);
         let part = problem.with_kv_heads(kv_heads / parts);
         let plan = SelectedPlan::with_lists(&part.selected(), set, facts, &options, Lists::Selected);
+        let window_goes_on =
+            plan.is_unmasked() && window_multiprocessors.is_none() && pass.window_too_kernel(set).exists(1);
         let scratch = workspace.add("scratch", plan.workspace().size_bytes().max(before.size_bytes()));
         Ok(Self {
             problem: *problem,
             saves,
             kv_heads,
             window_multiprocessors,
+            window_goes_on,
             compress_heads,
             attention,
             tables,
@@ -346,8 +356,10 @@ impl ForwardTemporaries {
 
 impl fmt::Display for NsaForwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { problem, kv_heads, workspace, .. } = self;
         let saves = if self.saves { ", saves" } else { "" };
-        write!(f, "nsa forward{saves}: {}; {} kv heads a pass; {}", self.problem, self.kv_heads, self.workspace)
+        let goes_on = if self.window_goes_on { ", the window goes on to all keys" } else { "" };
+        write!(f, "nsa forward{saves}: {problem}; {kv_heads} kv heads a pass{goes_on}; {workspace}")
     }
 }
 
@@ -384,8 +396,9 @@ pub struct NsaBackwardPlan {
     pub(crate) window_tables: Option<TablePlan>,
     pub(crate) compress: [CompressScratch; 2],
     pub(crate) temporaries: BackwardTemporaries,
-    /// Scratch of one attention at a time.
+    /// Scratch of one attention at a time; of compressed attention, which may run beside another one.
     pub(crate) scratch: Slot,
+    pub(crate) compressed_scratch: Slot,
     /// What each attention may take.
     pub(crate) stage_budget_bytes: usize,
     /// Scratch memory.
@@ -429,6 +442,11 @@ impl NsaBackwardPlan {
         let of_keys = window.as_ref().or(selected.attention());
         let shares_query_sums = selected.takes_sums() && of_keys.is_some_and(|plan| compressed.can_share_sums(plan));
         let (compressed, window) = match window {
+            // Beside the others, who have work for the whole device.
+            None if shares_query_sums => {
+                let beside = |other: &BandBackwardPlan| compressed.beside(other, &kernel, facts, &options);
+                (selected.attention().map_or_else(|| compressed.clone(), beside), None)
+            }
             _ if shares_query_sums => (compressed, window),
             // Who is not the first adds to gradients of queries that others rounded, which cannot be done in memory.
             Some(_) => attentions([asked, Some(QuerySums::F32)]),
@@ -437,10 +455,11 @@ impl NsaBackwardPlan {
         let mut table =
             |plan: &BandBackwardPlan| TablePlan::new(plan.tables.spec(), pass.sizes.sequences, &mut workspace);
         let (tables, window_tables) = (table(&compressed), window.as_ref().map(&mut table));
-        let scratch =
-            [&compressed].into_iter().chain(&window).map(|plan| &plan.workspace).chain([selected.workspace()]);
-        let bytes = scratch.map(Workspace::size_bytes).max().unwrap_or(0);
-        let scratch = workspace.add("scratch", bytes);
+        let of_others = window.iter().map(|plan| &plan.workspace).chain([selected.workspace()]);
+        let (bytes, own) = (of_others.map(Workspace::size_bytes).max().unwrap_or(0), compressed.workspace.size_bytes());
+        let beside = shares_query_sums && window.is_none();
+        let scratch = workspace.add("scratch", if beside { bytes } else { bytes.max(own) });
+        let compressed_scratch = if beside { workspace.add("scratch of compressed", own) } else { scratch };
         Self {
             problem: *problem,
             kv_heads,
@@ -453,6 +472,7 @@ impl NsaBackwardPlan {
             compress,
             temporaries,
             scratch,
+            compressed_scratch,
             stage_budget_bytes: options.budget_bytes,
             workspace,
         }

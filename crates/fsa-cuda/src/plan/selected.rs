@@ -49,6 +49,11 @@ impl SelectedPlan {
         }
     }
 
+    /// Whether it is attention to all keys that a row sees, because rows list all blocks.
+    pub(crate) fn is_unmasked(&self) -> bool {
+        matches!(self, Self::DenseMasked(plan) if plan.mask.is_none())
+    }
+
     /// The kernels that it launches.
     pub(crate) fn kernels(&self, set: KernelSet) -> Vec<Specialisation> {
         match self {

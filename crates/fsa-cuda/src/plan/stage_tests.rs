@@ -156,6 +156,30 @@ fn makes_lists(problem: &NsaProblem, options: &PlanOptions) -> bool {
 }
 
 #[test]
+fn a_window_goes_on_to_all_keys_where_rows_list_all_blocks() {
+    for saves in [false, true] {
+        for (tokens, goes_on) in [(512, true), (1024, true), (1025, false), (65_536, false)] {
+            let plan = forward(&nsa(tokens, (32, 8), false), saves);
+            assert_eq!(plan.window_goes_on, goes_on, "{plan}");
+        }
+    }
+    let (facts, options) = (DeviceFacts::h200(), PlanOptions::default());
+    let portable = NsaForwardPlan::new(&nsa(1024, (32, 8), false), KernelSet::Sm80, &facts, &options, true);
+    assert!(!portable.expect("fits").window_goes_on);
+}
+
+#[test]
+fn compressed_attention_runs_beside_selected_blocks_and_window_in_scratch_of_its_own() {
+    for (tokens, splits) in [(1024, 8), (2048, 4), (4096, 2)] {
+        let plan = backward(&nsa(tokens, (32, 8), false));
+        assert_eq!(plan.compressed.splits, splits, "{plan}");
+        assert!(plan.compressed_scratch.offset >= plan.scratch.offset + plan.scratch.bytes, "{plan}");
+    }
+    let long = backward(&nsa(65_536, (32, 8), false));
+    assert_eq!(long.compressed_scratch, long.scratch, "{long}");
+}
+
+#[test]
 fn compressed_attention_makes_the_lists_where_it_can_and_has_room() {
     let options = PlanOptions::default();
     for heads in [(32, 32), (32, 16), (32, 8), (32, 2)] {
@@ -280,11 +304,12 @@ proptest! {
         }
         let plan = NsaBackwardPlan::new(&problem, set, &facts, &options);
         check_workspace(&plan.workspace)?;
-        for attention in [&plan.compressed].into_iter().chain(&plan.window) {
+        let of_window = plan.window.iter().map(|window| (window, plan.scratch));
+        for (attention, scratch) in [(&plan.compressed, plan.compressed_scratch)].into_iter().chain(of_window) {
             check_workspace(&attention.workspace)?;
             check_tiles(&attention.tiles, &sizes, 128)?;
             prop_assert!(attention.splits.is_power_of_two() && attention.splits <= 32);
-            prop_assert!(attention.workspace.size_bytes() <= plan.scratch.bytes);
+            prop_assert!(attention.workspace.size_bytes() <= scratch.bytes);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Slot, Windows, Workspace};
 use crate::driver::{Address, DeviceBatch, DeviceSpan};
-use crate::params::PrepareParams;
+use crate::params::BatchTables;
 use serde::Serialize;
 
 /// Which prefix sums a call needs. Equal needs share their tables.
@@ -68,16 +68,17 @@ impl TablePlan {
     }
 
     /// What fills them.
-    pub(crate) fn params(&self, batch: &DeviceBatch<'_>, workspace: &DeviceSpan<'_>) -> PrepareParams {
+    pub(crate) fn params(&self, batch: &DeviceBatch<'_>, workspace: &DeviceSpan<'_>) -> BatchTables {
         let [cu_seqlens_q, cu_seqlens_kv] = batch.spans().map(|span| span.address());
         let Tables { cu_compressed, tile_base, key_tile_base } = self.tables(workspace);
         let windows = self.spec.windows.unwrap_or(Windows { kernel_size: 1, kernel_stride: 1 });
-        PrepareParams {
+        BatchTables {
             cu_seqlens_q,
             cu_seqlens_kv,
             cu_compressed,
             tile_base,
             key_tile_base,
+            cleared: [Address::default(); 5],
             batch: self.sequences as i32,
             kernel_size: windows.kernel_size as i32,
             kernel_stride: windows.kernel_stride as i32,

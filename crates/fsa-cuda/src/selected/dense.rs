@@ -5,7 +5,7 @@ use crate::block_mask::BlockMaskKernel;
 use crate::driver::{DeviceBatch, DeviceSpan};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale};
-use crate::params::{Band, BlockMask, BlockMaskParams, Branch};
+use crate::params::{Band, BatchTables, BlockMask, BlockMaskParams, Branch};
 use crate::plan::{BandProblem, DenseBackwardPlan, DensePlan, MaskPlan, Problem, RowTiles, Tables};
 use crate::prepare::PrepareKernel;
 use crate::source::Kernel;
@@ -85,27 +85,61 @@ impl DenseForward {
     }
 
     /// Gives the forward to the stream.
+    pub(super) fn launch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        work: (&ForwardTensors<'_>, Branch),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        self.check(context, batch, work.0, softmax_scale)?;
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        self.prepare.launch(context.stream, &self.plan.tables.params(batch, &context.workspace))?;
+        self.launch_attention(context, batch, &self.plan.tables.tables(&context.workspace), work, softmax_scale)
+    }
+
+    /// The same with the tables of the plan's tiles.
     pub(super) fn launch_branch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        (tensors, branch): (&ForwardTensors<'_>, Branch),
+        tables: &Tables,
+        work: (&ForwardTensors<'_>, Branch),
         softmax_scale: f32,
     ) -> Result<()> {
-        let (stream, workspace, problem) = (context.stream, &context.workspace, &self.plan.problem);
+        self.check(context, batch, work.0, softmax_scale)?;
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        self.launch_attention(context, batch, tables, work, softmax_scale)
+    }
+
+    fn check(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &ForwardTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let problem = &self.plan.problem;
         check_scale(softmax_scale)?;
         check_batch(batch, &problem.sizes())?;
         tensors.check(problem)?;
-        self.plan.workspace.check(workspace)?;
-        if problem.total_q == 0 {
+        self.plan.workspace.check(&context.workspace)
+    }
+
+    fn launch_attention(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tables: &Tables,
+        (tensors, branch): (&ForwardTensors<'_>, Branch),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        if self.plan.problem.total_q == 0 {
             return Ok(());
         }
-        let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        self.prepare.launch(stream, &self.plan.tables.params(batch, workspace))?;
-        let tables = self.plan.tables.tables(workspace);
-        let mask = self.mask.launch(context, batch, (&self.plan.tiles, &tables), tensors)?;
+        let mask = self.mask.launch(context, batch, (&self.plan.tiles, tables), tensors)?;
         let work = (&attention(tensors), branch);
-        self.step.launch_masked(stream, batch, (&tables, mask), work, softmax_scale)
+        self.step.launch_masked(context.stream, batch, (tables, mask), work, softmax_scale)
     }
 }
 
@@ -158,6 +192,8 @@ impl DenseBackward {
             return Ok(());
         }
         if !whole.is_prepared {
+            let _bound = self.kernels.device().bind().map_err(Error::from)?;
+            self.prepare.launch(context.stream, &self.tables(context, batch))?;
             self.prepare(context, batch, (tensors, whole), softmax_scale)?;
         }
         let (stream, scratch) = (context.stream, self.plan.scratch.span(&context.workspace));
@@ -166,11 +202,35 @@ impl DenseBackward {
         let (window, sums) = (self.plan.window_size.zip(whole.window_stats), whole.sums);
         let BackwardTensors { row_stats, accumulate, .. } = *tensors;
         let mask = self.mask.mask(&context.workspace);
-        let branch = BranchGrads { row_stats, accumulate, sums, accumulate_keys: accumulate, mask, window };
+        let merges_later = whole.merges_later;
+        let of_keys = BranchGrads { accumulate_keys: accumulate, merges_later, ..BranchGrads::default() };
+        let branch = BranchGrads { row_stats, accumulate, sums, mask, window, ..of_keys };
         self.step.launch(stream, batch, (&tables, &scratch), (&attention_grads(tensors), &branch), softmax_scale)
     }
 
-    /// Fills tables and mask, and opens the sums that others add to.
+    /// The tables of the plan's tiles, to be filled.
+    pub(super) fn tables(&self, context: &LaunchContext<'_>, batch: &DeviceBatch<'_>) -> BatchTables {
+        self.plan.attention.tables.params(batch, &self.plan.scratch.span(&context.workspace))
+    }
+
+    /// Adds what splits left to gradients of keys and values.
+    pub(super) fn merge(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &BackwardTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        if self.plan.problem.total_kv == 0 {
+            return Ok(());
+        }
+        let scratch = self.plan.scratch.span(&context.workspace);
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        let tables = self.plan.attention.tables.tables(&scratch);
+        self.step.merge(context.stream, batch, (&tables, &scratch), &attention_grads(tensors), softmax_scale)
+    }
+
+    /// Fills the mask, and opens the sums that others add to.
     pub(super) fn prepare(
         &self,
         context: &LaunchContext<'_>,
@@ -183,7 +243,6 @@ impl DenseBackward {
         }
         let (plan, scratch) = (&self.plan.attention, self.plan.scratch.span(&context.workspace));
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        self.prepare.launch(context.stream, &plan.tables.params(batch, &scratch))?;
         let tables = plan.tables.tables(&scratch);
         self.mask.launch(context, batch, (&plan.tiles, &tables), &tensors.forward)?;
         let Some(sums) = &whole.sums else { return Ok(()) };

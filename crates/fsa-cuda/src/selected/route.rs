@@ -7,8 +7,8 @@ use super::{BackwardTensors, ForwardTensors, WholeGrads};
 use crate::driver::DeviceBatch;
 use crate::kernels::Kernels;
 use crate::launch::LaunchContext;
-use crate::params::Branch;
-use crate::plan::{Pass, PlanOptions, Problem, SelectedBackwardPlan, SelectedPlan};
+use crate::params::{BatchTables, Branch};
+use crate::plan::{Pass, PlanOptions, Problem, SelectedBackwardPlan, SelectedPlan, Tables};
 use fsa_core::Result;
 use std::sync::Arc;
 
@@ -66,20 +66,25 @@ impl SelectedForward {
         tensors: &ForwardTensors<'_>,
         softmax_scale: f32,
     ) -> Result<()> {
-        self.launch_branch(context, batch, (tensors, Branch::default()), softmax_scale)
+        let work = (tensors, Branch::default());
+        match &self.way {
+            ForwardWay::KvOuter(forward) => forward.launch_branch(context, batch, work, softmax_scale),
+            ForwardWay::Dense(forward) => forward.launch(context, batch, work, softmax_scale),
+        }
     }
 
-    /// The same as a branch of the whole.
+    /// The same as a branch of the whole, which has tables of tiles of as many rows as those of attention to an interval of keys.
     pub(crate) fn launch_branch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        work: (&ForwardTensors<'_>, Branch),
+        (tensors, branch, tables): (&ForwardTensors<'_>, Branch, &Tables),
         softmax_scale: f32,
     ) -> Result<()> {
+        let work = (tensors, branch);
         match &self.way {
             ForwardWay::KvOuter(forward) => forward.launch_branch(context, batch, work, softmax_scale),
-            ForwardWay::Dense(forward) => forward.launch_branch(context, batch, work, softmax_scale),
+            ForwardWay::Dense(forward) => forward.launch_branch(context, batch, tables, work, softmax_scale),
         }
     }
 }
@@ -162,8 +167,16 @@ impl SelectedBackward {
         }
     }
 
-    /// What the dense route needs besides statistics of rows: tables, mask, and the sums that others add to, which it opens. May run beside
-    /// what makes the statistics.
+    /// The tables that the dense route needs, for who fills them before [`prepare_branch`](Self::prepare_branch).
+    pub(crate) fn tables(&self, context: &LaunchContext<'_>, batch: &DeviceBatch<'_>) -> Option<BatchTables> {
+        match &self.way {
+            BackwardWay::KvOuter(_) => None,
+            BackwardWay::Dense(backward) => Some(backward.tables(context, batch)),
+        }
+    }
+
+    /// What the dense route needs besides tables and statistics of rows: a mask, and the sums that others add to, which it opens. May run
+    /// beside what makes the statistics.
     pub(crate) fn prepare_branch(
         &self,
         context: &LaunchContext<'_>,
@@ -174,6 +187,20 @@ impl SelectedBackward {
         match &self.way {
             BackwardWay::KvOuter(_) => Ok(()),
             BackwardWay::Dense(backward) => backward.prepare(context, batch, (tensors, whole), softmax_scale),
+        }
+    }
+
+    /// What `merges_later`.
+    pub(crate) fn merge_branch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &BackwardTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        match &self.way {
+            BackwardWay::KvOuter(_) => Ok(()),
+            BackwardWay::Dense(backward) => backward.merge(context, batch, tensors, softmax_scale),
         }
     }
 }

@@ -108,4 +108,6 @@ pub(crate) struct WholeGrads<'a> {
     pub sums: Option<SharedSums>,
     /// The dense route is prepared.
     pub is_prepared: bool,
+    /// What splits of the dense route leave of gradients of keys and values is added to them later.
+    pub merges_later: bool,
 }

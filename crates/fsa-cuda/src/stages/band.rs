@@ -8,7 +8,7 @@ use crate::band_backward::BandBackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale, part, scale_log2};
-use crate::params::{Band, BandBackwardParams, BandParams, BlockMask, Branch, SumBounds, SumKeys};
+use crate::params::{Band, BandBackwardParams, BandBothParams, BandParams, BlockMask, Branch, SumBounds, SumKeys};
 use crate::plan::{
     BOUNDS_BYTES, BandBackwardPlan, BandPlan, BandProblem, BandScratch, PlanOptions, RowTiles, Sizes, Tables,
 };
@@ -137,6 +137,51 @@ impl BandStep {
     }
 }
 
+/// Attention to the window and to all keys in one walk, for calls that fill the tables themselves.
+#[derive(Debug)]
+pub(super) struct BandBothStep {
+    window: BandProblem,
+    tiles: RowTiles,
+    kernel: Arc<BandKernel>,
+    specialisation: Specialisation,
+    multiprocessors: usize,
+}
+
+impl BandBothStep {
+    pub(super) fn new(
+        kernels: &Kernels,
+        window: &BandProblem,
+        tiles: RowTiles,
+        specialisation: Specialisation,
+    ) -> Result<Self> {
+        let (kernel, multiprocessors) = (kernels.one(&specialisation)?, kernels.device().facts().multiprocessors);
+        Ok(Self { window: *window, tiles, kernel, specialisation, multiprocessors })
+    }
+
+    /// What becomes of the window, then of all keys: a row's sums of the one go on to be those of the other.
+    pub(super) fn launch(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        tables: &Tables,
+        [window, (tensors, branch)]: [(&AttentionTensors<'_>, Branch); 2],
+        softmax_scale: f32,
+    ) -> Result<()> {
+        if self.window.sizes.total_q == 0 {
+            return Ok(());
+        }
+        let call = (&self.window, &self.tiles, self.specialisation.set);
+        let boxes = (step_keys(&self.specialisation), 1);
+        let attention = attention_params(call, (batch, tables), window, boxes, softmax_scale)?;
+        // Keys that lie before the window, as a band: those of which a compression of as many tokens and two more is complete.
+        let kernel_size = attention.band.window.saturating_add(2);
+        let before = Band { kernel_size, window: i32::MAX, ..attention.band };
+        let (out, lse) = (tensors.out.device(), branch.lse(tensors.lse.address()));
+        let params = BandBothParams { attention, before, out, lse, branch };
+        Ok(self.kernel.launch_both(stream, &self.tiles, self.multiprocessors, &params)?)
+    }
+}
+
 /// A planned forward with its kernels.
 #[derive(Debug)]
 pub struct BandForward {
@@ -195,7 +240,7 @@ impl BandForward {
     }
 }
 
-/// Scaled sums of gradients of queries to which several attentions add, in the place of the gradients.
+/// Scaled sums of gradients of queries to which several attentions add, in the place of the gradients, in any order or side by side.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SharedSums {
     /// Of all of them: those of rows are given, those of keys zero before the first, which raises them.
@@ -204,8 +249,6 @@ pub(crate) struct SharedSums {
     pub key_bounds: Address,
     /// The keys of another one.
     pub other: SumKeys,
-    /// Whether who adds is the last.
-    pub is_last: bool,
 }
 
 /// How the gradients of a branch become those of a call; by default the attention is the call.
@@ -215,10 +258,15 @@ pub(crate) struct BranchGrads<'a> {
     pub row_stats: Option<DeviceSpan<'a>>,
     /// `grad_query` is added to; not by a plan that adds it up in memory.
     pub accumulate: bool,
-    /// What else adds to `grad_query` in memory, which [`BandBackwardStep::open`] opened; else a launch opens its own sums.
+    /// What else adds to `grad_query` in memory, which [`BandBackwardStep::open`] opened and [`BandBackwardStep::finish`] makes gradients
+    /// of; else a launch opens and finishes its own sums.
     pub sums: Option<SharedSums>,
     /// `grad_key` and `grad_value` are added to.
     pub accumulate_keys: bool,
+    /// What splits leave of these stays for [`BandBackwardStep::merge`].
+    pub merges_later: bool,
+    /// Its CTAs go ahead of those of another attention that runs beside it.
+    pub ahead: bool,
     /// Which blocks the rows see, where the kernels take a mask.
     pub mask: BlockMask,
     /// Where the kernels do the window, too: its earlier keys, and the same statistics of the rows' attention to it.
@@ -246,21 +294,59 @@ impl BandBackwardStep {
         Ok(Self { plan, kernels: kernels.one(&specialisation)?, specialisation, multiprocessors })
     }
 
-    /// Opens sums for all that add to them, of which this is the first, with its keys.
+    /// Opens sums for all that add to them, of which this is one, with its keys.
     pub(crate) fn open(
         &self,
         stream: &Stream,
         batch: &DeviceBatch<'_>,
         memory: (&Tables, &DeviceSpan<'_>),
+        work: (&AttentionGradTensors<'_>, &SharedSums),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        self.with_sums(batch, memory, work, softmax_scale, |params| self.kernels.open(stream, params))
+    }
+
+    /// Adds what splits left to `grad_key` and `grad_value`.
+    pub(crate) fn merge(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        memory: (&Tables, &DeviceSpan<'_>),
+        tensors: &AttentionGradTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let sizes = &self.plan.problem.sizes;
+        let mut params = self.params(batch, memory, tensors, sizes.num_kv_heads, softmax_scale)?;
+        params.accumulate_keys = true.into();
+        Ok(self.kernels.merge(stream, false, &params)?)
+    }
+
+    /// Makes gradients of queries of sums to which all have added.
+    pub(crate) fn finish(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        memory: (&Tables, &DeviceSpan<'_>),
+        work: (&AttentionGradTensors<'_>, &SharedSums),
+        softmax_scale: f32,
+    ) -> Result<()> {
+        self.with_sums(batch, memory, work, softmax_scale, |params| self.kernels.finish(stream, params))
+    }
+
+    fn with_sums(
+        &self,
+        batch: &DeviceBatch<'_>,
+        memory: (&Tables, &DeviceSpan<'_>),
         (tensors, sums): (&AttentionGradTensors<'_>, &SharedSums),
         softmax_scale: f32,
+        launch: impl Fn(&BandBackwardParams) -> crate::error::Result<()>,
     ) -> Result<()> {
         let sizes = &self.plan.problem.sizes;
         passes(sizes.num_kv_heads, self.plan.kv_heads).try_for_each(|heads| {
             let own = tensors.kv_heads_from(heads.start, sizes);
             let mut params = self.params(batch, memory, &own, heads.len(), softmax_scale)?;
             (params.sums, params.key_bounds, params.other) = (sums.bounds, sums.key_bounds, sums.other);
-            Ok(self.kernels.open(stream, &params)?)
+            Ok(launch(&params)?)
         })
     }
 
@@ -306,8 +392,14 @@ impl BandBackwardStep {
                 }
                 None => self.kernels.open(stream, &params)?,
             }
-            let is_last = branch.sums.is_none_or(|shared| shared.is_last);
-            Ok(self.kernels.launch(stream, (&self.plan.tiles, is_last), self.multiprocessors, &params)?)
+            self.kernels.launch(stream, (&self.plan.tiles, branch.ahead), self.multiprocessors, &params)?;
+            if !branch.merges_later {
+                self.kernels.merge(stream, branch.ahead, &params)?;
+            }
+            if branch.sums.is_none() {
+                self.kernels.finish(stream, &params)?;
+            }
+            Ok(())
         })
     }
 

@@ -82,7 +82,7 @@ impl CombineStep {
     }
 
     /// What stage `nsa` takes of `grad_out` and the outputs of `heads` heads: with their log-sum-exp the statistics of the rows of
-    /// each branch with their bounds behind them, and the gradients of the gates where they are wanted.
+    /// each branch with their bounds behind them, which are zero before, and the gradients of the gates where they are wanted.
     pub(super) fn statistics(
         &self,
         stream: &Stream,
@@ -92,14 +92,13 @@ impl CombineStep {
         heads: usize,
     ) -> Result<()> {
         let stats_bytes = 2 * heads * self.sizes.total_q * size_of::<f32>();
-        let row_bounds = row_stats.map(|stats| stats.each_ref().map(|stats| stats.part(stats_bytes, BOUNDS_BYTES)));
-        row_bounds.iter().flatten().try_for_each(|bounds| bounds.fill(0, stream))?;
+        let bounds = |stats: &DeviceSpan<'_>| stats.part(stats_bytes, BOUNDS_BYTES).address();
         let params = CombineStatisticsParams {
             forward: self.params(branches, gates, heads),
             grad_out: grad_out.device(),
             lse: lse.each_ref().map(DeviceSpan::address),
             row_stats: row_stats.map_or_else(Default::default, |stats| stats.each_ref().map(DeviceSpan::address)),
-            row_bounds: row_bounds.map_or_else(Default::default, |bounds| bounds.each_ref().map(DeviceSpan::address)),
+            row_bounds: row_stats.map_or_else(Default::default, |stats| stats.each_ref().map(bounds)),
             grad_gates: grad_gates.map_or(Address::default(), DeviceSpan::address),
         };
         Ok(self.kernels.statistics(stream, &params)?)

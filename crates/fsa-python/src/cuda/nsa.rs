@@ -146,9 +146,10 @@ fn forward<'py>(
     };
     detached(py, || {
         if let Some(saved) = tensors.saved.as_ref().filter(|_| again != Some(Recompute::Rotated)) {
-            // Rows after the last compressed one are not written.
+            // Rows after the last compressed one are not written by a matrix product.
             let _bound = planned.kernels.device().bind()?;
-            saved.compressed.iter().try_for_each(|compressed| compressed.span.fill(0, context.stream))?;
+            let linear = saved.compressed.iter().zip(problem.compressions).filter(|(_, kind)| kind.is_linear());
+            linear.map(|(rows, _)| rows.span).try_for_each(|span| span.fill(0, context.stream))?;
         }
         match again {
             None => launch.launch(&context, &batch, &tensors, call.scale),

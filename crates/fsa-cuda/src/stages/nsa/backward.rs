@@ -3,11 +3,11 @@
 
 use super::forward::{call, check_rope};
 use super::tensors::NsaBackwardTensors;
-use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
+use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
 use crate::lanes::Work;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
-use crate::params::{SumBounds, SumKeys};
+use crate::params::{BatchTables, SumBounds, SumKeys};
 use crate::plan::{
     self, BOUNDS_BYTES, DenseBackwardPlan, NsaBackwardPlan, NsaProblem, PlanOptions, SelectedBackwardPlan, Sizes, Slot,
     Tables,
@@ -159,7 +159,6 @@ impl NsaBackward {
         let sizes = &plan.problem.sizes;
         let one_pass = plan.kv_heads == sizes.num_kv_heads;
         if !one_pass {
-            self.fill_tables(stream, batch, &workspace)?;
             // A gate may belong to the heads of all passes.
             self.statistics(stream, tensors, (None, Some(&tensors.grad_gates)), sizes.num_q_heads)?;
         }
@@ -170,13 +169,29 @@ impl NsaBackward {
         })
     }
 
-    /// Tables of the compressed keys and of the window.
-    fn fill_tables(&self, stream: &Stream, batch: &DeviceBatch<'_>, workspace: &DeviceSpan<'_>) -> Result<()> {
-        let mut tables = [&self.plan.tables].into_iter().chain(&self.plan.window_tables);
-        tables.try_for_each(|tables| Ok(self.prepare.launch(stream, &tables.params(batch, workspace))?))
+    /// The tables of all attentions, and zeros in all bounds.
+    fn begin(&self, pass: &Pass<'_>, row_stats: &[DeviceSpan<'_>; 3]) -> Result<()> {
+        let Pass { stream, workspace, batch, .. } = *pass;
+        let [of_compressed, of_selected, of_window] = row_stats.each_ref().map(|stats| pass.sizes.row_bounds(stats));
+        let [of_compressed_keys, of_keys] = self.key_bounds(pass);
+        let cleared = [of_compressed, of_selected, of_window, of_compressed_keys, of_keys];
+        let of_compressed = BatchTables { cleared, ..self.plan.tables.params(batch, &workspace) };
+        let scratch = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
+        let of_window = self.plan.window_tables.as_ref().map(|tables| tables.params(batch, &workspace));
+        match of_window.or_else(|| self.selected.tables(&scratch, batch)) {
+            Some(others) => self.prepare.launch_two(stream, [of_compressed, others])?,
+            None => self.prepare.launch(stream, &of_compressed)?,
+        }
+        Ok(())
     }
 
-    /// The heads of a pass. `grad_gates` are there in a call of one pass, which fills its tables itself.
+    /// Bounds of compressed keys, then of keys.
+    fn key_bounds(&self, pass: &Pass<'_>) -> [Address; 2] {
+        let bounds = self.plan.temporaries.key_bounds.address(&pass.workspace);
+        [0, BOUNDS_BYTES].map(|offset| bounds.offset(offset))
+    }
+
+    /// The heads of a pass. `grad_gates` are there in a call of one pass.
     fn launch_pass<'a>(
         &self,
         pass: &Pass<'a>,
@@ -191,10 +206,11 @@ impl NsaBackward {
         let branches = self.branches(pass, tensors, &row_stats, &compressed);
         let statistics =
             |stream: &Stream| self.statistics(stream, tensors, (Some(&row_stats), grad_gates), num_q_heads);
-        let open = |stream: &Stream| self.open(stream, pass, &branches, grad_gates.is_some());
+        let open = |stream: &Stream| self.open(stream, pass, &branches);
+        self.begin(pass, &row_stats)?;
         self.kernels.sides().take(pass.stream)?.side_by_side::<Error>(pass.stream, &[&statistics, &open])?;
-        self.launch_branches(pass, &branches)?;
-        self.leave_rows(pass, tensors, &compressed)
+        self.launch_branches(pass, tensors, &branches, &compressed)?;
+        self.leave_rows(pass, tensors, &branches, &compressed)
     }
 
     /// What is wanted of the statistics of the rows of each branch and of the gradients of the gates.
@@ -233,16 +249,10 @@ impl NsaBackward {
         }
     }
 
-    /// What comes before the first attention and needs no statistics: the tables of a call of one pass, and the scaled sums, opened by
-    /// who adds first, the window or selected blocks and window together.
-    fn open(&self, stream: &Stream, pass: &Pass<'_>, branches: &Branches<'_>, fills_tables: bool) -> Result<()> {
+    /// What comes before the first attention and needs no statistics: a mask, and the scaled sums, opened by the window or by selected blocks
+    /// and window together.
+    fn open(&self, stream: &Stream, pass: &Pass<'_>, branches: &Branches<'_>) -> Result<()> {
         let Pass { workspace, batch, softmax_scale, .. } = *pass;
-        if fills_tables {
-            self.fill_tables(stream, batch, &workspace)?;
-        }
-        if branches.shared.is_some() {
-            self.plan.temporaries.key_bounds.span(&workspace).fill(0, stream)?;
-        }
         let Some((step, tables)) = self.window.as_ref().zip(self.plan.window_tables) else {
             let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
             let whole = WholeGrads { sums: branches.shared, ..WholeGrads::default() };
@@ -254,44 +264,82 @@ impl NsaBackward {
     }
 
     /// The gradients of query, key and value through every branch. Those of queries: the window, which may have the selected blocks with
-    /// it, and compressed attention add to scaled sums, and who comes last makes gradients of them. Where the plan shares no sums,
-    /// compressed attention writes them, or selected blocks and window in one pass, and the others add. Those of keys and values: the
-    /// window writes them, or it and the selected blocks in one pass.
-    fn launch_branches(&self, pass: &Pass<'_>, branches: &Branches<'_>) -> Result<()> {
+    /// it, and compressed attention add to scaled sums; selected blocks by themselves, which come last, make gradients of them, else
+    /// [`leave_rows`](Self::leave_rows) does. Where the plan shares no sums, compressed attention writes them, or selected blocks and window
+    /// in one pass, and the others add. Those of keys and values: the window writes them, or it and the selected blocks in one pass, or the
+    /// compression, see [`compression_first`](Self::compression_first).
+    fn launch_branches<'a>(
+        &self,
+        pass: &Pass<'_>,
+        tensors: &NsaBackwardTensors<'a>,
+        branches: &Branches<'_>,
+        compressed_grads: &CompressedGrads<'a>,
+    ) -> Result<()> {
         let Pass { stream, workspace, batch, ref tables, softmax_scale, .. } = *pass;
         let scratch = self.plan.scratch.span(&workspace);
+        let beside = self.plan.compressed_scratch.span(&workspace);
         let Branches { compressed, selected, window, row_stats, shared } = branches;
         let [of_compressed, of_selected, of_window] = row_stats.map(Some);
-        let sums = |is_last| shared.map(|sums| SharedSums { is_last, ..sums });
-        let through_compressed = |accumulate, is_last| {
-            let sums = sums(is_last);
-            let branch = BranchGrads { row_stats: of_compressed, accumulate, sums, ..BranchGrads::default() };
-            self.compressed.launch(stream, batch, (tables, &scratch), (compressed, &branch), softmax_scale)
+        let sums = *shared;
+        let ahead = self.runs_beside();
+        let through_compressed = |stream: &Stream, accumulate| {
+            let branch = BranchGrads { row_stats: of_compressed, accumulate, sums, ahead, ..BranchGrads::default() };
+            self.compressed.launch(stream, batch, (tables, &beside), (compressed, &branch), softmax_scale)
         };
-        let through_selected = |accumulate, is_last| {
+        let through_selected = |stream: &Stream, accumulate| {
             let selected = BackwardTensors { row_stats: of_selected, accumulate, ..*selected };
             let context = LaunchContext { stream, workspace: scratch };
             let is_prepared = self.window.is_none();
-            let whole = WholeGrads { window_stats: of_window, sums: sums(is_last), is_prepared };
+            let merges_later = self.compression_first();
+            let whole = WholeGrads { window_stats: of_window, sums, is_prepared, merges_later };
             self.selected.launch_branch(&context, batch, (&selected, &whole), softmax_scale)
         };
         let Some((step, tables)) = self.window.as_ref().zip(self.plan.window_tables) else {
-            through_selected(false, false)?;
-            return through_compressed(shared.is_none(), true);
+            if !self.runs_beside() {
+                through_selected(stream, false)?;
+                return through_compressed(stream, true);
+            }
+            let of_compressed = |stream: &Stream| {
+                through_compressed(stream, false)?;
+                if !self.compression_first() {
+                    return Ok(());
+                }
+                let memory = (tables, &workspace);
+                [0, 1].into_iter().try_for_each(|c| {
+                    let grads = of_compression(c, tensors, compressed_grads, false);
+                    let mut parts = [GradientPart::Input, GradientPart::Parameters].into_iter();
+                    parts.try_for_each(|part| self.compress[c].backward(part, stream, batch, memory, &grads))
+                })
+            };
+            let works: [Work<'_, Error>; 2] = [&of_compressed, &|stream| through_selected(stream, false)];
+            return self.kernels.sides().take(stream)?.side_by_side(stream, &works);
         };
         let through_window = |accumulate| {
-            let branch = BranchGrads { row_stats: of_window, accumulate, sums: sums(false), ..BranchGrads::default() };
+            let branch = BranchGrads { row_stats: of_window, accumulate, sums, ..BranchGrads::default() };
             let tables = tables.tables(&workspace);
             step.launch(stream, batch, (&tables, &scratch), (window, &branch), softmax_scale)
         };
         if shared.is_some() {
             through_window(false)?;
-            through_compressed(false, false)?;
+            through_compressed(stream, false)?;
         } else {
-            through_compressed(false, false)?;
+            through_compressed(stream, false)?;
             through_window(true)?;
         }
-        through_selected(true, true)
+        through_selected(stream, true)
+    }
+
+    /// Whether compressed attention runs beside selected blocks and window in one pass: these have work for the whole device, and the few
+    /// CTAs of that go ahead of them.
+    fn runs_beside(&self) -> bool {
+        self.window.is_none() && self.plan.shares_query_sums
+    }
+
+    /// Whether gradients of keys and values go back through compression beside selected blocks and window, whose splits are added to them
+    /// later: not where there are no splits, nor where keys are rotated, whose gradient has to be complete.
+    fn compression_first(&self) -> bool {
+        let splits = self.selected.plan_value().attention().map_or(1, |plan| plan.splits);
+        self.runs_beside() && self.rope.is_none() && splits > 1
     }
 
     /// The scaled sums of gradients of queries of compressed attention, of the window, and of selected blocks that are done together
@@ -302,8 +350,7 @@ impl NsaBackward {
         [key, value]: &[TensorSpan<'_>; 2],
         row_stats: &[DeviceSpan<'_>; 3],
     ) -> SharedSums {
-        let key_bounds = self.plan.temporaries.key_bounds.address(&pass.workspace);
-        let [of_compressed, of_keys] = [0, BOUNDS_BYTES].map(|offset| key_bounds.offset(offset));
+        let [of_compressed, of_keys] = self.key_bounds(pass);
         let [compressed, selected, window] = row_stats;
         let bounds = |stats, keys| SumBounds { rows: pass.sizes.row_bounds(stats), keys };
         let selected = if self.window.is_none() { bounds(selected, of_keys) } else { SumBounds::default() };
@@ -316,43 +363,59 @@ impl NsaBackward {
                 cu_keys: pass.tables.cu_compressed,
                 bounds: of_compressed,
             },
-            is_last: false,
         }
     }
 
-    /// Back through rotation and compression: what reached compressed keys and values goes on to keys, values and parameters.
+    /// Back through rotation and compression: what reached compressed keys and values goes on to keys, values and parameters. Beside it
+    /// gradients of queries are made of sums that nobody did it for.
     fn leave_rows(
         &self,
         pass: &Pass<'_>,
         tensors: &NsaBackwardTensors<'_>,
+        branches: &Branches<'_>,
         compressed: &CompressedGrads<'_>,
     ) -> Result<()> {
-        let Pass { stream, ref workspace, sizes: Sizes { num_q_heads, num_kv_heads, .. }, .. } = *pass;
+        let Pass { stream, workspace, batch, ref tables, softmax_scale, sizes } = *pass;
+        let Sizes { num_q_heads, num_kv_heads, .. } = sizes;
+        let sums = branches.shared.as_ref().filter(|_| self.runs_beside());
+        let of_query = |stream: &Stream| {
+            if let Some(sums) = sums {
+                let memory = (tables, &self.plan.compressed_scratch.span(&workspace));
+                self.compressed.finish(stream, batch, memory, (&branches.compressed, sums), softmax_scale)?;
+            }
+            self.rotate_back(pass, stream, &RopeRows::Query, (&tensors.grad_query, num_q_heads))
+        };
+        let sides = self.kernels.sides().take(stream)?;
+        if self.compression_first() {
+            let of_splits = |stream: &Stream| {
+                let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
+                self.selected.merge_branch(&context, batch, &branches.selected, softmax_scale)
+            };
+            return sides.side_by_side::<Error>(stream, &[&of_splits, &of_query]);
+        }
         let windows = self.plan.problem.windows;
-        let rows = RopeRows::Compressed { windows, cu_compressed: self.plan.tables.compressed(workspace) };
+        let rows = RopeRows::Compressed { windows, cu_compressed: self.plan.tables.compressed(&workspace) };
         self.rotate_back(pass, stream, &rows, (&compressed[0], num_kv_heads))?;
-        let [keys, values] = [0, 1].map(|c| of_compression(c, tensors, compressed));
-        let memory = (&pass.tables, workspace);
+        let [keys, values] = [0, 1].map(|c| of_compression(c, tensors, compressed, true));
+        let memory = (tables, &workspace);
         let of_key = |stream: &Stream| {
             self.rotate_back(pass, stream, &RopeRows::Key, (&tensors.grad_key, num_kv_heads))?;
-            self.compress[0].backward(GradientPart::Input, stream, pass.batch, memory, &keys)
+            self.compress[0].backward(GradientPart::Input, stream, batch, memory, &keys)
         };
         let of_value = |stream: &Stream| {
             let parts = [GradientPart::Input, GradientPart::Parameters];
-            parts.into_iter().try_for_each(|part| self.compress[1].backward(part, stream, pass.batch, memory, &values))
+            parts.into_iter().try_for_each(|part| self.compress[1].backward(part, stream, batch, memory, &values))
         };
         let of_parameters =
-            |stream: &Stream| self.compress[0].backward(GradientPart::Parameters, stream, pass.batch, memory, &keys);
-        let of_query =
-            |stream: &Stream| self.rotate_back(pass, stream, &RopeRows::Query, (&tensors.grad_query, num_q_heads));
+            |stream: &Stream| self.compress[0].backward(GradientPart::Parameters, stream, batch, memory, &keys);
         let mut works: Vec<Work<'_, Error>> = vec![&of_key, &of_value];
         if keys.grad_weight.is_some() || keys.grad_position.is_some() {
             works.push(&of_parameters);
         }
-        if self.rope.is_some() {
+        if self.rope.is_some() || sums.is_some() {
             works.push(&of_query);
         }
-        self.kernels.sides().take(stream)?.side_by_side(stream, &works)
+        sides.side_by_side(stream, &works)
     }
 
     /// The gradient of rotated rows, in place.
@@ -368,11 +431,12 @@ impl NsaBackward {
     }
 }
 
-/// What the compression of keys, or of values, takes.
+/// What the compression of keys, or of values, takes; gradients of the input are added to, or written.
 fn of_compression<'a>(
     c: usize,
     tensors: &NsaBackwardTensors<'a>,
     compressed: &CompressedGrads<'a>,
+    accumulate: bool,
 ) -> CompressBackwardTensors<'a> {
     let (input, grad_input) = [(tensors.key, tensors.grad_key), (tensors.value, tensors.grad_value)][c];
     let (parameters, gradients) = (tensors.parameters[c], tensors.grad_parameters[c]);
@@ -384,6 +448,6 @@ fn of_compression<'a>(
         grad_input,
         grad_weight: gradients.weight,
         grad_position: gradients.position,
-        accumulate: true,
+        accumulate,
     }
 }

@@ -12,7 +12,7 @@ use crate::plan::{
 use crate::prepare::PrepareKernel;
 use crate::selected::SelectedForward;
 use crate::source::Kernel;
-use crate::stages::band::BandStep;
+use crate::stages::band::{BandBothStep, BandStep};
 use crate::stages::compress::CompressStep;
 use crate::stages::select::{SelectMemory, SelectStep};
 use crate::stages::tensors::passes;
@@ -38,9 +38,16 @@ pub struct NsaForward {
     compress: [CompressStep; 2],
     rope: Option<RopeTurn>,
     select: SelectStep,
-    selected: SelectedForward,
-    window: BandStep,
+    local: Local,
     replays: Replays,
+}
+
+/// Attention to the selected blocks and to the window.
+#[derive(Debug)]
+enum Local {
+    /// In one walk of all keys.
+    Both(BandBothStep),
+    Apart(Box<SelectedForward>, BandStep),
 }
 
 /// What the stages of one pass share.
@@ -75,15 +82,25 @@ impl NsaForward {
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
         let selected = SelectedPlan::with_lists(&plan.part().selected(), set, facts, &options, Lists::Selected);
         let mut all = pass.kernels(set, &[]);
-        all.push(plan.part().window().kernel(set, &plan.attention));
         all.extend(pass.select().kernels(set, plan.lists.is_one_pass()));
-        all.extend(selected.kernels(set));
+        if plan.window_goes_on {
+            all.push(pass.window_too_kernel(set));
+        } else {
+            all.push(plan.part().window().kernel(set, &plan.attention));
+            all.extend(selected.kernels(set));
+        }
         kernels.get(&all)?;
         let [key, value] = problem.with_kv_heads(plan.compress_heads).compress();
-        let mut window = BandStep::new(kernels, &plan.part().window(), plan.attention)?;
-        if let (true, Some(multiprocessors)) = (plan.is_halved(), plan.window_multiprocessors) {
-            window.multiprocessors = multiprocessors;
-        }
+        let local = if plan.window_goes_on {
+            let kernel = pass.window_too_kernel(set);
+            Local::Both(BandBothStep::new(kernels, &pass.window(), plan.attention, kernel)?)
+        } else {
+            let mut window = BandStep::new(kernels, &plan.part().window(), plan.attention)?;
+            if let (true, Some(multiprocessors)) = (plan.is_halved(), plan.window_multiprocessors) {
+                window.multiprocessors = multiprocessors;
+            }
+            Local::Apart(Box::new(SelectedForward::of(kernels, selected)?), window)
+        };
         Ok(Self {
             kernels: Arc::clone(kernels),
             prepare: kernels.one(&pass.specialisation(Kernel::Prepare, set))?,
@@ -93,8 +110,7 @@ impl NsaForward {
             ],
             rope: rope.map(|(rope, dim)| RopeTurn::plan(kernels, &pass.sizes, rope, dim)).transpose()?,
             select: SelectStep::new(kernels, &pass.select(), plan.attention, &plan.lists)?,
-            selected: SelectedForward::of(kernels, selected)?,
-            window,
+            local,
             replays: Replays::default(),
             plan,
         })
@@ -272,13 +288,31 @@ impl NsaForward {
         let memory = SelectMemory { tables, workspace: &workspace, scratch: &self.plan.scratch.span(&workspace) };
         let branch = self.branch(0, tensors);
         self.select.launch(stream, batch, memory, (&compressed, branch, lists), softmax_scale)?;
+        let (selected, window) = match &self.local {
+            Local::Both(both) => {
+                let works = [2, 1].map(|branch| (local_attention(branch, tensors, state), branch));
+                let works = works.each_ref().map(|(work, branch)| (work, self.branch(*branch as i32, tensors)));
+                return both.launch(stream, batch, tables, works, softmax_scale);
+            }
+            Local::Apart(selected, window) => (selected, window),
+        };
+        let launch_selected = |stream: &Stream, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>| {
+            let attention = local_attention(1, tensors, state);
+            let work = (&attention.selected(tensors.topk_indices), self.branch(1, tensors));
+            let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
+            selected.launch_branch(&context, batch, (work.0, work.1, tables), softmax_scale)
+        };
+        let launch_window = |stream: &Stream, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>| {
+            let work = (&local_attention(2, tensors, state), self.branch(2, tensors));
+            window.launch(stream, batch, tables, work, softmax_scale)
+        };
         if !self.plan.is_halved() {
             if self.plan.window_first(first) {
-                self.launch_window(pass, stream, tensors, state)?;
-                return self.launch_selected(pass, stream, tensors, state);
+                launch_window(stream, tensors, state)?;
+                return launch_selected(stream, tensors, state);
             }
-            self.launch_selected(pass, stream, tensors, state)?;
-            return self.launch_window(pass, stream, tensors, state);
+            launch_selected(stream, tensors, state)?;
+            return launch_window(stream, tensors, state);
         }
         let part = self.plan.part().sizes.num_kv_heads;
         let halves = [0, part].map(|first| {
@@ -290,8 +324,8 @@ impl NsaForward {
             let ((tensors, state), (others, state_of_others)) = (&halves[half], &halves[1 - half]);
             sides.fork(stream, 1)?;
             // First, because each of its CTAs needs a whole multiprocessor.
-            self.launch_window(pass, &sides.lanes[0], others, state_of_others)?;
-            self.launch_selected(pass, stream, tensors, state)?;
+            launch_window(&sides.lanes[0], others, state_of_others)?;
+            launch_selected(stream, tensors, state)?;
             sides.join(stream, 1)?;
         }
         Ok(())
@@ -305,33 +339,6 @@ impl NsaForward {
             accumulate: (number > 0).into(),
             discards: (!self.plan.saves).into(),
         }
-    }
-
-    /// Selected attention of the first heads of the tensors.
-    fn launch_selected(
-        &self,
-        pass: &Pass<'_>,
-        stream: &Stream,
-        tensors: &NsaForwardTensors<'_>,
-        state: &NsaSavedTensors<'_>,
-    ) -> Result<()> {
-        let selected = attention(1, [rotated(tensors, state)[1], tensors.value], tensors, state);
-        let selected = (&selected.selected(tensors.topk_indices), self.branch(1, tensors));
-        let context = LaunchContext { stream, workspace: self.plan.scratch.span(&pass.workspace) };
-        self.selected.launch_branch(&context, pass.batch, selected, pass.softmax_scale)
-    }
-
-    /// The window of the first heads of the tensors.
-    fn launch_window(
-        &self,
-        pass: &Pass<'_>,
-        stream: &Stream,
-        tensors: &NsaForwardTensors<'_>,
-        state: &NsaSavedTensors<'_>,
-    ) -> Result<()> {
-        let window = attention(2, [rotated(tensors, state)[1], tensors.value], tensors, state);
-        let branch = self.branch(2, tensors);
-        self.window.launch(stream, pass.batch, &pass.tables, (&window, branch), pass.softmax_scale)
     }
 
     /// What a pass keeps of the state, in the workspace. The rows of the branches are not written: any tensor of their shape stands for them.
@@ -363,6 +370,15 @@ impl NsaForward {
 /// Query and key as attention reads them.
 fn rotated<'a>(tensors: &NsaForwardTensors<'a>, state: &NsaSavedTensors<'a>) -> [TensorSpan<'a>; 2] {
     state.rotated.unwrap_or([tensors.query, tensors.key])
+}
+
+/// What attention to the selected blocks, or to the window, reads and writes.
+fn local_attention<'a>(
+    branch: usize,
+    tensors: &NsaForwardTensors<'a>,
+    state: &NsaSavedTensors<'a>,
+) -> AttentionTensors<'a> {
+    attention(branch, [rotated(tensors, state)[1], tensors.value], tensors, state)
 }
 
 /// What a branch reads and writes.
