@@ -21,6 +21,7 @@
 #include "block/band_pipeline.cuh"
 #include "block/branch_rows.cuh"
 #include "block/softmax.cuh"
+#include "tile/fragments.cuh"
 #if FSA_BLOCK_SCORES == 1
 #include "block/choice.cuh"
 #elif FSA_BLOCK_SCORES == 2
@@ -125,6 +126,9 @@ FSA_DEVICE void scale_rows(Columns& out, f32 low, f32 high) {
 // Whether what is read for a tile's results is on its way while the last product runs: not where registers or L1 are short.
 constexpr bool OPENS_EARLY = HEAD_DIM <= 128 && FSA_BLOCK_SCORES != 2;
 
+// Whether a step's probabilities are relative to the maximum of the steps before while that will do. Not where it is no faster (scores of blocks) or was not measured.
+constexpr bool KEEPS_MAXIMA = HEAD_DIM <= 128 && STEP_KEYS <= 128 && WALKS == 1 && !BLOCK_SCORES && !BLOCK_MASK;
+
 // Where a thread's two rows go, and what is there already.
 struct StoredRows {
     BranchRow low, high;
@@ -167,6 +171,33 @@ struct Consumer {
         carry_low = softmax_step<STEP_KEYS, false, false>(s, low, p.scale_log2, false, NO_LIMIT);
         carry_high = softmax_step<STEP_KEYS, true, false>(s, high, p.scale_log2, false, NO_LIMIT);
 #endif
+    }
+    // The scores of a step once more, by the warp alone.
+    FSA_DEVICE void score_again(Scores& s, u32 keys) const {
+        const u32 a = tall_address(m.query, thread_number() / 32 * 16), b = wide_address(keys, 0);
+        clear(s);
+        FSA_NO_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k) {
+            u32 rows[4];
+            load_matrices(rows, unit_address<CTA_ROWS>(a, k));
+            multiply_rows<STEP_KEYS>(s, rows, unit_address<STEP_KEYS>(b, k));
+        }
+    }
+    // As softmax, of a step after the first, but relative to the maximum of the steps before: any reference will do that is not far below the step's own, which then
+    // need not be found, nor is anything scaled. Where probabilities become too large, or a row has no maximum yet, softmax does it. Whether it did.
+    FSA_DEVICE bool softmax_kept(Scores& s, const BandWork& w, const RowLimits& limits, ListedBlocks blocks, int n, f32& carry_low, f32& carry_high) {
+        const bool sees_low = limits.end_low != 0, sees_high = limits.end_high != 0;    // rows that do not exist may have any scores
+        if (__all_sync(0xffffffffu, (low.max > neg_inf() || !sees_low) && (high.max > neg_inf() || !sees_high))) {
+            if (w.has_end(n)) mask_scores(s, limits.from(w.key(n)), neg_inf());
+            const f32 low_sum = kept_step<STEP_KEYS, false>(s, low.max, p.scale_log2), high_sum = kept_step<STEP_KEYS, true>(s, high.max, p.scale_log2);
+            if (!__any_sync(0xffffffffu, (low_sum > LARGE_SUM && sees_low) || (high_sum > LARGE_SUM && sees_high))) {
+                low.sum += low_sum;
+                high.sum += high_sum;
+                return false;
+            }
+            score_again(s, m.key(step + 1));
+        }
+        softmax(s, w, limits, blocks, n, carry_low, carry_high);
+        return true;
     }
     // Waits for the values of step n; true if NaN or infinity was cleared of them.
     FSA_DEVICE bool wait_for_values(const BandWork& w, int n) {
@@ -213,13 +244,19 @@ struct Consumer {
             give_turn();
             wgmma_wait<1>();
             wgmma_pin(s);
-            release_scored(w, n, step + 1);
-            softmax(s, w, limits, blocks, n, carry_low, carry_high);
+            bool scales = true;
+            if constexpr (KEEPS_MAXIMA) {
+                scales = softmax_kept(s, w, limits, blocks, n, carry_low, carry_high);
+                release_scored(w, n, step + 1);
+            } else {
+                release_scored(w, n, step + 1);
+                softmax(s, w, limits, blocks, n, carry_low, carry_high);
+            }
             wgmma_wait<0>();
             wgmma_pin(out);
             m.value_ring.release(step);
             if (dirty) add_nonfinite(out, p, w, w.key(n - 1), limits, lists.from(w.key(n - 1)));
-            scale_rows(out, carry_low, carry_high);
+            if (scales) scale_rows(out, carry_low, carry_high);
             FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
             ++step;
         }

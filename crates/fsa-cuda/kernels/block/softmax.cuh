@@ -7,6 +7,22 @@ struct RowState {
     f32 sum;    // of 2^(logit - reference), over this thread's columns only
 };
 constexpr int NO_LIMIT = 1 << 30;
+// Where a thread's sum of probabilities relative to an old maximum is too large: f16 ends at 2^16, and their products with values must not overflow.
+constexpr f32 LARGE_SUM = 0x1p12f;
+
+// Scores of one tile to probabilities relative to `max` in place; their sum over this thread's columns.
+template <int N, bool HIGH>
+FSA_DEVICE f32 kept_step(f32 (&s)[N / 2], f32 max, f32 scale_log2) {
+    const f32 reference = max == neg_inf() ? 0.0f : max;
+    f32 sum[2] = {0.0f, 0.0f};
+    FSA_UNROLL for (int i = 0; i < N / 8; ++i)
+        FSA_UNROLL for (int e = 0; e < 2; ++e) {
+            f32& x = s[4 * i + (HIGH ? 2 : 0) + e];
+            x = exp2_fast(fmaf(x, scale_log2, -reference));
+            sum[e] += x;
+        }
+    return sum[0] + sum[1];
+}
 
 // Scores of one tile to probabilities in place; returns the factor for what was summed before. Column c of the tile
 // counts iff c <= limit. HIGH picks the thread's second row. `first` says that nothing was summed before.
