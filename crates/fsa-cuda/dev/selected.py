@@ -87,8 +87,8 @@ class Selected:
         self.side = [torch.cuda.Stream(priority=0) for _ in range(p.buffers)]
         self.fast = [torch.cuda.Stream(priority=-5 if priority else 0) for _ in range(p.buffers)]
 
-    def build_index(self, first=0, heads=None, stream=None):
-        """The index of some kv heads; the first call also prepares the layout."""
+    def build_index(self, first=0, heads=None, stream=None, beside=None):
+        """The index of some kv heads; the first call also prepares the layout, after which `beside` launches what may run beside the rest."""
         p, module, heads = self.plan, Module.get("index.cuh", self.defines), heads or self.hk - first
         word = 4 * p.window_blocks
         warps = max(1, min(8, p.sub_tiles, 200 * 1024 // word)) if self.ordered else min(8, p.sub_tiles)
@@ -98,9 +98,12 @@ class Selected:
         grid = (p.num_subs, heads, ceil_div(p.max_blocks, p.window_blocks))
         if first == 0:
             module.launch("index_prepare", (1, 1, 1), 1024, 0, params, stream)
-        module.launch("index_count", grid, 256, word, params, stream)
-        module.launch("index_scan", (p.num_chunks, heads, 1), 1024, 0, params, stream)
-        module.launch("index_scatter", grid, 32 * warps, counters + (stage if staged else 0), params, stream)
+        if beside:
+            beside()
+        ahead = dict(priority=-1 if beside else 0)
+        module.launch("index_count", grid, 256, word, params, stream, **ahead)
+        module.launch("index_scan", (p.num_chunks, heads, 1), 1024, 0, params, stream, **ahead)
+        module.launch("index_scatter", grid, 32 * warps, counters + (stage if staged else 0), params, stream, **ahead)
 
     def index_ahead(self, main):
         """Builds the index on a stream of its own, a few kv heads at a time; returns a function that makes a stream wait for a kv head."""
@@ -165,7 +168,7 @@ class Selected:
 class SelectedBackward(Selected):
     """Some heads at a time: what the main kernel needs, one KV-major pass, gradients in 16 bits."""
 
-    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=None, buffers=None, query_partials=0, scaled_sums=1, heads=None, unit_heads=None, packs=1,
+    def __init__(self, query, key, value, topk_indices, block_size, *args, chunk_tokens=None, unit_entries=None, buffers=None, query_partials=0, scaled_sums=1, heads=None, unit_heads=None, packs=1, lanes_in_place=0,
                  priority=None, defines=None, **options):
         (total_q, hq, d), hk, topk = query.shape, key.shape[1], topk_indices.shape[2]
         query_partials = query_partials if sets.has_partials(block_size, d) else 0
@@ -203,7 +206,10 @@ class SelectedBackward(Selected):
             self.scratch["split_blocks"] = torch.empty(self.hk * self.index.max_split_blocks + 1, dtype=torch.int32, device=query.device)
             self.index.split_blocks = self.scratch["split_blocks"].data_ptr()
         self.row_stats = [torch.empty(self.heads, self.rows, 2, **f32) for _ in range(buffers)]
-        self.acc_query = [torch.empty(self.heads, self.rows, row_bytes // 4, **f32) for _ in range(buffers)]
+        lanes_in_place = lanes_in_place if self.scaled_sums else 0
+        self.in_place = [int(b >= buffers - lanes_in_place) for b in range(buffers)]
+        self.acc_query = [torch.empty(0 if in_place else self.heads, self.rows, row_bytes // 4, **f32) for in_place in self.in_place]
+        self.block_bounds = torch.empty(2 * self.hk * p.max_blocks if self.scaled_sums else 1, **f32)
         self.bounds = torch.empty(2 * (self.hk + self.hq), **f32)      # of keys, then of rows: see block/query_sums.cuh
         self.acc_kv = [torch.empty(2, self.kv_heads, self.sum_rows, d, **f32) for _ in range(buffers)]
 
@@ -219,22 +225,34 @@ class SelectedBackward(Selected):
         finish_rows = 256 // per_row * (1 if self.query_partials else 4)
         main = torch.cuda.current_stream()
         self.bounds.zero_()
-        self.build_index()
+
+        def bounds_of_blocks():
+            a = P.BackwardParams()
+            a.layout, a.index, a.key, a.value, a.group_size, a.block_bounds = self.layout, self.index, tensor(self.k), tensor(self.v), group, self.block_bounds.data_ptr()
+            self.side[0].wait_stream(main)
+            module.launch("backward_bounds", (p.max_blocks, self.hk, 1), 256, 0, a, self.side[0])
+
+        self.build_index(beside=bounds_of_blocks if self.scaled_sums else None)
+        if self.scaled_sums:
+            main.wait_stream(self.side[0])
         for stream in self.side:
             stream.wait_stream(main)
         for turn, kv_head in enumerate(range(0, self.hk, self.kv_heads)):
             b, kv_heads = turn % p.buffers, min(self.kv_heads, self.hk - kv_head)
             stream, acc, end = self.side[b], self.acc_query[b].data_ptr(), (kv_head + kv_heads) * group
+            row_step, head_step = (2 * grads[0].stride(0), 2 * grads[0].stride(1)) if self.in_place[b] else (2 * self.d, 2 * self.d * self.rows)       # of scaled sums
             for head in range(kv_head * group, end, self.heads):
                 heads = min(self.heads, end - head)
                 for chunk in range(p.num_chunks):
+                    if self.in_place[b]:
+                        acc = grads[0].data_ptr() + head * head_step
                     a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
                                          grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, *(tensor(x) for x in grads),
                                          self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(),
-                                         self.bounds.data_ptr() + 8 * self.hk, self.bounds.data_ptr(), (P.SumBounds * 3)(), self.sum_rows, self.scale * math.log2(math.e), self.scale, group,
+                                         self.bounds.data_ptr() + 8 * self.hk, self.bounds.data_ptr(), self.block_bounds.data_ptr(), (P.SumBounds * 3)(), self.sum_rows, row_step, head_step, self.scale * math.log2(math.e), self.scale, group,
                                          chunk, head, self.unit_heads, self.rows, int(self.owns_sums and chunk == 0 and head % group == 0),
-                                         int(self.finishes_sums and (head + heads) % group == 0), 0, total_kv, 0, 0, 0)
-                    first_blocks = p.max_blocks if head == kv_head * group and chunk == 0 else 0
+                                         int(self.finishes_sums and (head + heads) % group == 0), 0, total_kv, 0, 0, 0, self.in_place[b])
+                    first_blocks = ceil_div(p.max_blocks, 8) if head == kv_head * group and chunk == 0 else 0
                     last_blocks = (self.index.max_split_blocks if self.index.packs_sums else p.max_blocks) if head + heads == end and chunk == p.num_chunks - 1 else 0
                     module.launch("backward_prepare", (ceil_div(self.rows, 64) + first_blocks, heads, 1), 256, 0, a, stream, priority=self.priority)
                     module.launch("backward", (p.full_units + p.max_blocks, parts, heads // self.unit_heads), threads, shared, a, stream)

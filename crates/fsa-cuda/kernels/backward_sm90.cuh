@@ -26,17 +26,22 @@ typedef SwizzledTile<TILE_ROWS> RowTile;
 constexpr int DS_BYTES = 64 * 128;
 constexpr int STAGE_BYTES = 2 * RowTile::BYTES;
 constexpr u32 NO_ENTRY = 0xffffffffu;
+constexpr int MAX_UNIT_HEADS = 8;
 static_assert(!QUERY_PARTIALS || BLOCK_SIZE <= 128, "the two parts of a block of 256 would share a slot");
 constexpr int BACKWARD_CTAS = GROUPS == 1 ? 2 : 1;
 // dV while dS is computed, dK while dQ leaves: needs the fragments of P beside dP. Wider rows have no registers left for that.
 constexpr bool OVERLAP = HEAD_DIM <= 128;
 
-// Clears NaN and infinity in a tile that is there for all threads. A loop, whose addresses take no registers of the main loop.
+// Clears NaN and infinity in a tile that is there for all threads. A loop, whose addresses take no registers of the main loop; a few loads at a time.
 template <int BYTES, int THREADS>
 FSA_DEVICE void clean_keys(u32 tile) {
-    FSA_NO_UNROLL for (u32 at = tile + thread_number() * 16, end = tile + BYTES; at < end; at += THREADS * 16) {
-        const Vec4 v = load_shared(at);
-        store_shared(at, Vec4{finite_or_zero(v.x), finite_or_zero(v.y), finite_or_zero(v.z), finite_or_zero(v.w)});
+    constexpr int AHEAD = 4, STEP = THREADS * 16;
+    static_assert(BYTES % (AHEAD * STEP) == 0, "whole steps");
+    FSA_NO_UNROLL for (u32 at = tile + thread_number() * 16, end = tile + BYTES; at < end; at += AHEAD * STEP) {
+        Vec4 v[AHEAD];
+        FSA_UNROLL for (int i = 0; i < AHEAD; ++i) v[i] = load_shared(at + i * STEP);
+        FSA_UNROLL for (int i = 0; i < AHEAD; ++i)
+            store_shared(at + i * STEP, Vec4{finite_or_zero(v[i].x), finite_or_zero(v[i].y), finite_or_zero(v[i].z), finite_or_zero(v[i].w)});
     }
 }
 
@@ -91,6 +96,7 @@ FSA_DEVICE void finish_row(char* row, const Sums& acc, f32 scale, bool accumulat
 struct QueryRows {
     char* sums;                                     // with this lane's offset
     f32 scale;                                      // only with SCALED_SUMS
+    u32 row_bytes;                                  // of sums
     const u32* targets;                             // of the quad with an even number and of the next one, and 8 rows on
     FragmentRows partial_low, partial_high;         // only with QUERY_PARTIALS
 };
@@ -142,7 +148,7 @@ FSA_DEVICE void finish_query_gradients(Piece& acc, const QueryRows& rows) {
         store_fragment<false>(rows.partial_low, PIECE, acc, 1.0f);
         store_fragment<true>(rows.partial_high, PIECE, acc, 1.0f);
     } else {
-        auto sums = [&](int row) { return rows.sums + (u64)rows.targets[row] * QUERY_SUM_BYTES; };
+        auto sums = [&](int row) { return rows.sums + (u64)rows.targets[row] * rows.row_bytes; };
         if constexpr (SCALED_SUMS) {
             add_scaled_piece<PIECE, false>(sums(0), sums(1), acc, rows.scale);
             add_scaled_piece<PIECE, true>(sums(8), sums(9), acc, rows.scale);
@@ -197,6 +203,7 @@ struct Work {
     int heads;                      // whose rows were not gathered to the end
     int adds_head;                  // of the launch, whose grad_query is added to
     f32 scale;                      // of it
+    char* sums;                     // of the chunk's first row
     const u32* entries;
     int count;                      // entries
     int tiles;                      // of one head
@@ -211,6 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     __shared__ __align__(16) RowStats stats[2][TILE_ROWS];
     __shared__ i32 limits[2][TILE_ROWS];
     __shared__ u32 targets[2][TILE_ROWS];     // row of grad_query, or slot of the partial
+    __shared__ f32 scales[MAX_UNIT_HEADS];      // of the heads' sums
     __shared__ Work work;
     const Index& index = p.index;
     const int launch_head = blockIdx.z * p.unit_heads, head = p.first_head + launch_head, kv_head = head / p.group_size;
@@ -226,16 +234,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     const u32 key_tile = shared_address(shared), value_tile = key_tile + KeyTile::BYTES, stages = value_tile + KeyTile::BYTES;
     const u32 ds_tiles = stages + 2 * STAGE_BYTES;
 
+    // What the first rows wait for comes first.
+    const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
+    const int tile_row = warp * WARP_ROWS + lane % WARP_ROWS;       // whose entry this lane loads
+    const bool has_first = tile_row < unit.entry_count, has_next = TILE_ROWS + tile_row < unit.entry_count;
+    const u32 first_entry = has_first ? __ldg(entries + tile_row) : NO_ENTRY;
+    u32 next_entry = has_next ? __ldg(entries + TILE_ROWS + tile_row) : unit.entry_count > TILE_ROWS ? NO_ENTRY : first_entry;
     copy_rows<CTA_KEYS, THREADS>(key_tile, p.key, kv_head, unit.kv_row + part, keys);
     copy_rows<CTA_KEYS, THREADS>(value_tile, p.value, kv_head, unit.kv_row + part, keys);
+    // By several warps, because all wait for it.
     if (threadIdx.x == 0) {
         work.queries = tensor_row(p.query, chunk_token, head);
         work.grads = tensor_row(p.grad_out, chunk_token, head);
+    } else if (threadIdx.x == 32) {
         work.stats = row_stats_at(p, launch_head, 0);
+        work.sums = query_sums(p, launch_head - 1, chunk_token, 0);
+    } else if (threadIdx.x == 64) {
         work.heads = p.unit_heads;
         work.adds_head = launch_head - 1;
         work.tiles = ceil_div(unit.entry_count, TILE_ROWS);
-        work.entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
+        work.entries = entries;
         work.count = unit.entry_count;
         work.first_token = unit.first_token + part - chunk_token;
         work.kv_row = unit.kv_row + part;
@@ -244,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         work.alone = !unit.split;
     }
     __syncthreads();
-    auto tile_entry = [&](int first) {  // of row lane % WARP_ROWS of this warp's rows; unpacked when used, so that nothing waits here
+    auto tile_entry = [&](int first) {  // unpacked when used, so that nothing waits here
         const int row = first + warp * WARP_ROWS + lane % WARP_ROWS;
         return row < work.count ? __ldg(work.entries + row) : NO_ENTRY;
     };
@@ -268,9 +286,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         return partly;
     };
 
-    const u32 first_entry = tile_entry(0);
-    u32 next_entry = tile_entry(work.tiles > 1 ? TILE_ROWS : 0);
     bool masked = start_tile(0, first_entry), keys_clean = false;
+    if (SCALED_SUMS && threadIdx.x < p.unit_heads) scales[threadIdx.x] = launch_scale(p, launch_head + threadIdx.x).scale;
     const int key_low = group * 64 + (warp & 3) * 16 + lane / 4;
     Sums grad_key, grad_value;
     FSA_UNROLL for (int i = 0; i < HEAD_DIM / 2; ++i) grad_key[i] = grad_value[i] = 0.0f;
@@ -304,7 +321,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         if (tile == 0 && threadIdx.x == 0) {
             const int adds_head = work.adds_head + 1;
             work.adds_head = adds_head;
-            if (SCALED_SUMS) work.scale = launch_scale(p, adds_head).scale;
+            work.sums += SCALED_SUMS ? p.query_head_bytes : (i64)p.rows * QUERY_SUM_BYTES;
+            if (SCALED_SUMS) work.scale = scales[adds_head - blockIdx.z * p.unit_heads];
         }
         const bool ends = ends_head && work.heads == 0;
         f32 s[32], dp[32];
@@ -358,16 +376,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
 
         const int row = (warp & 3) * 16 + lane / 4;
         QueryRows rows;
-        const i64 head_row = (i64)work.adds_head * p.rows;
         if constexpr (QUERY_PARTIALS) {
-            char* partials = (char*)p.partial + head_row * index.slots * ROW_BYTES;
+            char* partials = (char*)p.partial + (i64)work.adds_head * p.rows * index.slots * ROW_BYTES;
             const u32 target_low = targets[stage][row], target_high = targets[stage][row + 8];
             rows.partial_low = fragment_rows(partials, target_low, target_low != NO_ENTRY);
             rows.partial_high = fragment_rows(partials, target_high, target_high != NO_ENTRY);
         } else {
             // A row that does not exist has probability zero and adds zeros to some row, another one for every unit (the same row for
             // all made the pass 1.6x slower): cheaper than a branch around every addition.
-            rows.sums = (char*)p.grad_query + head_row * QUERY_SUM_BYTES + (SCALED_SUMS && PIECE_GROUPS == 1 ? lane & 3 : lane & 7) * 16;
+            rows.row_bytes = SCALED_SUMS ? (u32)p.query_row_bytes : QUERY_SUM_BYTES;
+            rows.sums = work.sums + (SCALED_SUMS && PIECE_GROUPS == 1 ? lane & 3 : lane & 7) * 16;
             if (SCALED_SUMS) rows.scale = work.scale;
             rows.targets = &targets[stage][row & ~1];
         }

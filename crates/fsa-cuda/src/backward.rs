@@ -11,8 +11,12 @@ use crate::source::{QuerySums, Specialisation};
 use std::sync::Arc;
 
 /// Kernels of the file and what they take.
-pub(crate) const ENTRY_POINTS: &[(&str, &str)] =
-    &[("backward_prepare", "BackwardParams"), ("backward", "BackwardParams"), ("backward_finish", "BackwardParams")];
+pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
+    ("backward_bounds", "BackwardParams"),
+    ("backward_prepare", "BackwardParams"),
+    ("backward", "BackwardParams"),
+    ("backward_finish", "BackwardParams"),
+];
 
 /// Keys that a score tile covers.
 const TILE_KEYS: usize = 64;
@@ -20,13 +24,14 @@ const TILE_KEYS: usize = 64;
 const MAX_CTA_KEYS: usize = 128;
 /// Threads of a warpgroup.
 const WARPGROUP: usize = 128;
-/// Rows that a CTA of `backward_prepare` takes.
+/// Rows that a CTA of `backward_prepare` takes, or blocks.
 const PREPARE_ROWS: usize = 64;
+const PREPARE_BLOCKS: usize = 8;
 /// Rows that a thread of `backward_finish` takes part in, where they are no partials.
 const FINISH_STEPS: usize = 4;
 /// Rows from which on they go ahead of main kernels of other lanes, which would keep them waiting; shorter ones have soon ended.
 const AHEAD_ROWS: usize = 1 << 15;
-/// Threads of both.
+/// Threads of all but the main kernel.
 const SMALL_THREADS: usize = 256;
 
 /// The main kernel of the file: there are two for Hopper, and a portable one.
@@ -77,7 +82,8 @@ pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
     let main = Main::of(specialisation);
     let smem = smem_bytes(specialisation);
-    let small = [("PREPARE_ROWS", PREPARE_ROWS), ("FINISH_ROWS", finish_rows(specialisation))];
+    let finish_rows = finish_rows(specialisation);
+    let small = [("PREPARE_ROWS", PREPARE_ROWS), ("PREPARE_BLOCKS", PREPARE_BLOCKS), ("FINISH_ROWS", finish_rows)];
     if specialisation.set == KernelSet::Sm80 {
         let main = [("SMEM_BYTES", smem), ("WARPGROUP", main.threads), ("CTA_KEYS", main.cta_keys)];
         return main.into_iter().chain(small).collect();
@@ -109,6 +115,7 @@ pub(crate) fn finishes_sums(specialisation: &Specialisation) -> bool {
 /// The loaded kernels.
 #[derive(Debug)]
 pub(crate) struct BackwardKernels {
+    bounds: Function<BackwardParams>,
     prepare: Function<BackwardParams>,
     backward: Function<BackwardParams>,
     finish: Function<BackwardParams>,
@@ -125,11 +132,23 @@ pub(crate) struct Turn {
 impl BackwardKernels {
     pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
         Ok(Self {
+            bounds: module.function("backward_bounds")?,
             prepare: module.function("backward_prepare")?,
             backward: module.function("backward")?,
             finish: module.function("backward_finish")?,
             specialisation: *specialisation,
         })
+    }
+
+    /// What bounds the keys of every block of some kv heads, from which the bounds of the heads follow.
+    pub(crate) fn launch_bounds(
+        &self,
+        stream: &Stream,
+        plan: &IndexPlan,
+        kv_heads: usize,
+        params: &BackwardParams,
+    ) -> Result<()> {
+        self.bounds.launch(stream, dims([plan.max_blocks as u32, kv_heads as u32, 1], SMALL_THREADS), params)
     }
 
     /// All that some query heads and the rows of a chunk have part in: gradients of the queries, and sums of keys, which become
@@ -151,7 +170,7 @@ impl BackwardKernels {
                 kernel.launch_ahead(stream, dims, params)
             }
         };
-        let of_blocks = if turn.is_first { plan.max_blocks } else { 0 };
+        let of_blocks = if turn.is_first { plan.max_blocks.div_ceil(PREPARE_BLOCKS) } else { 0 };
         small(&self.prepare, rows.div_ceil(PREPARE_ROWS) + of_blocks)?;
         let main = Main::of(&self.specialisation);
         let grid = [plan.max_units() as u32, main.parts as u32, heads / params.unit_heads as u32];

@@ -2,9 +2,9 @@
 //!
 //! Kernel file: `kernels/block_mask.cuh`.
 
-use crate::driver::{Function, LaunchDims, Module, Stream};
+use crate::driver::{Address, Function, LaunchDims, Module, Stream};
 use crate::error::Result;
-use crate::params::BlockMaskParams;
+use crate::params::{BlockMask, BlockMaskParams};
 use crate::plan::MAX_TOPK;
 use crate::source::Specialisation;
 use std::sync::Arc;
@@ -36,5 +36,22 @@ impl BlockMaskKernel {
         let grid = [params.band.mask.num_tiles as u32, num_kv_heads as u32, 1];
         let dims = LaunchDims { grid, threads: THREADS as u32, smem_bytes: 0, overlaps: false };
         self.block_mask.launch_ahead(stream, dims, params)
+    }
+}
+
+impl BlockMask {
+    /// That of the kv heads from `first` on; none stays none.
+    pub(crate) fn kv_heads_from(&self, first: usize, total_q: usize) -> Self {
+        let at = |address: Address, words: usize| address.offset(first * words * size_of::<u32>());
+        if self.rows == Address::default() {
+            return *self;
+        }
+        let (words, max_steps, num_tiles) = (self.words as usize, self.max_steps as usize, self.num_tiles as usize);
+        Self {
+            rows: at(self.rows, total_q * words),
+            steps: at(self.steps, num_tiles * max_steps),
+            step_counts: at(self.step_counts, num_tiles),
+            ..*self
+        }
     }
 }

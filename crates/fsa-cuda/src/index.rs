@@ -50,6 +50,18 @@ impl IndexKernels {
         kv_heads: usize,
         params: &IndexParams,
     ) -> Result<()> {
+        self.launch_beside(stream, plan, kv_heads, params, None::<fn() -> Result<()>>)
+    }
+
+    /// The same, where `beside` gives work to another stream that needs nothing but tiles and blocks: the index goes ahead of that.
+    pub(crate) fn launch_beside(
+        &self,
+        stream: &Stream,
+        plan: &IndexPlan,
+        kv_heads: usize,
+        params: &IndexParams,
+        beside: Option<impl FnOnce() -> Result<()>>,
+    ) -> Result<()> {
         let windows = plan.max_blocks.div_ceil(plan.window_blocks);
         let pieces = [plan.num_subs as u32, kv_heads as u32, windows as u32];
         let counters_bytes = (plan.window_blocks * size_of::<i32>()) as u32;
@@ -57,10 +69,14 @@ impl IndexKernels {
         if params.first_kv_head == 0 {
             self.prepare.launch(stream, dims([1, 1, 1], SCAN_THREADS, 0), params)?;
         }
-        self.count.launch(stream, dims(pieces, COUNT_THREADS, counters_bytes), params)?;
-        let chunks = [plan.num_chunks as u32, kv_heads as u32, 1];
-        self.scan.launch(stream, dims(chunks, SCAN_THREADS, 0), params)?;
+        let is_ahead = beside.is_some();
+        beside.map_or(Ok(()), |beside| beside())?;
+        let launch = |kernel: &Function<IndexParams>, dims: LaunchDims| {
+            if is_ahead { kernel.launch_ahead(stream, dims, params) } else { kernel.launch(stream, dims, params) }
+        };
+        launch(&self.count, dims(pieces, COUNT_THREADS, counters_bytes))?;
+        launch(&self.scan, dims([plan.num_chunks as u32, kv_heads as u32, 1], SCAN_THREADS, 0))?;
         let threads = 32 * plan.scatter_warps as u32;
-        self.scatter.launch(stream, dims(pieces, threads, plan.scatter_smem_bytes() as u32), params)
+        launch(&self.scatter, dims(pieces, threads, plan.scatter_smem_bytes() as u32))
     }
 }

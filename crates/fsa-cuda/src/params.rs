@@ -202,8 +202,11 @@ device_structs! {
         grad_value: Address,
         row_bounds: Address,
         key_bounds: Address,
+        block_bounds: Address,
         sums: [SumBounds; 3],
         sum_rows: i64,
+        query_row_bytes: i64,
+        query_head_bytes: i64,
         scale_log2: f32,
         scale: f32,
         group_size: i32,
@@ -218,6 +221,7 @@ device_structs! {
         given_stats: i32,
         accumulate: i32,
         accumulate_keys: i32,
+        in_place: i32,
     }
 
     /// A `[tokens, heads, head_dim]` tensor as the bulk copy engine sees it; see `TensorMap` in `driver`.
@@ -471,23 +475,6 @@ impl Branch {
         let strides = [sum.row_stride, sum.head_stride, gates.row_stride, gates.head_stride];
         let words = strides.into_iter().chain([number, accumulate, discards].map(i64::from));
         [sum.data.0, gates.data.0].into_iter().chain(words.map(|word| word as u64))
-    }
-}
-
-impl BlockMask {
-    /// That of the kv heads from `first` on; none stays none.
-    pub(crate) fn kv_heads_from(&self, first: usize, total_q: usize) -> Self {
-        let at = |address: Address, words: usize| address.offset(first * words * size_of::<u32>());
-        if self.rows == Address::default() {
-            return *self;
-        }
-        let (words, max_steps, num_tiles) = (self.words as usize, self.max_steps as usize, self.num_tiles as usize);
-        Self {
-            rows: at(self.rows, total_q * words),
-            steps: at(self.steps, num_tiles * max_steps),
-            step_counts: at(self.step_counts, num_tiles),
-            ..*self
-        }
     }
 }
 

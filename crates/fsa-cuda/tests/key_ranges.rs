@@ -120,7 +120,7 @@ impl Call {
 
     fn plan(&self, budget_bytes: usize) -> SelectedBackward {
         let route = Some(Route::KvOuter);
-        self.plan_with(&PlanOptions { budget_bytes, route, ..PlanOptions::default() })
+        self.plan_with(&PlanOptions { budget_bytes, route, adds_to_grads: true, ..PlanOptions::default() })
     }
 
     fn plan_with(&self, options: &PlanOptions) -> SelectedBackward {
@@ -216,6 +216,22 @@ fn ranges_of_keys_give_the_gradients_of_all_keys_at_once() {
 
 #[test]
 #[ignore = "needs a CUDA device"]
+fn sums_in_place_give_the_gradients_of_sums_in_memory_of_their_own() {
+    let call = Call::new();
+    let plan = |budget_bytes| {
+        let route = Some(Route::KvOuter);
+        call.plan_with(&PlanOptions { budget_bytes, route, ..PlanOptions::default() })
+    };
+    let apart = plan(usize::MAX / 2);
+    let in_place = plan(apart.workspace_bytes() - call.problem.topk_indices_bytes() - 1);
+    let (lanes, range_keys) = (kv_outer(&in_place).lanes, kv_outer(&in_place).range_keys);
+    assert_eq!((kv_outer(&apart).lanes_in_place, kv_outer(&in_place).lanes_in_place), (0, lanes));
+    assert_eq!(range_keys, call.problem.total_kv);
+    compare(&call.gradients(&apart, &Given::default()), &call.gradients(&in_place, &Given::default()));
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
 fn gates_in_the_statistics_of_rows_are_gates_of_grad_out_and_gradients_are_added() {
     let call = Call::new();
     // Powers of two, so that the gates of grad_out round nothing.
@@ -228,7 +244,7 @@ fn gates_in_the_statistics_of_rows_are_gates_of_grad_out_and_gradients_are_added
         .collect();
     let (gated, stats) = (uploaded(&call.kernels, &call.stream, &gated), call.row_stats(&gates));
     for (deterministic, route) in [(false, Route::KvOuter), (true, Route::KvOuter), (false, Route::DenseMasked)] {
-        let options = PlanOptions { deterministic, route: Some(route), ..PlanOptions::default() };
+        let options = PlanOptions { deterministic, route: Some(route), adds_to_grads: true, ..PlanOptions::default() };
         let backward = call.plan_with(&options);
         assert_eq!(backward.plan_value().route(), route);
         let expected = call.gradients(&backward, &Given { grad_out: Some(&gated), ..Given::default() });

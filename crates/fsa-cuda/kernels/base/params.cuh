@@ -157,7 +157,7 @@ struct BackwardParams {
     const f32* lse;             // [num_q_heads, total_q], natural log
     const f32* grad_lse;        // the same shape, or null
     f32* row_stats;             // [heads in launch, rows] statistics of rows (block/row_stats.cuh), or [num_q_heads, total_q] given by the caller
-    void* grad_query;           // [heads in launch, rows, HEAD_DIM] f32 or scaled f16, fragment order
+    void* grad_query;           // [heads in launch, rows, HEAD_DIM] f32 or scaled f16, fragment order; in_place: grad_query_out from the launch's first head on
     void* partial;              // [heads in launch, rows, slots, HEAD_DIM] instead, with FSA_QUERY_PARTIALS
     Tensor grad_query_out;      // targets
     Tensor grad_key_out, grad_value_out;
@@ -166,14 +166,17 @@ struct BackwardParams {
     f32* grad_value;            // the same
     RowBounds* row_bounds;      // [num_q_heads], or one given by the caller for all; zero before the first launch. With FSA_SCALED_SUMS
     KeyBounds* key_bounds;      // [num_kv_heads], the same
+    KeyBounds* block_bounds;    // [num_kv_heads, max_blocks] of the keys of a block
     SumBounds sums[3];          // where grad_query_out holds sums of other attentions, those of BandBackwardParams: it becomes the gradient of all
     i64 sum_rows;               // rows of the sums of a kv head; without packs_sums the first is that of first_key
+    i64 query_row_bytes;        // with FSA_SCALED_SUMS: from row to row and from head to head of grad_query
+    i64 query_head_bytes;
     f32 scale_log2;
     f32 scale;
     i32 group_size;
     i32 chunk;
     i32 first_head;             // query head of the launch's first
-    i32 unit_heads;             // heads of the launch that a unit takes in turn, all of one kv head; portable kernels and partials: 1
+    i32 unit_heads;             // heads of the launch that a unit takes in turn, all of one kv head, at most MAX_UNIT_HEADS; portable kernels and partials: 1
     i32 rows;                   // rows that one head has in row_stats, grad_query and partial
     i32 first_sums;             // 1: nothing was added to grad_key and grad_value yet, and no two heads of the launch share them
     i32 finish_sums;            // 1: nothing will be, and no two heads do: a block's only unit writes rows of grad_key_out and grad_value_out
@@ -182,6 +185,7 @@ struct BackwardParams {
     i32 given_stats;            // 1: row_stats are the caller's, and may say that gates are negative
     i32 accumulate;             // 1: grad_query_out is added to
     i32 accumulate_keys;        // 1: grad_key_out and grad_value_out are
+    i32 in_place;               // 1: grad_query_out holds its rows' scaled sums until backward_finish makes gradients of them
 };
 
 // Which blocks of keys a row lists, and the steps of keys that the rows of a tile list. Made by block_mask from lists of blocks.

@@ -37,6 +37,13 @@ FSA_DEVICE RowStats* row_stats_at(const BackwardParams& p, int launch_head, int 
     return (RowStats*)p.row_stats + ((i64)(p.first_head + launch_head) * p.layout.total_q + p.layout.chunk_token[p.chunk] + token);
 }
 
+// Sums of grad_query of a row of the launch's head `launch_head`, `row` being relative to the chunk, which begins at row `first`: in memory of their own, or where
+// the gradient will be.
+FSA_DEVICE char* query_sums(const BackwardParams& p, int launch_head, int first, i64 row) {
+    if constexpr (!SCALED_SUMS) return (char*)p.grad_query + ((i64)launch_head * p.rows + row) * QUERY_SUM_BYTES;
+    return (char*)p.grad_query + (row + (p.in_place ? first : 0)) * p.query_row_bytes + launch_head * p.query_head_bytes;
+}
+
 // 16 bytes of a row that a gradient is added to, as words in fragment order; zeros for a row that is only written. All lanes of a quad take part.
 FSA_DEVICE Vec4 words_before(const char* row, bool accumulate, bool present) {
     Vec4 v = {0, 0, 0, 0};
@@ -67,7 +74,7 @@ FSA_DEVICE SumScale launch_scale(const BackwardParams& p, int launch_head) {
 FSA_DEVICE f32 dot_pairs(f32 sum, u32 a, u32 b) { return fmaf(unpack_lo(a), unpack_lo(b), fmaf(unpack_hi(a), unpack_hi(b), sum)); }
 
 // The kernels below take places of ctas of the main one for as long as their loads take, so no load waits for another that it does not need.
-// A cta has rows of a head of the launch, or a block of a kv head; those of blocks come last, where the grid has them.
+// A cta has rows of a head of the launch, or blocks of a kv head; those of blocks come last, where the grid has them.
 FSA_DEVICE int block_cta(const BackwardParams& p, int rows) { return (int)blockIdx.x - ceil_div(p.rows, rows); }
 // The launch's head of a cta of rows, the last first: the main kernel goes from the first to the last, so it finds the first in L2 and leaves the last there.
 FSA_DEVICE int rows_head() { return gridDim.y - 1 - blockIdx.y; }
@@ -83,6 +90,15 @@ FSA_DEVICE ChunkRows chunk_rows(const BackwardParams& p) {
     return {p.layout.chunk_token[p.chunk], p.layout.chunk_token[p.chunk + 1]};
 }
 
+// Rows of key and value of a block; none where there is no such block.
+struct KeyRows {
+    int first, count;
+};
+FSA_DEVICE KeyRows block_rows(const Layout& layout, int block) {
+    const int s = find_sequence(layout.block_base, layout.batch, block), end = layout.cu_seqlens_kv[s + 1];
+    const int first = layout.cu_seqlens_kv[s] + (block - layout.block_base[s]) * BLOCK_SIZE;
+    return {first, max_i(min_i(BLOCK_SIZE, end - first), 0)};
+}
 // A block of the launch's kv head blockIdx.y.
 struct KeyBlock {
     int row, keys;      // of key and value; no keys where there is no such block, or the launch does not do it
@@ -90,18 +106,16 @@ struct KeyBlock {
     FSA_DEVICE i64 first_sum(const BackwardParams& p) const { return (blockIdx.y * p.sum_rows + sums) * HEAD_DIM; }
 };
 FSA_DEVICE KeyBlock key_block(const BackwardParams& p, int block) {
-    const Layout& layout = p.layout;
     const i64 kv_head = p.first_head / p.group_size + blockIdx.y;
-    const int s = find_sequence(layout.block_base, layout.batch, block), end = layout.cu_seqlens_kv[s + 1];
-    const int row = layout.cu_seqlens_kv[s] + (block - layout.block_base[s]) * BLOCK_SIZE;
+    const KeyRows rows = block_rows(p.layout, block);
     const i32* sums = p.index.block_sums;
-    return {row, in_range(p, row) ? max_i(min_i(BLOCK_SIZE, end - row), 0) : 0, sums ? sums[kv_head * p.index.max_blocks + block] : row};
+    return {rows.first, in_range(p, rows.first) ? rows.count : 0, sums ? sums[kv_head * p.index.max_blocks + block] : rows.first};
 }
 
 // Zeros for the rows' sums of grad_query, and their statistics, unless they are the caller's. A lane per 16 bytes of a row, eight rows a warp whose loads are
 // under way together.
 constexpr int DELTA_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;
-constexpr int DELTA_STEPS = 8 * DELTA_LANES / 32, PREPARE_ROWS = 64;    // of a cta
+constexpr int DELTA_STEPS = 8 * DELTA_LANES / 32, PREPARE_ROWS = 64, PREPARE_BLOCKS = 8;    // of a cta
 FSA_DEVICE f32 sum_lanes(f32 x) {
     FSA_UNROLL for (int delta = DELTA_LANES / 2; delta > 0; delta /= 2) x += __shfl_xor_sync(0xffffffffu, x, delta);
     return x;
@@ -113,7 +127,7 @@ FSA_DEVICE void prepare_rows(const BackwardParams& p) {
     auto token = [&](int step) { return first + step * (32 / DELTA_LANES); };
     auto exists = [&](int step) { return piece < HEAD_DIM / 8 && token(step) < rows.end; };
     auto clear = [&](int step) {
-        char* sums = (char*)p.grad_query + ((i64)launch_head * p.rows + token(step) - rows.first) * QUERY_SUM_BYTES + piece * 16;
+        char* sums = query_sums(p, launch_head, rows.first, token(step) - rows.first) + piece * 16;
         FSA_UNROLL for (int at = 0; at < QUERY_SUM_BYTES; at += ROW_BYTES) store_global(sums + at, Vec4{0, 0, 0, 0});
     };
     if (p.given_stats) {
@@ -146,25 +160,40 @@ FSA_DEVICE void prepare_rows(const BackwardParams& p) {
     if constexpr (SCALED_SUMS) raise_bounds<256>(&p.row_bounds[head].grad, most.grad, most.delta);
 }
 
-// Before the main kernel. Of blocks: bounds of their keys, zeros for sums that units will be added to, and for gradients where no row lists the block.
+// Before the main kernel. Of blocks: the bounds of those that rows list, zeros for sums that units will be added to, and for gradients where no row lists the block.
 extern "C" __global__ void __launch_bounds__(256) backward_prepare(const __grid_constant__ BackwardParams p) {
     const int number = block_cta(p, PREPARE_ROWS), kv_head = p.first_head / p.group_size + blockIdx.y;
     if (number < 0) return prepare_rows(p);
     if (blockIdx.y >= launch_kv_heads(p)) return;
-    const KeyBlock block = key_block(p, number);
-    if (SCALED_SUMS && block.sums != LISTED_BY_NONE) raise_key_bounds<256>(p.key_bounds + kv_head, p.key, p.value, kv_head, block.row, block.keys);
-    if (block.sums >= 0) {
-        for (int n = threadIdx.x; n < block.keys * ROW_WORDS; n += 256) {
-            store_global(p.grad_key + block.first_sum(p) + 4 * n, Vec4{0, 0, 0, 0});
-            store_global(p.grad_value + block.first_sum(p) + 4 * n, Vec4{0, 0, 0, 0});
-        }
-    } else if (block.sums == LISTED_BY_NONE && !p.accumulate_keys) {
-        for (int n = threadIdx.x; n < block.keys * (HEAD_DIM / 8); n += 256) {
-            const int row = block.row + n / (HEAD_DIM / 8), at = n % (HEAD_DIM / 8) * 16;
-            store_global((char*)tensor_row(p.grad_key_out, row, kv_head) + at, Vec4{0, 0, 0, 0});
-            store_global((char*)tensor_row(p.grad_value_out, row, kv_head) + at, Vec4{0, 0, 0, 0});
+    // A block a warp; those of one cta lie far apart, because blocks of several units, whose sums become zero, are neighbours.
+    const int blocks = p.index.max_blocks, at = number + ceil_div(blocks, PREPARE_BLOCKS) * (threadIdx.x / 32), lane = threadIdx.x & 31;
+    KeyBounds most = {0, 0};
+    if (at < blocks) {
+        const KeyBlock block = key_block(p, at);
+        if (SCALED_SUMS && block.sums != LISTED_BY_NONE && block.keys > 0) most = p.block_bounds[(i64)kv_head * blocks + at];
+        if (block.sums >= 0) {
+            for (int n = lane; n < block.keys * ROW_WORDS; n += 32) {
+                store_global(p.grad_key + block.first_sum(p) + 4 * n, Vec4{0, 0, 0, 0});
+                store_global(p.grad_value + block.first_sum(p) + 4 * n, Vec4{0, 0, 0, 0});
+            }
+        } else if (block.sums == LISTED_BY_NONE && !p.accumulate_keys) {
+            for (int n = lane; n < block.keys * (HEAD_DIM / 8); n += 32) {
+                const int row = block.row + n / (HEAD_DIM / 8), column = n % (HEAD_DIM / 8) * 16;
+                store_global((char*)tensor_row(p.grad_key_out, row, kv_head) + column, Vec4{0, 0, 0, 0});
+                store_global((char*)tensor_row(p.grad_value_out, row, kv_head) + column, Vec4{0, 0, 0, 0});
+            }
         }
     }
+    if constexpr (SCALED_SUMS) raise_bounds<256>(&p.key_bounds[kv_head].key, most.key, most.value);
+}
+
+// Beside the index: what bounds the keys of every block, for all kv heads from that of first_head on. Which blocks count, the index says later.
+extern "C" __global__ void __launch_bounds__(256) backward_bounds(const __grid_constant__ BackwardParams p) {
+    const int kv_head = p.first_head / p.group_size + blockIdx.y, block = blockIdx.x;
+    const KeyRows rows = block_rows(p.layout, block);
+    const KeyBounds mine = thread_key_bounds<256>(p.key, p.value, kv_head, rows.first, rows.count);
+    const u32 bits = cta_bound<256>(mine.key, mine.value);
+    if (threadIdx.x < 2) (&p.block_bounds[(i64)kv_head * p.index.max_blocks + block].key)[threadIdx.x] = bits;
 }
 
 // grad_query of rows, from scaled f16 or f32 sums or 16-bit partials, times the softmax scale.
@@ -212,14 +241,14 @@ FSA_DEVICE void finish_rows(const BackwardParams& p) {
     const int first = blockIdx.x * FINISH_ROWS + threadIdx.x / FINISH_LANES, lane = threadIdx.x % FINISH_LANES;
     const int launch_head = rows_head(), head = p.first_head + launch_head;
     auto present = [&](int step) { return threadIdx.x < STEP_ROWS * FINISH_LANES && first + step * STEP_ROWS < chunk.end - chunk.first; };
-    const char* sums = (const char*)p.grad_query + ((i64)launch_head * p.rows + first) * QUERY_SUM_BYTES + lane * 16;
+    auto sums = [&](int step) { return query_sums(p, launch_head, chunk.first, first + step * STEP_ROWS) + lane * 16; };
     auto target = [&](int step) { return (char*)tensor_row(p.grad_query_out, chunk.first + first + step * STEP_ROWS, head); };
     const bool adds_sums = SCALED_SUMS && p.sums[0].rows != nullptr;        // to scaled f16 of other attentions
     Vec4 v[FINISH_STEPS], before[FINISH_STEPS];
     FSA_UNROLL for (int step = 0; step < FINISH_STEPS; ++step) {
         v[step] = before[step] = Vec4{0, 0, 0, 0};
         if (!present(step)) continue;
-        v[step] = load_global_once(sums + step * STEP_ROWS * QUERY_SUM_BYTES);
+        v[step] = load_global_once(sums(step));
         if (SCALED_SUMS && (adds_sums || p.accumulate)) before[step] = load_global_once(target(step) + lane * 16);
     }
     f32 inverse = 1.0f, other_inverse = 1.0f;

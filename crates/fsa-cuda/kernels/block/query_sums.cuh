@@ -26,17 +26,22 @@ FSA_DEVICE void raise_bound(u32* bound, u32 bits) {
     bits = __reduce_max_sync(0xffffffffu, bits);
     if ((threadIdx.x & 31) == 0 && bits > load_relaxed(bound)) max_global(bound, bits);
 }
-// Raises two bounds that lie side by side to the largest of a cta, once: additions to one word follow one another, and every cta has them.
+// The largest of a cta of two bounds: thread 0 gets that of the first, thread 1 that of the second.
 template <int THREADS>
-FSA_DEVICE void raise_bounds(u32* bounds, u32 first, u32 second) {
+FSA_DEVICE u32 cta_bound(u32 first, u32 second) {
     __shared__ u32 most[2][THREADS / 32];
     first = __reduce_max_sync(0xffffffffu, first), second = __reduce_max_sync(0xffffffffu, second);
     if ((threadIdx.x & 31) == 0) most[0][threadIdx.x / 32] = first, most[1][threadIdx.x / 32] = second;
     __syncthreads();
-    if (threadIdx.x >= 2) return;
     u32 bits = 0;
-    FSA_UNROLL for (int warp = 0; warp < THREADS / 32; ++warp) bits = max_u(bits, most[threadIdx.x][warp]);
-    if (bits > load_relaxed(bounds + threadIdx.x)) max_global(bounds + threadIdx.x, bits);
+    if (threadIdx.x < 2) FSA_UNROLL for (int warp = 0; warp < THREADS / 32; ++warp) bits = max_u(bits, most[threadIdx.x][warp]);
+    return bits;
+}
+// Raises two bounds that lie side by side to the largest of a cta, once: additions to one word follow one another, and every cta has them.
+template <int THREADS>
+FSA_DEVICE void raise_bounds(u32* bounds, u32 first, u32 second) {
+    const u32 bits = cta_bound<THREADS>(first, second);
+    if (threadIdx.x < 2 && bits > load_relaxed(bounds + threadIdx.x)) max_global(bounds + threadIdx.x, bits);
 }
 
 // Sum of the sizes of the elements of a piece.
@@ -59,9 +64,9 @@ struct LargestElement {
     FSA_DEVICE u32 bits() const { return __float_as_uint(unpack_hi(max_u(low, high))); }
 };
 
-// Raises the bounds of a head by `rows` rows of key and value from `first` on. All threads of a cta of THREADS.
+// Bounds of what this thread of a cta of THREADS has of `rows` rows of key and value from `first` on.
 template <int THREADS>
-FSA_DEVICE void raise_key_bounds(KeyBounds* bounds, const Tensor& key, const Tensor& value, int head, i64 first, int rows) {
+FSA_DEVICE KeyBounds thread_key_bounds(const Tensor& key, const Tensor& value, int head, i64 first, int rows) {
     constexpr int PIECES_OF_ROW = HEAD_DIM / 8, AHEAD = 4;      // loads of each that are under way together
     LargestElement of_key, of_value;
     for (int n = thread_number(); n < rows * PIECES_OF_ROW; n += AHEAD * THREADS) {
@@ -76,7 +81,13 @@ FSA_DEVICE void raise_key_bounds(KeyBounds* bounds, const Tensor& key, const Ten
         }
         FSA_UNROLL for (int i = 0; i < AHEAD; ++i) of_key.add(k[i]), of_value.add(v[i]);
     }
-    raise_bounds<THREADS>(&bounds->key, of_key.bits(), of_value.bits());
+    return {of_key.bits(), of_value.bits()};
+}
+// Raises the bounds of a head by these rows. All threads of the cta.
+template <int THREADS>
+FSA_DEVICE void raise_key_bounds(KeyBounds* bounds, const Tensor& key, const Tensor& value, int head, i64 first, int rows) {
+    const KeyBounds most = thread_key_bounds<THREADS>(key, value, head, first, rows);
+    raise_bounds<THREADS>(&bounds->key, most.key, most.value);
 }
 
 // Factor of the sums, and what takes it back. Sums stay below 2^13 and not 2^16, because probabilities of logits in the millions sum to 1 only roughly.

@@ -74,9 +74,13 @@ pub struct BackwardPlan {
     pub finishes_sums: bool,
     /// Lanes.
     pub lanes: usize,
+    /// Of these, those whose sums of gradients of queries are where the gradients will be, the last ones.
+    pub lanes_in_place: usize,
     sums: Vec<LaneSums>,
     /// Bounds of keys, a pair per kv head, then of rows, a pair per query head: the scale of sums follows from them.
     pub(crate) bounds: Slot,
+    /// Bounds of the keys of every block, a pair each, of the kv heads that share an index.
+    pub(crate) block_bounds: Slot,
     /// Scratch memory.
     pub workspace: Workspace,
 }
@@ -87,8 +91,22 @@ pub(crate) struct LaneSums {
     pub row_stats: Slot,
     /// Sums, or a partial per row and slot.
     pub grad_query: Slot,
+    /// The sums have no memory of their own: they are in `grad_query` of the caller.
+    pub in_place: bool,
     pub grad_key: Slot,
     pub grad_value: Slot,
+}
+
+impl LaneSums {
+    fn new(in_place: bool, [stats, query, key]: [usize; 3], workspace: &mut Workspace) -> Self {
+        Self {
+            row_stats: workspace.add("row_stats", stats),
+            grad_query: workspace.add("grad_query", if in_place { 0 } else { query }),
+            in_place,
+            grad_key: workspace.add("grad_key", key),
+            grad_value: workspace.add("grad_value", key),
+        }
+    }
 }
 
 /// What is tried.
@@ -97,6 +115,7 @@ struct Choice {
     kv_heads: usize,
     lanes: usize,
     query_bytes: usize,
+    lanes_in_place: usize,
     key_ranges: usize,
     /// Whether the main kernel can finish sums of keys.
     main_finishes: bool,
@@ -107,6 +126,19 @@ impl BackwardPlan {
     pub fn new(problem: &Problem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Self {
         let query_sums = problem.query_sums(set, options);
         let options = &PlanOptions { query_sums: Some(query_sums), ..*options };
+        let apart = Self::best(problem, set, facts, options, false);
+        // Scaled sums are as large as the gradients, whose memory nobody needs before, unless something is in it. Rows that lie apart cost
+        // up to 1 %, and more lanes alone gain nothing, so that is for units that take more heads in turn.
+        if query_sums != QuerySums::Scaled || options.adds_to_grads {
+            return apart;
+        }
+        let in_place = Self::best(problem, set, facts, options, true);
+        if in_place.unit_heads > apart.unit_heads { in_place } else { apart }
+    }
+
+    /// The best plan without, or also of those with sums in place.
+    fn best(problem: &Problem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions, in_place: bool) -> Self {
+        let query_sums = options.query_sums.unwrap_or(QuerySums::F32);
         let [_, main] = problem.backward_kernels(set, query_sums);
         let main_finishes = finishes_sums(&main);
         let bytes = match options.query_sums {
@@ -115,11 +147,23 @@ impl BackwardPlan {
             _ => &QUERY_SUM_BYTES[1..],
         };
         let most = most_bytes(problem, options);
+        let least = Choice {
+            kv_heads: 1,
+            lanes: 1,
+            query_bytes: bytes[bytes.len() - 1],
+            lanes_in_place: 0,
+            key_ranges: 1,
+            main_finishes,
+        };
         let plans = |lanes: usize| {
+            let in_place = 0..=if in_place { lanes } else { 0 };
             let choices = kv_heads_per_pass(problem.num_kv_heads)
                 .filter(|kv_heads| *kv_heads >= lanes)
                 .flat_map(|kv_heads| bytes.iter().map(move |bytes| (kv_heads, *bytes)))
-                .map(|(kv_heads, query_bytes)| Choice { kv_heads, lanes, query_bytes, key_ranges: 1, main_finishes });
+                .flat_map(|(kv_heads, query_bytes)| {
+                    let choice = Choice { kv_heads, lanes, query_bytes, ..least };
+                    in_place.clone().map(move |lanes_in_place| Choice { lanes_in_place, ..choice })
+                });
             let plans = choices.map(|choice| Self::with(problem, facts, options, choice));
             choose(most, plans, |plan| plan.workspace.size_bytes(), Self::launches)
         };
@@ -127,11 +171,10 @@ impl BackwardPlan {
         let of_lanes = |lanes: usize| plans(lanes.min(problem.num_kv_heads)).filter(fits);
         let two = of_lanes(2);
         let three = of_lanes(MAX_LANES).filter(|three| {
-            let is_small = three.lanes * three.sums[0].grad_query.bytes <= THREE_LANES_BYTES;
+            let is_small = three.lanes * three.query_bytes() <= THREE_LANES_BYTES;
             is_small && two.as_ref().is_none_or(|two| three.launches() <= two.launches())
         });
         let several = three.or(two);
-        let least = Choice { kv_heads: 1, lanes: 1, query_bytes: bytes[bytes.len() - 1], key_ranges: 1, main_finishes };
         let one = || plans(1).unwrap_or_else(|| Self::with(problem, facts, options, least));
         let best = match several {
             Some(plan) if options.deterministic || plan.index.num_chunks == 1 => plan,
@@ -157,9 +200,8 @@ impl BackwardPlan {
     }
 
     fn with(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions, choice: Choice) -> Self {
-        let Choice { kv_heads, lanes, query_bytes, key_ranges, main_finishes } = choice;
+        let Choice { kv_heads, lanes, query_bytes, lanes_in_place, key_ranges, main_finishes } = choice;
         let query_sums = options.query_sums.unwrap_or(QuerySums::F32);
-        let sum_bytes = problem.head_dim * size_of::<f32>();
         let row_bytes = Self::row_bytes(problem, query_sums);
         let [sub_tiles, chunk_tiles] = Self::chunk(problem, query_sums, (kv_heads, query_bytes));
         let rows = (chunk_tiles * TILE_ROWS).min(problem.total_q);
@@ -190,16 +232,15 @@ impl BackwardPlan {
             index.find_sums(kv_heads, heads == kv_heads_per_launch * problem.gqa_group_size(), &mut workspace);
         }
         let sum_rows = Self::sum_rows(problem, &index, range_keys);
-        let key_bytes = kv_heads_per_launch * sum_rows * sum_bytes;
-        let bounds = (problem.num_kv_heads + problem.num_q_heads) * BOUNDS_BYTES;
-        let bounds = workspace.add("bounds", if query_sums == QuerySums::Scaled { bounds } else { 0 });
+        let mut add_bounds =
+            |name, pairs| workspace.add(name, if query_sums == QuerySums::Scaled { pairs * BOUNDS_BYTES } else { 0 });
+        let bounds = add_bounds("bounds", problem.num_kv_heads + problem.num_q_heads);
+        let block_bounds = add_bounds("block_bounds", kv_heads * index.max_blocks);
         let lanes = lanes.min(kv_heads.div_ceil(kv_heads_per_launch)).max(1);
-        let lane = |_| LaneSums {
-            row_stats: workspace.add("row_stats", heads * rows * 2 * size_of::<f32>()),
-            grad_query: workspace.add("grad_query", heads * rows * row_bytes),
-            grad_key: workspace.add("grad_key", key_bytes),
-            grad_value: workspace.add("grad_value", key_bytes),
-        };
+        let lanes_in_place = lanes_in_place.min(lanes);
+        let key_bytes = kv_heads_per_launch * sum_rows * problem.head_dim * size_of::<f32>();
+        let lane_bytes = [heads * rows * 2 * size_of::<f32>(), heads * rows * row_bytes, key_bytes];
+        let lane = |lane| LaneSums::new(lane + lanes_in_place >= lanes, lane_bytes, &mut workspace);
         let sums = (0..lanes).map(lane).collect();
         Self {
             problem: *problem,
@@ -215,8 +256,10 @@ impl BackwardPlan {
             owns_sums,
             finishes_sums,
             lanes,
+            lanes_in_place,
             sums,
             bounds,
+            block_bounds,
             workspace,
         }
     }
@@ -288,6 +331,11 @@ impl BackwardPlan {
         [kv_heads, kv_heads * group, unit_heads]
     }
 
+    /// Sums of gradients of queries that are under way in a lane, wherever they are.
+    fn query_bytes(&self) -> usize {
+        self.heads * self.index.chunk_rows(&self.problem) * Self::row_bytes(&self.problem, self.query_sums)
+    }
+
     /// What a lane sums into.
     pub(crate) fn sums(&self, lane: usize) -> &LaneSums {
         &self.sums[lane]
@@ -299,9 +347,10 @@ impl BackwardPlan {
         let group = self.problem.gqa_group_size();
         let turns = num_kv_heads.div_ceil(self.kv_heads_per_launch);
         let of_queries = (self.kv_heads_per_launch * group).div_ceil(self.heads) * self.index.num_chunks;
-        let of_bounds = usize::from(self.query_sums == QuerySums::Scaled);
+        let passes = num_kv_heads.div_ceil(self.kv_heads);
+        let of_bounds = if self.query_sums == QuerySums::Scaled { 1 + passes } else { 0 };
         let of_keys = turns * self.key_ranges().count();
-        1 + of_bounds + 3 * num_kv_heads.div_ceil(self.kv_heads) + 3 * of_keys * of_queries
+        1 + of_bounds + 3 * passes + 3 * of_keys * of_queries
     }
 }
 
@@ -310,7 +359,7 @@ impl fmt::Display for BackwardPlan {
         write!(
             f,
             "selected backward{}: {}; {} chunks of {} tiles, {} query heads a launch, {} ranges of keys, {} lanes, \
-             {} kv heads an index, {} launches; {}",
+             {} of them in place, {} kv heads an index, {} launches; {}",
             if self.deterministic { ", deterministic" } else { "" },
             self.problem,
             self.index.num_chunks,
@@ -318,6 +367,7 @@ impl fmt::Display for BackwardPlan {
             self.heads,
             self.key_ranges().count(),
             self.lanes,
+            self.lanes_in_place,
             self.kv_heads,
             self.launches(),
             self.workspace,

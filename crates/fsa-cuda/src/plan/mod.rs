@@ -226,6 +226,8 @@ pub struct PlanOptions {
     /// Whether one kernel attends to the compressed keys and makes the lists, where there is such a kernel; none leaves it to the plan,
     /// which takes it where its scores of blocks fit the budget. `Some(true)` takes it even where they do not.
     pub one_pass: Option<bool>,
+    /// Backward: gradients may be added to what their targets hold, so that nothing else is kept there until then.
+    pub adds_to_grads: bool,
     /// Whole operation: rows of all query heads from which on branches share the device instead of following one another.
     pub beside_rows: usize,
 }
@@ -238,6 +240,7 @@ impl Default for PlanOptions {
             query_sums: None,
             route: None,
             one_pass: None,
+            adds_to_grads: false,
             beside_rows: DEFAULT_BESIDE_ROWS,
         }
     }

@@ -120,7 +120,8 @@ impl SelectedBackwardPlan {
             let predicted = || Prediction::with_window(problem, facts, window_size, one_pass).faster();
             options.route.unwrap_or_else(predicted) == Route::DenseMasked
         });
-        dense.map_or_else(|| Self::KvOuter(BackwardPlan::new(problem, set, facts, options)), Self::DenseMasked)
+        let options = PlanOptions { adds_to_grads: true, ..*options };
+        dense.map_or_else(|| Self::KvOuter(BackwardPlan::new(problem, set, facts, &options)), Self::DenseMasked)
     }
 
     /// Earlier keys of the window, if it is done in the same pass.

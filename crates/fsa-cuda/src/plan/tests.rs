@@ -110,10 +110,33 @@ fn units_take_heads_of_a_group_in_turn_where_launches_are_long() {
 fn a_usual_length_of_the_backward_is_one_index_and_sums_of_few_keys() {
     let plans = [(32, 32), (32, 8), (32, 2)].map(|heads| backward(&problem(65_536, heads, (64, 16))));
     let choices = |plan: &BackwardPlan| (plan.kv_heads, plan.lanes, plan.heads, plan.index.packs_sums);
-    assert_eq!(plans.each_ref().map(choices), [(32, 3, 1, true), (8, 2, 4, true), (2, 2, 2, false)]);
+    assert_eq!(plans.each_ref().map(choices), [(32, 3, 1, true), (8, 2, 4, true), (2, 2, 4, false)]);
     assert!(plans[1].sum_rows < plans[1].problem.total_kv / 2, "{}", plans[1]);
     // A lane for every turn at most.
     assert_eq!(backward(&problem(1024, (32, 8), (64, 16))).lanes, 1);
+}
+
+#[test]
+fn sums_of_gradients_of_queries_are_in_place_where_units_take_more_heads_and_nothing_is_there() {
+    let plan = |tokens, heads, adds_to_grads, query_sums| {
+        let options = PlanOptions { adds_to_grads, query_sums, ..PlanOptions::default() };
+        let problem = problem(tokens, heads, (64, 16));
+        let plan = BackwardPlan::new(&problem, KernelSet::Sm90, &DeviceFacts::h200(), &options);
+        assert!(plan.workspace.size_bytes() <= DEFAULT_BUDGET_BYTES + problem.topk_indices_bytes(), "{plan}");
+        plan
+    };
+    let choices = |plan: &BackwardPlan| (plan.lanes, plan.lanes_in_place, plan.heads);
+    assert_eq!(choices(&plan(65_536, (32, 8), false, None)), (2, 0, 4), "there is room");
+    let sixteen = plan(65_536, (32, 2), false, None);
+    assert_eq!(choices(&sixteen), (2, 1, 4));
+    assert!(sixteen.sums(0).grad_query.bytes > 0 && !sixteen.sums(0).in_place, "{sixteen}");
+    assert!(sixteen.sums(1).grad_query.bytes == 0 && sixteen.sums(1).in_place, "{sixteen}");
+    assert_eq!(choices(&plan(65_536, (32, 2), true, None)), (2, 0, 2));
+    assert_eq!(plan(65_536, (32, 2), false, Some(QuerySums::F32)).lanes_in_place, 0);
+    assert_eq!(choices(&plan(131_072, (32, 8), false, None)), (1, 0, 2), "a second lane alone is no reason");
+    // Ranges of keys add to what those before wrote.
+    let million = plan(MILLION, (32, 8), false, None);
+    assert!(million.key_ranges().count() == 1 || million.lanes_in_place == 0, "{million}");
 }
 
 /// Blocks of one kv head, by how many rows list them, that have several units.

@@ -30,6 +30,7 @@ struct Pass<'a> {
     layout: Layout,
     index: Index,
     sums: [SumBounds; 3],
+    first_kv_head: usize,
     softmax_scale: f32,
 }
 
@@ -70,6 +71,13 @@ impl KvOuterBackward {
         check_scale(softmax_scale)?;
         check_batch(batch, &problem.sizes())?;
         tensors.check(problem)?;
+        if self.plan.lanes_in_place > 0
+            && (tensors.accumulate || sums.iter().any(|bounds| bounds.rows != Address::default()))
+        {
+            let (got, planned) =
+                ("gradients that are added to", "gradients that are written: PlanOptions::adds_to_grads");
+            return Err(Error::input("accumulate", planned, got));
+        }
         self.plan.workspace.check(&context.workspace)?;
         if problem.total_kv == 0 {
             return Ok(());
@@ -94,7 +102,8 @@ impl KvOuterBackward {
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let layout = self.plan.index.layout(problem, batch, &workspace);
         let set = self.kernels.lanes().take(context.stream)?;
-        if self.plan.query_sums == QuerySums::Scaled {
+        let is_scaled = self.plan.query_sums == QuerySums::Scaled;
+        if is_scaled {
             self.plan.bounds.span(&workspace).fill(0, context.stream)?;
         }
         for first in (0..problem.num_kv_heads).step_by(self.plan.kv_heads) {
@@ -102,8 +111,20 @@ impl KvOuterBackward {
             let index = self.plan.index.index(problem, &tensors.forward.topk_indices, first, &workspace);
             let staged = self.plan.index.staged.into();
             let params = IndexParams { layout, index, first_kv_head: first as i32, staged };
-            self.index.launch(context.stream, &self.plan.index, end - first, &params)?;
-            let pass = Pass { tensors, workspace, layout, index, sums, softmax_scale };
+            let pass = Pass { tensors, workspace, layout, index, sums, first_kv_head: first, softmax_scale };
+            // These wait for memory, the index does not.
+            let bounds = || {
+                set.fork(context.stream, 1)?;
+                let heads = first * problem.gqa_group_size()..end * problem.gqa_group_size();
+                let work = Work { heads, chunk: 0, keys: 0..problem.total_kv };
+                let params = self.params(&pass, self.plan.sums(0), &work);
+                self.backward.launch_bounds(&set.lanes[0], &self.plan.index, end - first, &params)
+            };
+            let bounds = is_scaled.then_some(bounds);
+            self.index.launch_beside(context.stream, &self.plan.index, end - first, &params, bounds)?;
+            if is_scaled {
+                set.join(context.stream, 1)?;
+            }
             set.fork(context.stream, self.plan.lanes)?;
             for (turn, kv_head) in (first..end).step_by(self.plan.kv_heads_per_launch).enumerate() {
                 let lane = turn % self.plan.lanes;
@@ -158,8 +179,20 @@ impl KvOuterBackward {
         let (group, first_head) = (problem.gqa_group_size(), heads.start);
         // Launches of a lane follow one another: the first has its kv heads' sums to itself, unless query heads share them.
         let first_sums = chunk == 0 && first_head.is_multiple_of(group) && self.plan.owns_sums;
-        let (grad_query, key_bounds) =
-            (sums.grad_query.address(&pass.workspace), self.plan.bounds.address(&pass.workspace));
+        let key_bounds = self.plan.bounds.address(&pass.workspace);
+        // The kernels number kv heads from 0, the bounds are those of the pass.
+        let skipped = pass.first_kv_head * self.plan.index.max_blocks * BOUNDS_BYTES;
+        let block_bounds = Address(self.plan.block_bounds.address(&pass.workspace).0.wrapping_sub(skipped as u64));
+        let rows = self.plan.index.chunk_rows(problem);
+        // Scaled sums have 16 bits, like the gradients.
+        let (grad_query_out, word) = (tensors.grad_query.device(), size_of::<u16>() as i64);
+        let (grad_query, [query_row_bytes, query_head_bytes]) = if sums.in_place {
+            let strides = [grad_query_out.row_stride, grad_query_out.head_stride].map(|stride| stride * word);
+            (grad_query_out.data.offset(first_head * strides[1] as usize), strides)
+        } else {
+            let row_bytes = problem.head_dim as i64 * word;
+            (sums.grad_query.address(&pass.workspace), [row_bytes, rows as i64 * row_bytes])
+        };
         // The kernels number key rows from 0, the sums hold those of the range; no address before them is ever used.
         let skipped = keys.start * problem.head_dim * size_of::<f32>();
         let of_keys = |slot: Slot| Address(slot.address(&pass.workspace).0.wrapping_sub(skipped as u64));
@@ -176,7 +209,7 @@ impl KvOuterBackward {
             row_stats: tensors.row_stats.map_or(sums.row_stats.address(&pass.workspace), |stats| stats.address()),
             grad_query,
             partial: grad_query,
-            grad_query_out: tensors.grad_query.device(),
+            grad_query_out,
             grad_key_out: tensors.grad_key.device(),
             grad_value_out: tensors.grad_value.device(),
             grad_key: of_keys(sums.grad_key),
@@ -185,16 +218,19 @@ impl KvOuterBackward {
                 problem.sizes().row_bounds(&stats)
             }),
             key_bounds,
+            block_bounds,
             // Ranges of keys but the first add to what that one rounded.
             sums: if keys.start == 0 { pass.sums } else { Default::default() },
             sum_rows: self.plan.sum_rows as i64,
+            query_row_bytes,
+            query_head_bytes,
             scale_log2: scale_log2(pass.softmax_scale),
             scale: pass.softmax_scale,
             group_size: group as i32,
             chunk: chunk as i32,
             first_head: first_head as i32,
             unit_heads: self.plan.unit_heads as i32,
-            rows: self.plan.index.chunk_rows(problem) as i32,
+            rows: rows as i32,
             first_sums: first_sums.into(),
             finish_sums: (self.plan.finishes_sums && heads.end.is_multiple_of(group)).into(),
             first_key: keys.start as i32,
@@ -202,6 +238,7 @@ impl KvOuterBackward {
             given_stats: tensors.row_stats.is_some().into(),
             accumulate: (tensors.accumulate || keys.start > 0).into(),
             accumulate_keys: tensors.accumulate.into(),
+            in_place: sums.in_place.into(),
         }
     }
 }

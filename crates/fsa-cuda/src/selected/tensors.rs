@@ -69,7 +69,8 @@ pub struct BackwardTensors<'a> {
     /// of the sizes of the elements of `grad_out`, and the largest size of delta, each times the size of the gate; rows in
     /// which they are not finite do not count.
     pub row_stats: Option<DeviceSpan<'a>>,
-    /// The gradients are added to what the targets hold, in f32 and rounded once, instead of written.
+    /// The gradients are added to what the targets hold, in f32 and rounded once, instead of written. Plans for that have
+    /// [`PlanOptions::adds_to_grads`](crate::plan::PlanOptions::adds_to_grads).
     pub accumulate: bool,
 }
 
