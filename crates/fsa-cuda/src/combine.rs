@@ -6,7 +6,7 @@
 use crate::arch::KernelSet;
 use crate::driver::{Address, Function, LaunchDims, Module, Stream};
 use crate::error::Result;
-use crate::params::{CombineBackwardParams, CombineParams, CombineStatisticsParams};
+use crate::params::{Branch, CombineBackwardParams, CombineParams, CombineStatisticsParams};
 use crate::source::Specialisation;
 use std::sync::Arc;
 
@@ -67,4 +67,19 @@ impl CombineKernels {
 fn dims(params: &CombineParams) -> LaunchDims {
     let grid = [(params.rows as usize).div_ceil(CTA_ROWS) as u32, 1, 1];
     LaunchDims { grid, threads: THREADS as u32, smem_bytes: 0, overlaps: false }
+}
+
+impl Branch {
+    /// Where the log-sum-exps go: of branches that are discarded only those of the first are read, by the selection.
+    pub(crate) fn lse(&self, lse: Address) -> Address {
+        if self.discards != 0 && self.number > 0 { Address::default() } else { lse }
+    }
+
+    /// What a launch takes of it.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = u64> + use<> {
+        let Self { sum, gates, number, accumulate, discards } = *self;
+        let strides = [sum.row_stride, sum.head_stride, gates.row_stride, gates.head_stride];
+        let words = strides.into_iter().chain([number, accumulate, discards].map(i64::from));
+        [sum.data.0, gates.data.0].into_iter().chain(words.map(|word| word as u64))
+    }
 }

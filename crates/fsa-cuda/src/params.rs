@@ -463,21 +463,6 @@ device_structs! {
     }
 }
 
-impl Branch {
-    /// Where the log-sum-exps go: of branches that are discarded only those of the first are read, by the selection.
-    pub(crate) fn lse(&self, lse: Address) -> Address {
-        if self.discards != 0 && self.number > 0 { Address::default() } else { lse }
-    }
-
-    /// What a launch takes of it.
-    pub(crate) fn numbers(&self) -> impl Iterator<Item = u64> + use<> {
-        let Self { sum, gates, number, accumulate, discards } = *self;
-        let strides = [sum.row_stride, sum.head_stride, gates.row_stride, gates.head_stride];
-        let words = strides.into_iter().chain([number, accumulate, discards].map(i64::from));
-        [sum.data.0, gates.data.0].into_iter().chain(words.map(|word| word as u64))
-    }
-}
-
 /// Size of a [`Unit`] and of a [`Tile`].
 pub(crate) const RECORD_BYTES: usize = size_of::<Unit>();
 const _: () = assert!(size_of::<Tile>() == RECORD_BYTES);

@@ -462,9 +462,8 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                             [QuerySums::Scaled, QuerySums::Partials].map(|x| specialisation.with_query_sums(x)),
                         ),
                         Kernel::Band => {
-                            all.push(specialisation.with_block_mask(block_size));
+                            all.extend([specialisation.with_block_mask(block_size), specialisation.with_window_too()]);
                             all.extend(WINDOW_STEPS.map(|step_keys| specialisation.with_step_keys(step_keys)));
-                            all.push(specialisation.with_window_too());
                         }
                         Kernel::BandSelect => all.push(specialisation.with_one_head(true)),
                         Kernel::BandBackward => all.extend([
@@ -486,8 +485,7 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
     all
 }
 
-/// The specialisations of the committed resource table: every block size at head_dim 128, every head_dim at blocks of
-/// 64, bf16; the other dtype once.
+/// Those of the committed resource table: every block size at head_dim 128, every head_dim at blocks of 64, bf16; the other dtype once.
 pub fn tabled(set: KernelSet) -> Vec<Specialisation> {
     let mut all = specialisations(set);
     all.retain(|Specialisation { is_bf16, head_dim, block_size, .. }| match (head_dim, block_size) {

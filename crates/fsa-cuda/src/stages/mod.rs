@@ -15,6 +15,7 @@
 //! | Stage `nsa` | [`NsaForward`] | [`NsaBackward`] |
 
 mod band;
+mod band_both;
 mod combine;
 mod compress;
 mod nsa;

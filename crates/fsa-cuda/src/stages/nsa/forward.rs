@@ -12,7 +12,8 @@ use crate::plan::{
 use crate::prepare::PrepareKernel;
 use crate::selected::SelectedForward;
 use crate::source::Kernel;
-use crate::stages::band::{BandBothStep, BandStep};
+use crate::stages::band::BandStep;
+use crate::stages::band_both::BandBothStep;
 use crate::stages::compress::CompressStep;
 use crate::stages::select::{SelectMemory, SelectStep};
 use crate::stages::tensors::passes;
