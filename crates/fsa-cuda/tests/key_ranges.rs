@@ -217,16 +217,19 @@ fn ranges_of_keys_give_the_gradients_of_all_keys_at_once() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn sums_in_place_give_the_gradients_of_sums_in_memory_of_their_own() {
-    let call = Call::new();
-    let plan = |budget_bytes| {
+    // So many rows that units take both heads in turn, where there is room for their sums.
+    let cu_seqlens = [0, 60, 60, 33_001];
+    let call = Call::of(&cu_seqlens, &noises(cu_seqlens[3]));
+    let plan = |budget_bytes, adds_to_grads| {
         let route = Some(Route::KvOuter);
-        call.plan_with(&PlanOptions { budget_bytes, route, ..PlanOptions::default() })
+        call.plan_with(&PlanOptions { budget_bytes, adds_to_grads, route, ..PlanOptions::default() })
     };
-    let apart = plan(usize::MAX / 2);
-    let in_place = plan(apart.workspace_bytes() - call.problem.topk_indices_bytes() - 1);
-    let (lanes, range_keys) = (kv_outer(&in_place).lanes, kv_outer(&in_place).range_keys);
-    assert_eq!((kv_outer(&apart).lanes_in_place, kv_outer(&in_place).lanes_in_place), (0, lanes));
-    assert_eq!(range_keys, call.problem.total_kv);
+    let apart = plan(usize::MAX / 2, false);
+    let budget = apart.workspace_bytes() - call.problem.topk_indices_bytes() - 1;
+    let (in_place, alone) = (plan(budget, false), plan(budget, true));
+    let choices = |planned: &SelectedBackward| (kv_outer(planned).lanes_in_place, kv_outer(planned).unit_heads);
+    assert_eq!([&apart, &in_place, &alone].map(choices), [(0, HEADS), (1, HEADS), (0, 1)]);
+    assert_eq!(kv_outer(&in_place).range_keys, call.problem.total_kv);
     compare(&call.gradients(&apart, &Given::default()), &call.gradients(&in_place, &Given::default()));
 }
 

@@ -67,7 +67,7 @@ def nsa(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if save and recompute != "all":
         layout = known_layout(arguments, recompute)
         # What is not kept lives until the call was given to the stream.
-        state, rest = layout.allocate(q), layout.allocate(q, again=True) if recompute == "rotated" else None
+        state, rest = layout.kept_room(q), layout.allocate(q, again=True) if recompute == "rotated" else None
         saved = layout.described(state, rest)
     out, topk_indices = _native.cuda_nsa(*_nsa_arguments(arguments), saved)
     return out, topk_indices, q.new_empty((0,), dtype=torch.uint8) if state is None else state

@@ -60,7 +60,7 @@ class Layout:
             self.parts.append(Part(end, torch.float32, (heads, rows), (rows, 1)))
             end = self.parts[-1].end
         written, end = end, -(-end // 16) * 16  # vectors are read in pieces of 16 bytes
-        #: Bytes that nobody writes. A call's results have to be the same whenever its inputs are: they are cleared.
+        #: Bytes that no kernel writes.
         self.gap = slice(written, end)
         for shape in shapes:
             self.parts.append(Part(end, dtype, shape, (shape[1] * shape[2], shape[2], 1)))
@@ -71,13 +71,18 @@ class Layout:
 
     def allocate(self, q: Tensor, again: bool = False) -> Tensor:
         """Room for what is kept, or for what is computed again."""
-        room = q.new_empty((self.bytes - self.kept if again else self.kept,), dtype=torch.uint8)
-        if self.gap.start < self.gap.stop <= self.kept and not again:
+        return q.new_empty((self.bytes - self.kept if again else self.kept,), dtype=torch.uint8)
+
+    def kept_room(self, q: Tensor) -> Tensor:
+        """Room for what is kept, in which all is written: results have to be the same whenever a call's inputs are."""
+        room = self.allocate(q)
+        if self.gap.start < self.gap.stop:
             room[self.gap].zero_()
         return room
 
     def cleared(self, state: Tensor) -> list[Tensor]:
         """The parts before the extension writes them on the CPU: it leaves rows after the last compressed one alone."""
+        state[self.gap].zero_()
         views = self.views(state)
         for compressed in views[:2]:
             compressed.zero_()
