@@ -24,6 +24,8 @@ const TILE_KEYS: usize = 64;
 const MAX_CTA_KEYS: usize = 128;
 /// Threads of a warpgroup.
 const WARPGROUP: usize = 128;
+/// Most heads that a unit takes in turn: the main kernel keeps their factors in shared memory.
+pub(crate) const MAX_UNIT_HEADS: usize = 8;
 /// Rows that a CTA of `backward_prepare` takes, or blocks.
 const PREPARE_ROWS: usize = 64;
 const PREPARE_BLOCKS: usize = 8;
@@ -94,7 +96,8 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
         ("2 * KeyTile::BYTES + 2 * STAGE_BYTES + GROUPS * DS_BYTES", "THREADS")
     };
     let is_narrow = ("(FSA_BACKWARD_NARROW)", usize::from(main.is_narrow));
-    [is_narrow, (smem_expression, smem), (threads, main.threads)].into_iter().chain(small).collect()
+    let of_main = [is_narrow, (smem_expression, smem), (threads, main.threads), ("MAX_UNIT_HEADS", MAX_UNIT_HEADS)];
+    of_main.into_iter().chain(small).collect()
 }
 
 /// Rows that a CTA of `backward_finish` takes: sums or partials of 16 bytes a thread.

@@ -5,7 +5,7 @@ use super::{
     BOUNDS_BYTES, IndexPlan, PlanOptions, Problem, QuerySums, Slot, Workspace, choose, kv_heads_per_pass, most_bytes,
 };
 use crate::arch::KernelSet;
-use crate::backward::finishes_sums;
+use crate::backward::{MAX_UNIT_HEADS, finishes_sums};
 use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
 
@@ -33,6 +33,7 @@ const QUERY_PARTIAL_BYTES: [usize; 4] = [128 << 20, 64 << 20, 32 << 20, 16 << 20
 /// rows there would be too few units for the device.
 const TURN_ROWS: usize = 1 << 13;
 const TURN_HEADS: [usize; 2] = [4, 2];
+const _: () = assert!(TURN_HEADS[0] <= MAX_UNIT_HEADS);
 /// Rows of a head that keep the device busy in a launch of its own, and where units take turns, of the heads of a unit: sums of keys are then
 /// its own, which at 64K rows is worth 2 %.
 const FULL_LAUNCH_ROWS: usize = 1 << 16;
