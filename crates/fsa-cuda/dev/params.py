@@ -52,7 +52,7 @@ class Layout(ctypes.Structure):
 
 class Index(ctypes.Structure):
     _fields_ = [(n, ptr) for n in ("topk_indices", "plane", "entries", "row_info", "units", "unit_counts", "block_sums", "split_blocks")] + [
-        (n, i32) for n in ("topk", "slots", "has_dense", "num_subs", "sub_tiles", "max_blocks", "window_blocks", "unit_entries", "full_units", "ordered", "packs_sums", "max_split_blocks")]
+        (n, i32) for n in ("topk", "slots", "has_dense", "num_subs", "sub_tiles", "max_blocks", "window_blocks", "unit_entries", "spare_units", "full_units", "ordered", "packs_sums", "max_split_blocks")]
 
 
 class IndexParams(ctypes.Structure):

@@ -17,7 +17,7 @@ def ceil_div(a, b):
 @dataclass
 class Plan:
     slots: int; has_dense: int; max_tiles: int; max_blocks: int; chunk_tiles: int; num_chunks: int; heads: int
-    sub_tiles: int; num_subs: int; unit_entries: int; full_units: int; window_blocks: int; buffers: int
+    sub_tiles: int; num_subs: int; unit_entries: int; spare_units: int; full_units: int; window_blocks: int; buffers: int
     entries_bytes: int; plane_bytes: int; units_bytes: int; partial_bytes: int
 
     @property
@@ -26,7 +26,7 @@ class Plan:
 
 
 def make_plan(total_q, total_kv, batch, num_q_heads, num_kv_heads, topk, block_size, head_dim, budget=256 * MIB, buffers=2, unit_entries=1024, has_dense=1,
-              chunk_tokens=None):
+              chunk_tokens=None, units_grow=True):
     bound = lambda total, size: ceil_div(total, size) if batch == 1 else total // size + batch
     max_tiles, max_blocks = bound(total_q, TILE), bound(total_kv, block_size)
     slots = max(topk - 1, 1) if has_dense else topk
@@ -49,7 +49,8 @@ def make_plan(total_q, total_kv, batch, num_q_heads, num_kv_heads, topk, block_s
         partial_bytes = heads * chunk_tiles * TILE * row_bytes
     num_chunks, num_subs = ceil_div(max_tiles, chunk_tiles), ceil_div(max_tiles, sub_tiles)
     full_units = chunk_tiles * TILE * slots // unit_entries
-    return Plan(slots, has_dense, max_tiles, max_blocks, chunk_tiles, num_chunks, heads, sub_tiles, num_subs, unit_entries, full_units,
+    spare_units = chunk_tiles * TILE * slots // (2 * unit_entries) if units_grow and has_dense else full_units
+    return Plan(slots, has_dense, max_tiles, max_blocks, chunk_tiles, num_chunks, heads, sub_tiles, num_subs, unit_entries, spare_units, full_units,
                 min(max_blocks, 48 * 1024), buffers, num_kv_heads * total_q * (slots + 1) * 4, num_kv_heads * num_subs * max_blocks * 4,
                 num_kv_heads * num_chunks * ((full_units + max_blocks) * 32 + 8), partial_bytes)
 
@@ -81,7 +82,7 @@ class Selected:
         self.layout = P.Layout(self.cu_q.data_ptr(), self.cu_kv.data_ptr(), ptr("tile_base"), ptr("block_base"), ptr("chunk_token"), ptr("tiles"),
                                self.batch, total_q, p.num_chunks, p.chunk_tiles, p.max_tiles)
         self.index = P.Index(topk_indices.data_ptr(), ptr("plane"), ptr("entries"), ptr("row_info"), ptr("units"), ptr("unit_counts"), None, None, topk, p.slots, p.has_dense,
-                             p.num_subs, p.sub_tiles, p.max_blocks, p.window_blocks, p.unit_entries, p.full_units, ordered, 0, 0)
+                             p.num_subs, p.sub_tiles, p.max_blocks, p.window_blocks, p.unit_entries, p.spare_units, p.full_units, ordered, 0, 0)
         self.ordered = ordered
         self.index_parts, self.index_stream = index_parts, torch.cuda.Stream()
         self.side = [torch.cuda.Stream(priority=0) for _ in range(p.buffers)]
@@ -145,7 +146,7 @@ class Selected:
                 rows = min((chunk + 1) * p.chunk_tiles * TILE, self.total_q)      # of one sequence: its chunks list blocks of their past only
                 blocks = p.max_blocks if self.batch > 1 else min(p.max_blocks, ceil_div(max(0, rows + self.k.shape[0] - self.total_q), self.block_size))
                 launches.append((buffer, (head + heads - 1) // group,
-                                 lambda s=None, a=a, h=heads, u=p.full_units + blocks, later=len(launches) >= p.buffers: attend.launch("attend", (u, h, 1), 128, attend_bytes, a, s, later),
+                                 lambda s=None, a=a, h=heads, u=p.spare_units + blocks, later=len(launches) >= p.buffers: attend.launch("attend", (u, h, 1), 128, attend_bytes, a, s, later),
                                  lambda s=None, r=r, h=heads: reduce.launch("reduce", (p.chunk_tiles, h, 1), 128, reduce_bytes, r, s, True)))
         return launches
 

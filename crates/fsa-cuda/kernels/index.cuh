@@ -151,7 +151,7 @@ FSA_DEVICE void cta_scan(int (&value)[COUNT], int (&total)[COUNT]) {
 }
 
 // Writes the units of one block: the full ones at `full`, the remainder at `rest`. `split` counts the blocks before that have several. Returns the row of its sums.
-FSA_DEVICE i32 write_units(const IndexParams& p, Unit* units, int block, int begin, int count, int full, int rest, int split) {
+FSA_DEVICE i32 write_units(const IndexParams& p, Unit* units, int unit_entries, int block, int begin, int count, int full, int rest, int split) {
     const Layout& layout = p.layout;
     const int s = find_sequence(layout.block_base, layout.batch, block);
     const int q_begin = layout.cu_seqlens_q[s], q_len = layout.cu_seqlens_q[s + 1] - q_begin;
@@ -162,11 +162,11 @@ FSA_DEVICE i32 write_units(const IndexParams& p, Unit* units, int block, int beg
     unit.valid_keys = min_i(BLOCK_SIZE, kv_len - key);
     unit.first_token = key - (kv_len - q_len) + q_begin;
     unit.block = block;
-    unit.split = count > p.index.unit_entries;
+    unit.split = count > unit_entries;
     unit.sums_row = p.index.packs_sums ? split * BLOCK_SIZE : unit.kv_row;
-    for (; count >= p.index.unit_entries; count -= p.index.unit_entries, begin += p.index.unit_entries) {
+    for (; count >= unit_entries; count -= unit_entries, begin += unit_entries) {
         unit.entry_begin = begin;
-        unit.entry_count = p.index.unit_entries;
+        unit.entry_count = unit_entries;
         units[full++] = unit;
     }
     if (count > 0) {
@@ -183,6 +183,16 @@ FSA_DEVICE void load_counts(int (&count)[PIECES_AHEAD], const i32* column, int s
     FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) count[i] = exists && piece + i < last ? column[(i64)(piece + i) * stride] : 0;
 }
 
+// Entries of a full unit: as few of these as leave no more units than a launch has ctas for, which the last always does. Given the units
+// beyond the first of all blocks, by each.
+constexpr int UNIT_SIZES = 4;
+FSA_DEVICE int unit_size(const Index& index, int number) { return index.unit_entries * (4 + number + (number == 3)) / 4; }
+FSA_DEVICE int fitting_unit_size(const Index& index, const int (&beyond)[UNIT_SIZES - 1]) {
+    int number = 0;
+    while (number < UNIT_SIZES - 1 && beyond[number] > index.spare_units) ++number;
+    return unit_size(index, number);
+}
+
 extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_constant__ IndexParams p) {
     const Index& index = p.index;
     const int chunk = blockIdx.x, kv_head = p.first_kv_head + blockIdx.y;
@@ -191,23 +201,38 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_co
     i32* plane = index.plane + (i64)kv_head * index.num_subs * index.max_blocks;
     Unit* units = index.units + ((i64)kv_head * p.layout.num_chunks + chunk) * (index.full_units + index.max_blocks);
     i32* split_blocks = index.split_blocks + (i64)kv_head * index.max_split_blocks;
+    auto count_block = [&](int block) {
+        int count = 0;
+        for (int piece = first; piece < last; piece += PIECES_AHEAD) {
+            int here[PIECES_AHEAD];
+            load_counts(here, plane + block, index.max_blocks, piece, last, block < index.max_blocks);
+            FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) count += here[i];
+        }
+        return count;
+    };
+    int unit_entries = index.unit_entries, count = 0;
+    if (index.spare_units < index.full_units) {
+        int beyond[UNIT_SIZES - 1] = {}, total[UNIT_SIZES - 1];
+        for (int base = 0; base < index.max_blocks; base += 1024) {
+            count = count_block(base + threadIdx.x);
+            FSA_UNROLL for (int i = 0; i < UNIT_SIZES - 1; ++i) beyond[i] += max_i(count - 1, 0) / unit_size(index, i);
+        }
+        cta_scan(beyond, total);
+        unit_entries = fitting_unit_size(index, total);
+    }
+    const bool counted = index.spare_units < index.full_units && index.max_blocks <= 1024;
     int carry[4] = {0, 0, 0, 0};    // entries, full units, remainders, blocks of several units
     for (int base = 0; base < index.max_blocks; base += 1024) {
         const int block = base + threadIdx.x;
         const bool exists = block < index.max_blocks;
-        int count = 0;
-        for (int piece = first; piece < last; piece += PIECES_AHEAD) {
-            int here[PIECES_AHEAD];
-            load_counts(here, plane + block, index.max_blocks, piece, last, exists);
-            FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) count += here[i];
-        }
-        const bool splits = count > index.unit_entries;
-        int sum[4] = {count, count / index.unit_entries, count % index.unit_entries != 0, splits}, total[4];
+        if (!counted) count = count_block(block);
+        const bool splits = count > unit_entries;
+        int sum[4] = {count, count / unit_entries, count % unit_entries != 0, splits}, total[4];
         cta_scan(sum, total);
         int start = carry[0] + sum[0];
         i32 sums = LISTED_BY_NONE;
         if (count > 0) {
-            const i32 row = write_units(p, units, block, start, count, carry[1] + sum[1], carry[2] + sum[2], carry[3] + sum[3]);
+            const i32 row = write_units(p, units, unit_entries, block, start, count, carry[1] + sum[1], carry[2] + sum[2], carry[3] + sum[3]);
             sums = splits ? row : LISTED_BY_ONE_UNIT;
             if (splits && index.packs_sums) split_blocks[carry[3] + sum[3]] = block;
         }

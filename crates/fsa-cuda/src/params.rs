@@ -116,6 +116,7 @@ device_structs! {
         max_blocks: i32,
         window_blocks: i32,
         unit_entries: i32,
+        spare_units: i32,
         full_units: i32,
         ordered: i32,
         packs_sums: i32,

@@ -88,7 +88,8 @@ struct Index {
     i32 sub_tiles;              // tiles per piece; divides chunk_tiles
     i32 max_blocks;             // bound on the number of blocks, from shapes
     i32 window_blocks;          // blocks that one cta counts: bounded by shared memory
-    i32 unit_entries;           // entries of a full unit
+    i32 unit_entries;           // entries of a full unit, at least
+    i32 spare_units;            // units beyond one a block that a launch has ctas for: where there are more, full units are larger
     i32 full_units;             // bound on the number of full units of a chunk, from shapes
     i32 ordered;                // 1: the order of a block's entries follows from the input; 0: it is any
     i32 packs_sums;             // 1: only blocks of several units have sums, side by side; 0: sums_row is kv_row

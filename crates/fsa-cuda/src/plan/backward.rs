@@ -222,6 +222,7 @@ impl BackwardPlan {
             sub_tiles,
             chunk_tiles,
             unit_entries,
+            units_grow: false,
         };
         let mut index = IndexPlan::new(problem, facts, &input, &mut workspace);
         let range_keys =

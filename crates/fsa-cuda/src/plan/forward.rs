@@ -85,6 +85,7 @@ impl ForwardPlan {
             sub_tiles,
             chunk_tiles,
             unit_entries: UNIT_ENTRIES,
+            units_grow: true,
         };
         let index = IndexPlan::new(problem, facts, &input, &mut workspace);
         let rows = heads * index.chunk_tiles * TILE_ROWS * index.slots;

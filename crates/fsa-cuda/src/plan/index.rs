@@ -13,6 +13,8 @@ const PLANE_BYTES: usize = 12 << 20;
 const MAX_WINDOW_BLOCKS: usize = 48 << 10;
 /// Warps of a scattering CTA; in order, each has counters of its own.
 const MAX_SCATTER_WARPS: usize = 8;
+/// How much larger than at least a full unit may be: `unit_size` in `kernels/index.cuh`.
+const MOST_GROWTH: usize = 2;
 
 /// Sizes of the index of some kv heads and all chunks of query tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -35,8 +37,10 @@ pub struct IndexPlan {
     pub chunk_tiles: usize,
     /// Chunks.
     pub num_chunks: usize,
-    /// Entries of a full unit.
+    /// Entries of a full unit, at least.
     pub unit_entries: usize,
+    /// Units beyond one a block that a launch has CTAs for. Where there would be more, full units are up to twice as large.
+    pub spare_units: usize,
     /// Bound on the full units of a chunk.
     pub full_units: usize,
     /// Blocks that one CTA counts.
@@ -75,6 +79,8 @@ pub(super) struct IndexInput {
     pub sub_tiles: usize,
     pub chunk_tiles: usize,
     pub unit_entries: usize,
+    /// Units grow where they are many, so that a launch has fewer CTAs without one.
+    pub units_grow: bool,
 }
 
 /// Tiles of a piece such that the plane of `kv_heads` kv heads stays small, a power of two.
@@ -97,7 +103,7 @@ pub(super) fn slots(problem: &Problem, has_dense: bool) -> usize {
 
 impl IndexPlan {
     pub(super) fn new(problem: &Problem, facts: &DeviceFacts, input: &IndexInput, workspace: &mut Workspace) -> Self {
-        let IndexInput { has_dense, ordered, kv_heads, sub_tiles, chunk_tiles, unit_entries } = *input;
+        let IndexInput { has_dense, ordered, kv_heads, sub_tiles, chunk_tiles, unit_entries, units_grow } = *input;
         let (max_tiles, slots) = (max_tiles(problem), slots(problem, has_dense));
         let max_blocks = bound(problem.total_kv, problem.sequences, problem.block_size).max(1);
         let chunk_tiles = chunk_tiles.min(MAX_CHUNK_TILES / sub_tiles * sub_tiles);
@@ -117,6 +123,7 @@ impl IndexPlan {
             chunk_tiles,
             num_chunks: max_tiles.div_ceil(chunk_tiles),
             unit_entries,
+            spare_units: 0,
             full_units: 0,
             window_blocks,
             scatter_warps: counter_sets.clamp(1, MAX_SCATTER_WARPS.min(sub_tiles)),
@@ -125,6 +132,7 @@ impl IndexPlan {
             regions: Regions::default(),
         };
         plan.full_units = plan.chunk_entries() / unit_entries;
+        plan.spare_units = plan.chunk_entries() / if units_grow { MOST_GROWTH * unit_entries } else { unit_entries };
         // Two CTAs to a multiprocessor at least.
         plan.staged = plan.scatter_smem_bytes() + plan.stage_bytes() <= smem_bytes / 2;
         plan.regions = plan.place(problem, kv_heads, workspace);
@@ -154,16 +162,21 @@ impl IndexPlan {
             plane: workspace.add("plane", kv_heads * self.num_subs * self.max_blocks * word),
             entries: workspace.add("entries", rows * self.slots * word),
             row_info: workspace.add("row_info", rows * word),
-            units: workspace.add("units", lists * self.max_units() * RECORD_BYTES),
+            units: workspace.add("units", lists * self.unit_records() * RECORD_BYTES),
             unit_counts: workspace.add("unit_counts", 2 * lists * word),
             block_sums: Slot::default(),
             split_blocks: Slot::default(),
         }
     }
 
-    /// Bound on the units of a chunk: full ones, and a remainder per block.
-    pub(crate) fn max_units(&self) -> usize {
+    /// Records of units of a chunk: full ones, and a remainder per block.
+    fn unit_records(&self) -> usize {
         self.full_units + self.max_blocks
+    }
+
+    /// Bound on the units of a chunk.
+    pub(crate) fn max_units(&self) -> usize {
+        self.spare_units + self.max_blocks
     }
 
     /// Bound on the units of one chunk. Rows list blocks of their past, so the chunks of a single sequence list few at first; where the
@@ -174,7 +187,7 @@ impl IndexPlan {
         }
         let rows = ((chunk + 1) * self.chunk_tiles * TILE_ROWS).min(problem.total_q);
         let keys = (rows + problem.total_kv).saturating_sub(problem.total_q);
-        self.full_units + keys.div_ceil(problem.block_size).clamp(1, self.max_blocks)
+        self.spare_units + keys.div_ceil(problem.block_size).clamp(1, self.max_blocks)
     }
 
     /// Bound on the blocks of a kv head that have several units, however their entries spread over them.
@@ -252,7 +265,7 @@ impl IndexPlan {
             plane: table(regions.plane, self.num_subs * self.max_blocks * word),
             entries: table(regions.entries, problem.total_q * self.slots * word),
             row_info: table(regions.row_info, problem.total_q * word),
-            units: table(regions.units, self.num_chunks * self.max_units() * RECORD_BYTES),
+            units: table(regions.units, self.num_chunks * self.unit_records() * RECORD_BYTES),
             unit_counts: table(regions.unit_counts, 2 * self.num_chunks * word),
             block_sums: if regions.block_sums.bytes == 0 {
                 Address::default()
@@ -268,6 +281,7 @@ impl IndexPlan {
             max_blocks: self.max_blocks as i32,
             window_blocks: self.window_blocks as i32,
             unit_entries: self.unit_entries as i32,
+            spare_units: self.spare_units as i32,
             full_units: self.full_units as i32,
             ordered: self.ordered.into(),
             packs_sums: self.packs_sums.into(),

@@ -51,7 +51,7 @@ fn a_chunk_of_one_sequence_has_units_for_the_blocks_before_its_last_row() {
     let whole = problem(65_536, (32, 8), (64, 16));
     let index = forward(&whole).index;
     assert_eq!((index.num_chunks, index.chunk_tiles), (2, 512));
-    let blocks = |problem: &Problem, chunk| index.units_of(problem, chunk) - index.full_units;
+    let blocks = |problem: &Problem, chunk| index.units_of(problem, chunk) - index.spare_units;
     assert_eq!([0, 1].map(|chunk| blocks(&whole, chunk)), [512, 1024]);
     // The rows are the last of the keys: the chunk's last row sees those before it, too.
     let behind = Problem { total_q: 65_000, ..whole };
@@ -249,6 +249,8 @@ fn check_index(problem: &Problem, plan: &IndexPlan, facts: &DeviceFacts) -> Resu
     // However the entries of a chunk spread over blocks, their full units fit.
     let entries = plan.chunk_tiles * TILE_ROWS * plan.slots;
     prop_assert!(plan.full_units >= entries / plan.unit_entries);
+    // Nor those that are twice as large exceed what a launch has CTAs for besides one a block.
+    prop_assert!(plan.spare_units >= entries / (2 * plan.unit_entries) && plan.spare_units <= plan.full_units);
     // Neither do the blocks that rows of the last chunk list exceed those for which a launch has CTAs.
     prop_assert_eq!(plan.units_of(problem, plan.num_chunks - 1), plan.max_units());
     Ok(())
