@@ -185,8 +185,11 @@ FSA_DEVICE void load_counts(int (&count)[PIECES_AHEAD], const i32* column, int s
 
 // Entries of a full unit: as few of these as leave no more units than a launch has ctas for, which the last always does. Given the units
 // beyond the first of all blocks, by each.
-constexpr int UNIT_SIZES = 4;
-FSA_DEVICE int unit_size(const Index& index, int number) { return index.unit_entries * (4 + number + (number == 3)) / 4; }
+constexpr int UNIT_SIZES = 4, MOST_UNIT_GROWTH = 2;
+FSA_DEVICE int unit_size(const Index& index, int number) {
+    const int quarters = number == UNIT_SIZES - 1 ? 4 * MOST_UNIT_GROWTH : 4 + number;
+    return index.unit_entries * quarters / 4;
+}
 FSA_DEVICE int fitting_unit_size(const Index& index, const int (&beyond)[UNIT_SIZES - 1]) {
     int number = 0;
     while (number < UNIT_SIZES - 1 && beyond[number] > index.spare_units) ++number;

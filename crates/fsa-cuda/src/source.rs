@@ -324,7 +324,8 @@ impl Specialisation {
     /// What the file's constants must be: expression and value.
     fn constants(&self) -> Vec<(&'static str, usize)> {
         match self.kernel {
-            Kernel::Index | Kernel::Prepare => Vec::new(),
+            Kernel::Index => vec![("MOST_UNIT_GROWTH", crate::plan::MOST_UNIT_GROWTH)],
+            Kernel::Prepare => Vec::new(),
             Kernel::Attend => crate::attend::constants(self),
             Kernel::Reduce => crate::reduce::constants(self),
             Kernel::Backward => crate::backward::constants(self),
@@ -380,10 +381,8 @@ impl Specialisation {
         text.push_str("template <class A, class B> struct Same { static constexpr bool value = false; };\n");
         text.push_str("template <class A> struct Same<A, A> { static constexpr bool value = true; };\n");
         for (kernel, params) in self.entry_points() {
-            let _ = writeln!(
-                text,
-                "static_assert(Same<decltype({kernel}), void({params})>::value, \"{kernel} takes {params}\");"
-            );
+            let same = format!("Same<decltype({kernel}), void({params})>::value");
+            let _ = writeln!(text, "static_assert({same}, \"{kernel} takes {params}\");");
         }
         Ok(text)
     }

@@ -222,7 +222,6 @@ impl BackwardPlan {
             sub_tiles,
             chunk_tiles,
             unit_entries,
-            units_grow: false,
         };
         let mut index = IndexPlan::new(problem, facts, &input, &mut workspace);
         let range_keys =

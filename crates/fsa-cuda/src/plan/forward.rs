@@ -85,9 +85,9 @@ impl ForwardPlan {
             sub_tiles,
             chunk_tiles,
             unit_entries: UNIT_ENTRIES,
-            units_grow: true,
         };
-        let index = IndexPlan::new(problem, facts, &input, &mut workspace);
+        let mut index = IndexPlan::new(problem, facts, &input, &mut workspace);
+        index.let_units_grow();
         let rows = heads * index.chunk_tiles * TILE_ROWS * index.slots;
         let (mut partial, mut partial_lse) = ([Slot::default(); MAX_BUFFERS], [Slot::default(); MAX_BUFFERS]);
         for buffer in 0..buffers {

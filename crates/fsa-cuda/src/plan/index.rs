@@ -13,8 +13,8 @@ const PLANE_BYTES: usize = 12 << 20;
 const MAX_WINDOW_BLOCKS: usize = 48 << 10;
 /// Warps of a scattering CTA; in order, each has counters of its own.
 const MAX_SCATTER_WARPS: usize = 8;
-/// How much larger than at least a full unit may be: `unit_size` in `kernels/index.cuh`.
-const MOST_GROWTH: usize = 2;
+/// How many times its least size a full unit may have.
+pub(crate) const MOST_UNIT_GROWTH: usize = 2;
 
 /// Sizes of the index of some kv heads and all chunks of query tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -79,8 +79,6 @@ pub(super) struct IndexInput {
     pub sub_tiles: usize,
     pub chunk_tiles: usize,
     pub unit_entries: usize,
-    /// Units grow where they are many, so that a launch has fewer CTAs without one.
-    pub units_grow: bool,
 }
 
 /// Tiles of a piece such that the plane of `kv_heads` kv heads stays small, a power of two.
@@ -103,7 +101,7 @@ pub(super) fn slots(problem: &Problem, has_dense: bool) -> usize {
 
 impl IndexPlan {
     pub(super) fn new(problem: &Problem, facts: &DeviceFacts, input: &IndexInput, workspace: &mut Workspace) -> Self {
-        let IndexInput { has_dense, ordered, kv_heads, sub_tiles, chunk_tiles, unit_entries, units_grow } = *input;
+        let IndexInput { has_dense, ordered, kv_heads, sub_tiles, chunk_tiles, unit_entries } = *input;
         let (max_tiles, slots) = (max_tiles(problem), slots(problem, has_dense));
         let max_blocks = bound(problem.total_kv, problem.sequences, problem.block_size).max(1);
         let chunk_tiles = chunk_tiles.min(MAX_CHUNK_TILES / sub_tiles * sub_tiles);
@@ -132,11 +130,16 @@ impl IndexPlan {
             regions: Regions::default(),
         };
         plan.full_units = plan.chunk_entries() / unit_entries;
-        plan.spare_units = plan.chunk_entries() / if units_grow { MOST_GROWTH * unit_entries } else { unit_entries };
+        plan.spare_units = plan.full_units;
         // Two CTAs to a multiprocessor at least.
         plan.staged = plan.scatter_smem_bytes() + plan.stage_bytes() <= smem_bytes / 2;
         plan.regions = plan.place(problem, kv_heads, workspace);
         plan
+    }
+
+    /// Full units are larger where they are many, so that a launch needs fewer CTAs, most of which never have a unit.
+    pub(super) fn let_units_grow(&mut self) {
+        self.spare_units = self.chunk_entries() / (MOST_UNIT_GROWTH * self.unit_entries);
     }
 
     /// The index is to say which blocks have several units, and where the sums of their keys are: those of all keys are in one piece, or

@@ -36,6 +36,7 @@ pub(crate) use dense::{Lists, MaskPlan};
 pub use explain::{Explained, RouteReason};
 pub use forward::ForwardPlan;
 pub use index::IndexPlan;
+pub(crate) use index::MOST_UNIT_GROWTH;
 pub(crate) use nsa::ForwardTemporaries;
 pub use nsa::{NsaBackwardPlan, NsaForwardPlan, NsaProblem};
 pub use route::{Pass, Prediction, Route, Routing};
