@@ -5,7 +5,6 @@
 FSA_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 FSA_DEVICE int min_i(int a, int b) { return a < b ? a : b; }
 FSA_DEVICE int max_i(int a, int b) { return a > b ? a : b; }
-FSA_DEVICE u32 min_u(u32 a, u32 b) { return a < b ? a : b; }
 FSA_DEVICE u32 max_u(u32 a, u32 b) { return a > b ? a : b; }
 // The lowest bits: all from 32 on, none below 1.
 FSA_DEVICE u32 low_bits(int count) {
