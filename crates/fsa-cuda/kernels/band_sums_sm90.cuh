@@ -32,27 +32,28 @@ constexpr int ROW_STAGES = IN_TURN ? 2 : 3, DS_STAGES = 2;
 typedef f32 RowScores[SUM_ROWS / 2];        // of 64 keys, or columns, and the rows of a tile
 typedef u32 RowFragments[SUM_ROWS / 16][4];
 constexpr u32 ALL_LANES = 0xffffffffu;
+// Keys of a block in a tile of keys, and blocks there.
+constexpr int LISTED_KEYS = BLOCK_MASK && BLOCK_SIZE < CTA_KEYS ? BLOCK_SIZE : CTA_KEYS, KEY_BLOCKS = CTA_KEYS / LISTED_KEYS;
 
 // What consumers have to mind of a tile of rows: some row does not see some key, has a gate below zero, sees some key, or none, through the window.
 constexpr i32 MASKED = 1, NEGATIVE = 2, WINDOW = 4, NO_WINDOW = 8;
 
-// Statistics of the rows of a tile, each number by itself: two neighbouring rows' are 8 bytes, for which there are registers.
-struct SplitStats {
+// A number of each row of a tile, by itself: those of two neighbouring rows are 8 bytes, for which there are registers.
+struct RowNumbers {
     struct __align__(8) Pair {
         f32 first, second;
         FSA_DEVICE f32 of(int e) const { return e & 1 ? second : first; }
     };
-    f32 lse[SUM_ROWS], delta[SUM_ROWS];
+    f32 of_rows[SUM_ROWS];
 
-    FSA_DEVICE void put(int row, const RowStats& stats) { lse[row] = stats.lse; delta[row] = stats.delta; }
     // Of the two rows that the thread has in columns 8 i and on of 64.
-    static FSA_DEVICE Pair pair(const f32* numbers, int i) { return *(const Pair*)(numbers + 8 * i + 2 * (threadIdx.x & 3)); }
+    FSA_DEVICE Pair pair(int i) const { return *(const Pair*)(of_rows + 8 * i + 2 * (threadIdx.x & 3)); }
     // x = f(x, number of its row) for 64 keys.
     template <typename F>
-    static FSA_DEVICE void apply(RowScores& s, const f32* numbers, F f) {
+    FSA_DEVICE void apply(RowScores& s, F f) const {
         FSA_UNROLL for (int i = 0; i < SUM_ROWS / 8; ++i) {
-            const Pair of_rows = pair(numbers, i);
-            FSA_UNROLL for (int e = 0; e < 4; ++e) s[4 * i + e] = f(s[4 * i + e], of_rows.of(e), 4 * i + e);
+            const Pair numbers = pair(i);
+            FSA_UNROLL for (int e = 0; e < 4; ++e) s[4 * i + e] = f(s[4 * i + e], numbers.of(e), 4 * i + e);
         }
     }
 };
@@ -76,15 +77,25 @@ struct SeenKeys {
 
 struct __align__(16) SumRecords {
     static constexpr int ROWS = SUM_ROWS;
-    SplitStats stats[1 + WINDOW_TOO];
+    // Log-sum-exps as the rows meet each block of the tile's keys, infinity if they do not list it, so that all its probabilities are zero; then those of
+    // the window.
+    RowNumbers lse[KEY_BLOCKS + WINDOW_TOO], delta[1 + WINDOW_TOO];
     SeenKeys seen[1 + WINDOW_TOO];
     i32 special[ROW_WORDS];
 
     FSA_DEVICE i32 put(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r) {
-        i32 found = put_stats(stats[0], r, p.row_stats, p.band) | (WINDOW_TOO ? put_stats(stats[WINDOW_TOO], r, p.window_stats, p.band) : 0);
         const u32 blocks = r.blocks(p.band, w), exist = __ballot_sync(ALL_LANES, r.exists);
-        // A row of the tile that does not exist is masked, too: its zeros times a value that is not finite are NaN.
-        found |= r.row >= ROWS || r.exists && sees_all(p, w, r, blocks) ? 0 : MASKED;
+        const RowStats of_row = r.stats(p.row_stats, p.band), of_window = WINDOW_TOO ? r.stats(p.window_stats, p.band) : RowStats{};
+        i32 found = is_negative(of_row) || is_negative(of_window) ? NEGATIVE : 0;
+        if (r.row < ROWS) {
+            if (WINDOW_TOO) lse[KEY_BLOCKS - 1 + WINDOW_TOO].of_rows[r.row] = of_window.lse, delta[WINDOW_TOO].of_rows[r.row] = of_window.delta;
+            FSA_UNROLL for (int block = 0; block < KEY_BLOCKS; ++block) lse[block].of_rows[r.row] = lists(blocks, block) ? of_row.lse : -neg_inf();
+            delta[0].of_rows[r.row] = of_row.delta;
+        }
+        // A row of the tile that does not exist is masked, too: its zeros times a value that is not finite are NaN. So is one that does not list all keys, if
+        // its probabilities of zero would meet what is not finite.
+        const bool is_finite = !w.has_nonfinite_values && fabsf(of_row.lse) < -neg_inf() && fabsf(of_row.delta) < -neg_inf();
+        found |= r.row >= ROWS || r.exists && sees_all(p, w, r, is_finite ? ~0u : blocks) ? 0 : MASKED;
         if (WINDOW_TOO && r.exists) found |= sees_window(p, w, r);
         found = __reduce_or_sync(ALL_LANES, found);
         if (found & WINDOW && found & NO_WINDOW) found |= MASKED;
@@ -103,8 +114,7 @@ struct __align__(16) SumRecords {
     }
 
   private:
-    static constexpr int SIZE = BLOCK_SIZE < CTA_KEYS ? BLOCK_SIZE : CTA_KEYS;
-
+    static FSA_DEVICE bool lists(u32 blocks, int block) { return !BLOCK_MASK || blocks >> block & 1; }
     FSA_DEVICE void put_seen(const BandBackwardParams& p, int row, int begin, u32 blocks, u32 exist) {
         const int lane = row % 32, word = row / 32;
         FSA_NO_UNROLL for (int key = lane; key < CTA_KEYS; key += 32) {
@@ -112,7 +122,7 @@ struct __align__(16) SumRecords {
             if (WINDOW_TOO) seen[WINDOW_TOO].put(p.band, word, key, from, p.window_size, exist);
             u32 wanted = exist;
             if constexpr (BLOCK_MASK) {     // every 16 keys lie in one block
-                const u32 one = __ballot_sync(ALL_LANES, blocks >> (key - lane) / SIZE & 1), other = __ballot_sync(ALL_LANES, blocks >> (key - lane + 16) / SIZE & 1);
+                const u32 one = __ballot_sync(ALL_LANES, lists(blocks, (key - lane) / LISTED_KEYS)), other = __ballot_sync(ALL_LANES, lists(blocks, (key - lane + 16) / LISTED_KEYS));
                 wanted &= lane < 16 ? one : other;
             }
             seen[0].put(p.band, word, key, from, p.band.window, wanted);
@@ -120,18 +130,13 @@ struct __align__(16) SumRecords {
     }
     // No row sees all of a tile that is not full: behind the last key are those of another sequence.
     static FSA_DEVICE bool sees_all(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r, u32 blocks) {
-        if (BLOCK_MASK && ~blocks & ((1u << CTA_KEYS / SIZE) - 1)) return false;
+        if (BLOCK_MASK && ~blocks & ((1u << KEY_BLOCKS) - 1)) return false;
         return first_key(p.band, r.position) <= w.rows.first_key && end_key(p.band, r.position, w.tokens.keys) >= w.rows.first_key + CTA_KEYS;
     }
     static FSA_DEVICE i32 sees_window(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r) {
         const int behind = r.position - w.rows.first_key;       // the tile's first key
         if (behind < 0 || behind - CTA_KEYS >= p.window_size) return NO_WINDOW;
         return behind >= CTA_KEYS - 1 && behind <= p.window_size ? WINDOW : WINDOW | MASKED;
-    }
-    static FSA_DEVICE i32 put_stats(SplitStats& stats, const RowOfTile& r, const RowStats* of_all, const Band& band) {
-        const RowStats of_row = r.stats(of_all, band);
-        if (r.row < ROWS) stats.put(r.row, of_row);
-        return is_negative(of_row) ? NEGATIVE : 0;
     }
 };
 typedef RowRing<SumRecords, ROW_STAGES> SumRowRing;
@@ -169,6 +174,16 @@ FSA_DEVICE void scale_keys(const SumMemory& m) {
     barrier_arrive(m.scaled_keys);
 }
 
+// The producing warpgroup: whether the tile has values that are not finite.
+FSA_DEVICE bool has_nonfinite_values(const SumMemory& m) {
+    u32 sum = 0;
+    FSA_NO_UNROLL for (u32 at = m.value + (threadIdx.x - CONSUMER_THREADS) * 16; at < m.value + KeyTile::BYTES; at += WARPGROUP * 16) {
+        const Vec4 v = load_shared(at);
+        sum = taint(taint(taint(taint(sum, v.x), v.y), v.z), v.w);
+    }
+    return named_sync_or(ALL_CHECKERS, WARPGROUP, has_nonfinite(sum));
+}
+
 // One thread for each consuming warpgroup: adds its sums of every tile to grad_query.
 FSA_DEVICE void send_sums(const BandBackwardParams& p, const SumMemory& m, const KeyWork& w, int group) {
     FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n) {
@@ -201,6 +216,9 @@ struct SumConsumer {
     FSA_DEVICE int group() const { return WINDOW_TOO ? __shfl_sync(ALL_LANES, thread_number() / WARPGROUP, 0) : held_group; }
     // The thread's first key of the tile.
     static FSA_DEVICE int key_low() { return thread_number() / 32 * 16 + lane_number() / 4; }
+
+    // Log-sum-exps as rows meet the keys of this thread's warp, which lie in one block.
+    static FSA_DEVICE const RowNumbers& lse_of(const SumRecords& records) { return records.lse[KEY_BLOCKS == 1 ? 0 : thread_number() / 32 * 16 / LISTED_KEYS]; }
 
     // Passes dS of this warpgroup's keys on to both, as the n-th item: zeros, then those of the tiles. A branch around the product of the one before the
     // first would make ptxas wait for every product.
@@ -247,16 +265,15 @@ struct SumConsumer {
     // Probabilities and score gradients of the attention and of the window, each added up, from scores and dP, in place.
     template <bool SPECIAL>
     FSA_DEVICE void weigh_both(RowScores& s, RowScores& dp, const SumRecords& records) const {
+        const RowNumbers& own_lse = lse_of(records);
         u32 low, high, low_too, high_too;
         FSA_UNROLL for (int i = 0; i < SUM_ROWS / 8; ++i) {
             if (SPECIAL && i % 4 == 0) {
                 low = records.seen_by(0, key_low(), i / 4), high = records.seen_by(0, key_low() + 8, i / 4);
                 low_too = records.seen_by(WINDOW_TOO, key_low(), i / 4), high_too = records.seen_by(WINDOW_TOO, key_low() + 8, i / 4);
             }
-            typedef SplitStats::Pair Pair;
-            const SplitStats &one = records.stats[0], &other = records.stats[WINDOW_TOO];
-            const Pair lse = SplitStats::pair(one.lse, i), delta = SplitStats::pair(one.delta, i);
-            const Pair lse_too = SplitStats::pair(other.lse, i), delta_too = SplitStats::pair(other.delta, i);
+            const RowNumbers::Pair lse = own_lse.pair(i), delta = records.delta[0].pair(i);
+            const RowNumbers::Pair lse_too = records.lse[KEY_BLOCKS - 1 + WINDOW_TOO].pair(i), delta_too = records.delta[WINDOW_TOO].pair(i);
             FSA_UNROLL for (int e = 0; e < 4; ++e) {
                 const int n = 4 * i + e;
                 f32 x = exp2_fast(fmaf(s[n], scale_log2, -lse.of(e))), y = exp2_fast(fmaf(s[n], scale_log2, -lse_too.of(e)));
@@ -312,10 +329,10 @@ struct SumConsumer {
             } else {
                 wgmma_wait<IN_TURN ? 0 : 1>();
                 wgmma_pin(s);
-                const SplitStats& stats = records.stats[0];
-                SplitStats::apply(s, stats.lse, [&](f32 x, f32 lse, int) { return exp2_fast(fmaf(x, scale_log2, -lse)); });
+                const RowNumbers& delta = records.delta[0];
+                lse_of(records).apply(s, [&](f32 x, f32 lse, int) { return exp2_fast(fmaf(x, scale_log2, -lse)); });
                 if (special & MASKED) mask(s, records);
-                if (special & NEGATIVE) SplitStats::apply(s, stats.delta, [](f32 x, f32 delta, int) { return with_sign_of(x, delta); });
+                if (special & NEGATIVE) delta.apply(s, [](f32 x, f32 delta, int) { return with_sign_of(x, delta); });
                 if (IN_TURN) {
                     FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k) to_fragment<SUM_ROWS>(a[k], s, k);
                     pin(a);
@@ -329,7 +346,7 @@ struct SumConsumer {
                     wgmma_wait<0>();
                 }
                 wgmma_pin(dp);
-                SplitStats::apply(dp, stats.delta, [&](f32 x, f32 delta, int e) { return (IN_TURN ? packed(a, e) : s[e]) * (x - delta); });
+                delta.apply(dp, [&](f32 x, f32 delta, int e) { return (IN_TURN ? packed(a, e) : s[e]) * (x - delta); });
                 if (special & MASKED) mask(dp, records);
             }
             FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k) {
@@ -401,6 +418,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
         registers_shrink<24>();
         if (threadIdx.x == CONSUMER_THREADS) load_keys(p, m.key, m.value, m.loaded_keys, w);
         scale_keys(m);
+        if (BLOCK_MASK) {
+            const bool nonfinite = has_nonfinite_values(m);
+            if (threadIdx.x == CONSUMER_THREADS) w.has_nonfinite_values = nonfinite;
+            named_sync(ALL_CHECKERS, WARPGROUP);
+        }
         const int thread = threadIdx.x - CONSUMER_THREADS;
         if (thread < 32 * SumRowRing::WARPS) m.rows.bring(p, w);
         else if (thread == WARPGROUP - 32) send_sums(p, m, w, 0);

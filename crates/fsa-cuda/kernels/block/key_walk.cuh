@@ -32,6 +32,7 @@ struct KeyWork {
     i32 first, steps;               // the split's tiles: number of the one that is walked first, and how many
     i32 stride;                     // from one to the next; below zero the last comes first
     u32 reciprocal;                 // 2^16 / band.tile_heads, rounded up
+    bool has_nonfinite_values;      // of the tile of keys, as far as anybody has looked
 
     FSA_DEVICE static KeyWork find(const Band& band, int num_kv_heads, int resident) {
         KeyWork w;
@@ -53,6 +54,7 @@ struct KeyWork {
         w.first = backwards ? w.split + (w.steps - 1) * splits : w.split;
         w.stride = backwards ? -splits : splits;
         w.reciprocal = 65535u / (u32)band.tile_heads + 1;
+        w.has_nonfinite_values = false;
         return w;
     }
 };
