@@ -85,6 +85,11 @@ pub struct TensorSpan<'a> {
 }
 
 impl<'a> TensorSpan<'a> {
+    /// No tensor: for kernels that do not look at it.
+    pub(crate) fn none() -> Self {
+        Self { span: DeviceSpan::none(), row_stride: 0, head_stride: 0 }
+    }
+
     /// A tensor without gaps.
     pub fn contiguous(span: DeviceSpan<'a>, heads: usize, head_dim: usize) -> Self {
         Self { span, row_stride: heads * head_dim, head_stride: head_dim }
@@ -121,7 +126,7 @@ impl<'a> TensorSpan<'a> {
         }
     }
 
-    /// As Hopper's kernels copy it, in boxes of `extent` tokens and heads; nothing where the kernels are portable.
+    /// As Hopper's kernels copy it, in boxes of `extent` tokens and heads; nothing where the kernels are portable, or of no tensor.
     pub(crate) fn map(
         &self,
         set: KernelSet,
@@ -140,7 +145,7 @@ impl<'a> TensorSpan<'a> {
         ([rows, heads], extent): ([usize; 2], [usize; 2]),
         sizes: &Sizes,
     ) -> Result<TensorMap> {
-        if set == KernelSet::Sm80 {
+        if set == KernelSet::Sm80 || self.span.address() == Address::default() {
             return Ok(TensorMap { words: MapWords::default() });
         }
         let element = sizes.dtype.size_bytes();

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `memory` | address, dtype, shape, strides and device of a Python array; the only `unsafe` code |
 //! | `memory::device` | the same of a tensor on a CUDA device, as spans for the kernels |
+//! | `memory::exchange` | PyTorch's functions that say it in one call |
 //! | `failure` | errors to Python exceptions, in the argument names of the Python functions |
 //! | `run` | the engine, the release of the interpreter lock, panics to exceptions |
 //! | `packed` | what the calls share: packed inputs, prefix sums, parameters |

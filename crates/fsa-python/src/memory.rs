@@ -1,4 +1,4 @@
-//! Arrays of NumPy and tensors of PyTorch as views. All `unsafe` code of the crate is here and in [`device`].
+//! Arrays of NumPy and tensors of PyTorch as views. All `unsafe` code of the crate is here, in [`device`] and in [`exchange`].
 //!
 //! Who guarantees what:
 //!
@@ -11,6 +11,7 @@
 #![allow(unsafe_code, reason = "this module turns addresses that Python objects report into slices")]
 
 pub mod device;
+pub mod exchange;
 
 use fsa::{DType, Element, Error, Result, TensorView, TensorViewMut, bf16, f16};
 use pyo3::exceptions::PyTypeError;

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="the tests of the PyTorch operators 
 
 import fsa_rs  # noqa: E402
 import gpu  # noqa: E402
+from fsa_rs import _native  # noqa: E402
 from fsa_rs.check import definition  # noqa: E402
 from fsa_rs.nn import FlashSparseAttention, RopeConfig  # noqa: E402
 from gpu import BLOCK, FUNCTIONS, GEOMETRY, SIZES, THETA, WINDOW, Setting, case_of, equal, everything, late  # noqa: E402
@@ -157,6 +158,49 @@ def test_prefix_sums_of_compressed_keys():
     k, v = setting.inputs(("k", "v"), gpu.DEVICE)
     cu = fsa_rs.compress_kv(k, v, setting.cu[1], *GEOMETRY)[2]
     np.testing.assert_array_equal(np.diff(cu.cpu().numpy()), setting.case.windows(*GEOMETRY))
+
+
+KINDS = [(), ("weighted",), ("linear",), ("linear", "position")]
+
+
+@pytest.mark.parametrize("other", KINDS)
+@pytest.mark.parametrize("one", KINDS)
+def test_keys_and_values_are_compressed_alike(one, other):
+    """Where one can do with the scratch memory of the other, that has no part in the result."""
+    setting = Setting()
+    inputs = setting.inputs(("k", *one, "v", *other), gpu.DEVICE)
+    (k, *k_weights), (v, *v_weights) = inputs[: 1 + len(one)], inputs[1 + len(one) :]
+
+    def both(a, a_weights, b, b_weights):
+        weights = dict(zip(("k_weight", "k_position"), a_weights, strict=False))
+        weights.update(zip(("v_weight", "v_position"), b_weights, strict=False))
+        a_cmp, b_cmp, cu = fsa_rs.compress_kv(a, b, setting.cu[1], *GEOMETRY, **weights)
+        return a_cmp, b_cmp, cu, torch.autograd.grad(a_cmp.square().sum() + b_cmp.square().sum(), inputs)
+
+    k_cmp, v_cmp, cu, grads = both(k, k_weights, v, v_weights)
+    v_again, k_again, cu_again, grads_again = both(v, v_weights, k, k_weights)
+    equal((k_cmp, v_cmp, cu, *grads), (k_again, v_again, cu_again, *grads_again))
+
+
+class Described(torch.Tensor):
+    """Of a type that PyTorch's table of functions does not describe: its attributes are asked."""
+
+
+@pytest.mark.parametrize("layout", ["plain", "spread", "turned"])
+def test_attributes_say_what_the_table_of_functions_says(layout):
+    setting = Setting()
+    moved = {"plain": lambda x: x, "spread": spread, "turned": turned}[layout]
+    inputs = [moved(x).detach() for x in setting.inputs(("q", "k", "v"), gpu.DEVICE)]
+    described = tuple(x.as_subclass(Described) for x in (*inputs, *setting.cu))
+    found = _native.cuda_attention((WINDOW,), (*inputs, *setting.cu), setting.scale)
+    asked = _native.cuda_attention((WINDOW,), described, setting.scale)
+    equal(found, [x.as_subclass(torch.Tensor) for x in asked])
+    side = torch.cuda.Stream(gpu.DEVICE)
+    side.wait_stream(torch.cuda.current_stream(gpu.DEVICE))
+    with torch.cuda.stream(side):
+        aside = [x.clone() for x in _native.cuda_attention((WINDOW,), (*inputs, *setting.cu), setting.scale)]
+    side.synchronize()
+    equal(found, aside)
 
 
 def spread(x):

@@ -28,6 +28,11 @@ pub struct DeviceSpan<'a> {
 }
 
 impl DeviceSpan<'_> {
+    /// No memory.
+    pub(crate) fn none() -> Self {
+        Self { address: Address::default(), bytes: 0, owner: PhantomData }
+    }
+
     /// Memory of another owner, such as a tensor of PyTorch.
     ///
     /// # Safety

@@ -159,6 +159,11 @@ impl CompressPlan {
         Self::with(problem, CompressScratch::backward)
     }
 
+    /// Whether it can do with the workspace of another plan, and the tables in it, once that is done.
+    pub fn shares(&self, other: &Self) -> bool {
+        self.tables == other.tables && self.workspace.size_bytes() <= other.workspace.size_bytes()
+    }
+
     fn with(
         problem: &CompressProblem,
         scratch: impl FnOnce(&CompressProblem, &mut Workspace) -> CompressScratch,

@@ -7,14 +7,11 @@ use crate::band::{BandKernel, step_keys};
 use crate::band_backward::BandBackwardKernels;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
-use crate::launch::{LaunchContext, check_batch, check_scale, part, scale_log2};
+use crate::launch::{part, scale_log2};
 use crate::params::{Band, BandBackwardParams, BandParams, BlockMask, Branch, SumBounds, SumKeys};
-use crate::plan::{
-    BOUNDS_BYTES, BandBackwardPlan, BandPlan, BandProblem, BandScratch, PlanOptions, RowTiles, Sizes, Tables,
-};
-use crate::prepare::PrepareKernel;
+use crate::plan::{BOUNDS_BYTES, BandBackwardPlan, BandProblem, BandScratch, RowTiles, Sizes, Tables};
 use crate::source::{Kernel, Specialisation};
-use fsa_core::{DType, Error, Result};
+use fsa_core::{DType, Result};
 use std::sync::Arc;
 
 /// Keys of a box that Hopper's kernels copy.
@@ -137,64 +134,6 @@ impl BandStep {
     }
 }
 
-/// A planned forward with its kernels.
-#[derive(Debug)]
-pub struct BandForward {
-    kernels: Arc<Kernels>,
-    plan: BandPlan,
-    prepare: Arc<PrepareKernel>,
-    step: BandStep,
-}
-
-impl BandForward {
-    /// Plans a call and makes its kernels ready; compiles those that this process and the cache lack.
-    ///
-    /// # Errors
-    /// The kernels do not support the problem, or cannot be had.
-    pub fn plan(kernels: &Arc<Kernels>, problem: &BandProblem) -> Result<Self> {
-        let set = kernels.set();
-        let [prepare, any] = [Kernel::Prepare, Kernel::Band].map(|k| problem.sizes.specialisation(k, set, 64));
-        let plan = BandPlan::new(problem, &any);
-        let used = [prepare, problem.kernel(set, &plan.tiles)];
-        problem.check(kernels.device().facts(), &used)?;
-        kernels.get(&used)?;
-        let step = BandStep::new(kernels, problem, plan.tiles)?;
-        Ok(Self { kernels: Arc::clone(kernels), plan, prepare: kernels.one(&prepare)?, step })
-    }
-
-    /// Tiles and workspace.
-    pub fn plan_value(&self) -> &BandPlan {
-        &self.plan
-    }
-
-    /// Size of the workspace that a launch needs.
-    pub fn workspace_bytes(&self) -> usize {
-        self.plan.workspace.size_bytes()
-    }
-
-    /// Gives the forward to the stream.
-    ///
-    /// # Errors
-    /// A tensor or the workspace is smaller than planned for; nothing was launched. Or the driver fails.
-    pub fn launch(
-        &self,
-        context: &LaunchContext<'_>,
-        batch: &DeviceBatch<'_>,
-        tensors: &AttentionTensors<'_>,
-        softmax_scale: f32,
-    ) -> Result<()> {
-        let problem = &self.plan.problem;
-        check_scale(softmax_scale)?;
-        check_batch(batch, &problem.sizes)?;
-        tensors.check(&problem.sizes, problem.total_keys())?;
-        self.plan.workspace.check(&context.workspace)?;
-        let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        let tables = self.plan.tables.tables(&context.workspace);
-        self.prepare.launch(context.stream, &self.plan.tables.params(batch, &context.workspace))?;
-        self.step.launch(context.stream, batch, &tables, (tensors, Branch::default()), softmax_scale)
-    }
-}
-
 /// Scaled sums of gradients of queries to which several attentions add, in the place of the gradients, in any order or side by side.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SharedSums {
@@ -211,6 +150,8 @@ pub(crate) struct SharedSums {
 pub(crate) struct BranchGrads<'a> {
     /// Statistics of all rows, with the gates, and their bounds behind them: `out`, `lse` and `grad_lse` are not read then.
     pub row_stats: Option<DeviceSpan<'a>>,
+    /// [`BandBackwardStep::prepare`] went before.
+    pub is_prepared: bool,
     /// `grad_query` is added to; not by a plan that adds it up in memory.
     pub accumulate: bool,
     /// What else adds to `grad_query` in memory, which [`BandBackwardStep::open`] opened and [`BandBackwardStep::finish`] makes gradients
@@ -305,6 +246,35 @@ impl BandBackwardStep {
         })
     }
 
+    /// Whether all heads are done at once, so that their statistics have room beside each other.
+    fn is_one_pass(&self) -> bool {
+        self.plan.kv_heads >= self.plan.problem.sizes.num_kv_heads
+    }
+
+    fn clear_bounds(&self, stream: &Stream, workspace: &DeviceSpan<'_>) -> Result<()> {
+        let bounds = &self.plan.scratch.bounds;
+        Ok(bounds.iter().try_for_each(|bounds| bounds.span(workspace).fill(0, stream))?)
+    }
+
+    /// What a launch with sums of its own and without statistics can do before there are gradients to write: the statistics of the rows,
+    /// if all heads are done at once.
+    pub(super) fn prepare(
+        &self,
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        (tables, workspace): (&Tables, &DeviceSpan<'_>),
+        tensors: &AttentionGradTensors<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        if !self.is_one_pass() {
+            return Ok(());
+        }
+        self.clear_bounds(stream, workspace)?;
+        let kv_heads = self.plan.problem.sizes.num_kv_heads;
+        let params = self.params(batch, (tables, workspace), tensors, kv_heads, softmax_scale)?;
+        Ok(self.kernels.statistics(stream, &params)?)
+    }
+
     /// `workspace` is what the plan's scratch lies in.
     pub(crate) fn launch(
         &self,
@@ -315,8 +285,10 @@ impl BandBackwardStep {
         softmax_scale: f32,
     ) -> Result<()> {
         let sizes = &self.plan.problem.sizes;
-        let own_bounds = self.plan.scratch.bounds.filter(|_| branch.sums.is_none());
-        own_bounds.iter().try_for_each(|bounds| bounds.span(workspace).fill(0, stream))?;
+        let prepared = branch.is_prepared && self.is_one_pass();
+        if !prepared && branch.sums.is_none() {
+            self.clear_bounds(stream, workspace)?;
+        }
         passes(sizes.num_kv_heads, self.plan.kv_heads).try_for_each(|heads| {
             let own = tensors.kv_heads_from(heads.start, sizes);
             let mut params = self.params(batch, (tables, workspace), &own, heads.len(), softmax_scale)?;
@@ -331,6 +303,7 @@ impl BandBackwardStep {
             };
             match &branch.row_stats {
                 Some(stats) => (params.row_stats, params.row_bounds) = given(stats),
+                None if prepared => {}
                 None => self.kernels.statistics(stream, &params)?,
             }
             let bounds = |rows| SumBounds { rows, keys: params.key_bounds };
@@ -409,63 +382,5 @@ impl BandBackwardStep {
             value_map: value.map(set, keys, key_boxes, &sizes)?,
             sums_map: tensors.grad_query.map(set, rows, row_boxes, &as_f16)?,
         })
-    }
-}
-
-/// A planned backward with its kernels. Equal bits for equal input where the plan is deterministic or in two passes.
-#[derive(Debug)]
-pub struct BandBackward {
-    kernels: Arc<Kernels>,
-    prepare: Arc<PrepareKernel>,
-    step: BandBackwardStep,
-}
-
-impl BandBackward {
-    /// Plans a call and makes its kernels ready; compiles those that this process and the cache lack.
-    ///
-    /// # Errors
-    /// The kernels do not support the problem, or cannot be had.
-    pub fn plan(kernels: &Arc<Kernels>, problem: &BandProblem, options: &PlanOptions) -> Result<Self> {
-        let [prepare, backward] =
-            [Kernel::Prepare, Kernel::BandBackward].map(|k| problem.sizes.specialisation(k, kernels.set(), 64));
-        let facts = kernels.device().facts();
-        problem.check(facts, &[prepare, backward])?;
-        let plan = BandBackwardPlan::new(problem, &backward, facts, &kernels.query_sums(options));
-        kernels.get(&[prepare, plan.specialisation(kernels.set())])?;
-        let step = BandBackwardStep::new(kernels, plan)?;
-        Ok(Self { kernels: Arc::clone(kernels), prepare: kernels.one(&prepare)?, step })
-    }
-
-    /// Tiles, splits and workspace.
-    pub fn plan_value(&self) -> &BandBackwardPlan {
-        &self.step.plan
-    }
-
-    /// Size of the workspace that a launch needs.
-    pub fn workspace_bytes(&self) -> usize {
-        self.step.plan.workspace.size_bytes()
-    }
-
-    /// Gives the backward to the stream.
-    ///
-    /// # Errors
-    /// A tensor or the workspace is smaller than planned for; nothing was launched. Or the driver fails.
-    pub fn launch(
-        &self,
-        context: &LaunchContext<'_>,
-        batch: &DeviceBatch<'_>,
-        tensors: &AttentionGradTensors<'_>,
-        softmax_scale: f32,
-    ) -> Result<()> {
-        let plan = &self.step.plan;
-        check_scale(softmax_scale)?;
-        check_batch(batch, &plan.problem.sizes)?;
-        tensors.check(&plan.problem.sizes, plan.problem.total_keys())?;
-        plan.workspace.check(&context.workspace)?;
-        let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        let tables = plan.tables.tables(&context.workspace);
-        self.prepare.launch(context.stream, &plan.tables.params(batch, &context.workspace))?;
-        let tensors = (tensors, &BranchGrads::default());
-        self.step.launch(context.stream, batch, (&tables, &context.workspace), tensors, softmax_scale)
     }
 }

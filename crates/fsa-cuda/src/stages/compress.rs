@@ -207,16 +207,22 @@ impl Planned {
         Ok(Self { kernels: Arc::clone(kernels), plan, prepare: kernels.one(&prepare)?, step })
     }
 
-    /// Fills the tables, then does `work`.
+    /// Fills the tables.
+    fn prepare(&self, context: &LaunchContext<'_>, batch: &DeviceBatch<'_>) -> Result<()> {
+        self.check(context, batch)?;
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        Ok(self.prepare.launch(context.stream, &self.plan.tables.params(batch, &context.workspace))?)
+    }
+
+    /// Does `work`, with the tables.
     fn launch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
         work: impl FnOnce(&Tables) -> Result<()>,
     ) -> Result<()> {
+        self.check(context, batch)?;
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        let params = self.plan.tables.params(batch, &context.workspace);
-        self.prepare.launch(context.stream, &params)?;
         work(&self.plan.tables.tables(&context.workspace))
     }
 
@@ -259,13 +265,40 @@ impl CompressForward {
         batch: &DeviceBatch<'_>,
         tensors: &CompressTensors<'_>,
     ) -> Result<()> {
-        let problem = &self.0.plan.problem;
-        self.0.check(context, batch)?;
-        tensors.check(problem)?;
-        let rows = [problem.total_compressed(), problem.sizes.num_kv_heads];
-        tensors.out.require("out", rows, &problem.sizes)?;
+        self.check(tensors)?;
+        self.prepare(context, batch)?;
+        self.launch_prepared(context, batch, tensors)
+    }
+
+    /// The part of a launch that needs no tensors, for callers that have them only later, or compress several inputs of the same sequences:
+    /// [`launch_prepared`](Self::launch_prepared) does the rest, with the same workspace and on the same stream.
+    ///
+    /// # Errors
+    /// The workspace is smaller than planned for; nothing was launched. Or the driver fails.
+    pub fn prepare(&self, context: &LaunchContext<'_>, batch: &DeviceBatch<'_>) -> Result<()> {
+        self.0.prepare(context, batch)
+    }
+
+    /// The rest of a launch.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub fn launch_prepared(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &CompressTensors<'_>,
+    ) -> Result<()> {
+        self.check(tensors)?;
         let work = |tables: &Tables| self.0.step.forward(context.stream, batch, (tables, &context.workspace), tensors);
         self.0.launch(context, batch, work)
+    }
+
+    fn check(&self, tensors: &CompressTensors<'_>) -> Result<()> {
+        let problem = &self.0.plan.problem;
+        tensors.check(problem)?;
+        let rows = [problem.total_compressed(), problem.sizes.num_kv_heads];
+        tensors.out.require("out", rows, &problem.sizes)
     }
 }
 
@@ -302,7 +335,29 @@ impl CompressBackward {
         batch: &DeviceBatch<'_>,
         tensors: &CompressBackwardTensors<'_>,
     ) -> Result<()> {
-        self.0.check(context, batch)?;
+        tensors.check(&self.0.plan.problem)?;
+        self.prepare(context, batch)?;
+        self.launch_prepared(context, batch, tensors)
+    }
+
+    /// As [`CompressForward::prepare`].
+    ///
+    /// # Errors
+    /// The workspace is smaller than planned for; nothing was launched. Or the driver fails.
+    pub fn prepare(&self, context: &LaunchContext<'_>, batch: &DeviceBatch<'_>) -> Result<()> {
+        self.0.prepare(context, batch)
+    }
+
+    /// The rest of a launch.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub fn launch_prepared(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &CompressBackwardTensors<'_>,
+    ) -> Result<()> {
         tensors.check(&self.0.plan.problem)?;
         let work = |tables: &Tables| {
             let memory = (tables, &context.workspace);

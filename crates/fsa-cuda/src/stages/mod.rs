@@ -16,6 +16,7 @@
 
 mod band;
 mod band_both;
+mod band_calls;
 mod combine;
 mod compress;
 mod nsa;
@@ -23,8 +24,8 @@ mod rope;
 mod select;
 mod tensors;
 
-pub use band::{BandBackward, BandForward};
 pub(crate) use band::{BandBackwardStep, BandStep, BranchGrads, SharedSums, band};
+pub use band_calls::{BandBackward, BandForward};
 pub use combine::{CombineBackward, CombineBackwardTensors, CombineForward, CombineTensors};
 pub use compress::{CompressBackward, CompressBackwardTensors, CompressForward, CompressTensors};
 pub use nsa::{
@@ -33,6 +34,6 @@ pub use nsa::{
 };
 pub use rope::{RopeRows, RopeTurn};
 pub use select::Select;
-pub use tensors::{AttentionGradTensors, AttentionTensors, Gates};
+pub use tensors::{AttentionGradInputs, AttentionGradTensors, AttentionTensors, Gates};
 
 pub use crate::launch::{LaunchContext, TensorSpan};

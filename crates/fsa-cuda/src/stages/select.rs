@@ -225,20 +225,55 @@ impl Select {
         topk_indices: &DeviceSpan<'_>,
         softmax_scale: f32,
     ) -> Result<()> {
-        let (problem, workspace) = (&self.plan.problem, &context.workspace);
-        check_scale(softmax_scale)?;
-        check_batch(batch, &problem.sizes)?;
-        tensors.check(&problem.sizes, problem.attention().total_keys())?;
-        check_words("topk_indices", topk_indices, problem.topk_indices_bytes())?;
+        self.check(tensors, topk_indices, softmax_scale)?;
+        self.prepare(context, batch)?;
+        self.launch_prepared(context, batch, tensors, topk_indices, softmax_scale)
+    }
+
+    /// The part of a launch that needs no tensors, for callers that have them only later: [`launch_prepared`](Self::launch_prepared) does
+    /// the rest, with the same workspace and on the same stream.
+    ///
+    /// # Errors
+    /// The workspace is smaller than planned for; nothing was launched. Or the driver fails.
+    pub fn prepare(&self, context: &LaunchContext<'_>, batch: &DeviceBatch<'_>) -> Result<()> {
+        let workspace = &context.workspace;
+        check_batch(batch, &self.plan.problem.sizes)?;
         self.plan.workspace.check(workspace)?;
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
-        let tables = self.plan.tables.tables(workspace);
         self.prepare.launch(context.stream, &self.plan.tables.params(batch, workspace))?;
         if let Some(own) = self.plan.lists.tables() {
             self.prepare.launch(context.stream, &own.params(batch, workspace))?;
         }
+        Ok(())
+    }
+
+    /// The rest of a launch.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub fn launch_prepared(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        tensors: &AttentionTensors<'_>,
+        topk_indices: &DeviceSpan<'_>,
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let workspace = &context.workspace;
+        self.check(tensors, topk_indices, softmax_scale)?;
+        check_batch(batch, &self.plan.problem.sizes)?;
+        self.plan.workspace.check(workspace)?;
+        let _bound = self.kernels.device().bind().map_err(Error::from)?;
+        let tables = self.plan.tables.tables(workspace);
         let memory = SelectMemory { tables: &tables, workspace, scratch: &self.plan.scratch.span(workspace) };
         let work = (tensors, Branch::default(), Some(topk_indices));
         self.step.launch(context.stream, batch, memory, work, softmax_scale)
+    }
+
+    fn check(&self, tensors: &AttentionTensors<'_>, topk_indices: &DeviceSpan<'_>, softmax_scale: f32) -> Result<()> {
+        let problem = &self.plan.problem;
+        check_scale(softmax_scale)?;
+        tensors.check(&problem.sizes, problem.attention().total_keys())?;
+        check_words("topk_indices", topk_indices, problem.topk_indices_bytes())
     }
 }

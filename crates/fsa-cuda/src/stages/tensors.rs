@@ -57,6 +57,36 @@ impl<'a> AttentionTensors<'a> {
     }
 }
 
+/// What the backward of an attention stage reads.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionGradInputs<'a> {
+    /// The forward's tensors.
+    pub forward: AttentionTensors<'a>,
+    /// Shape of `out`.
+    pub grad_out: TensorSpan<'a>,
+    /// Shape of `lse`, if a gradient reached it.
+    pub grad_lse: Option<DeviceSpan<'a>>,
+}
+
+impl<'a> AttentionGradInputs<'a> {
+    pub(super) fn check(&self, sizes: &Sizes, total_keys: usize) -> Result<()> {
+        self.forward.check(sizes, total_keys)?;
+        self.grad_out.require("grad_out", [sizes.total_q, sizes.num_q_heads], sizes)?;
+        self.grad_lse.as_ref().map_or(Ok(()), |grad| check_words("grad_lse", grad, sizes.lse_bytes()))
+    }
+
+    /// With room for gradients of queries, keys and values.
+    pub fn with(&self, [grad_query, grad_key, grad_value]: [TensorSpan<'a>; 3]) -> AttentionGradTensors<'a> {
+        let Self { forward, grad_out, grad_lse } = *self;
+        AttentionGradTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value }
+    }
+
+    /// For kernels that write none of them.
+    pub(super) fn without_gradients(&self) -> AttentionGradTensors<'a> {
+        self.with([TensorSpan::none(); 3])
+    }
+}
+
 /// Tensors of the backward of an attention stage, besides those of its forward (`out` and `lse` are read).
 #[derive(Debug, Clone, Copy)]
 pub struct AttentionGradTensors<'a> {
@@ -76,13 +106,17 @@ pub struct AttentionGradTensors<'a> {
 
 impl<'a> AttentionGradTensors<'a> {
     pub(super) fn check(&self, sizes: &Sizes, total_keys: usize) -> Result<()> {
-        let (rows, keys) = ([sizes.total_q, sizes.num_q_heads], [total_keys, sizes.num_kv_heads]);
-        self.forward.check(sizes, total_keys)?;
-        self.grad_out.require("grad_out", rows, sizes)?;
-        self.grad_query.require("grad_query", rows, sizes)?;
+        let keys = [total_keys, sizes.num_kv_heads];
+        self.inputs().check(sizes, total_keys)?;
+        self.grad_query.require("grad_query", [sizes.total_q, sizes.num_q_heads], sizes)?;
         self.grad_key.require("grad_key", keys, sizes)?;
-        self.grad_value.require("grad_value", keys, sizes)?;
-        self.grad_lse.as_ref().map_or(Ok(()), |grad| check_words("grad_lse", grad, sizes.lse_bytes()))
+        self.grad_value.require("grad_value", keys, sizes)
+    }
+
+    /// What is read.
+    pub(super) fn inputs(&self) -> AttentionGradInputs<'a> {
+        let Self { forward, grad_out, grad_lse, .. } = *self;
+        AttentionGradInputs { forward, grad_out, grad_lse }
     }
 
     /// The kv heads from `first` on, with their query heads.

@@ -17,29 +17,33 @@ ScoreHeads = Literal["group_sum", "first_head"]
 Recompute = Literal["none", "rotated", "all"]
 
 
-#: Arrays of a call that may be ``None``.
-_OPTIONAL = frozenset(("k_weight", "k_position", "v_weight", "v_position"))
-
-
-def _library(**arrays: Any) -> Any:
-    """The module that computes on this kind of array. The first array decides."""
-    first, array = next(iter(arrays.items()))
-    library, kind = (_numpy, np.ndarray) if isinstance(array, np.ndarray) else _torch_library(first, array)
-    for name, array in arrays.items():
-        if not isinstance(array, kind) and not (array is None and name in _OPTIONAL):
-            raise TypeError(f"{name}: expected {_name(kind)}, as the first argument, got {_name(type(array))}")
+def _library(names: str, arrays: tuple[Any, ...], optional: tuple[Any, ...] = ()) -> Any:
+    """The module that computes on this kind of array. The first array decides; ``names`` are those of all."""
+    first = arrays[0]
+    library, kind = (_numpy, np.ndarray) if isinstance(first, np.ndarray) else _torch_library(names, first)
+    for array in arrays:
+        if not isinstance(array, kind):
+            raise _other_kind(names, (*arrays, *optional), array, kind)
+    for array in optional:
+        if array is not None and not isinstance(array, kind):
+            raise _other_kind(names, (*arrays, *optional), array, kind)
     return library
 
 
-def _torch_library(name: str, array: Any) -> tuple[Any, Any]:
+def _other_kind(names: str, arrays: tuple[Any, ...], array: Any, kind: Any) -> TypeError:
+    name = next(name for name, other in zip(names.split(), arrays, strict=True) if other is array)
+    return TypeError(f"{name}: expected {_name(kind)}, as the first argument, got {_name(type(array))}")
+
+
+def _torch_library(names: str, first: Any) -> tuple[Any, Any]:
     """The PyTorch half of the package, imported when the first argument that is no NumPy array comes."""
     try:
         from . import _torch
     except ModuleNotFoundError:
         kinds = "numpy.ndarray (torch.Tensor, once PyTorch is installed)"
-        raise TypeError(f"{name}: expected {kinds}, got {_name(type(array))}") from None
-    if not isinstance(array, _torch.Tensor):
-        raise TypeError(f"{name}: expected numpy.ndarray or torch.Tensor, got {_name(type(array))}")
+        raise TypeError(f"{names.split()[0]}: expected {kinds}, got {_name(type(first))}") from None
+    if not isinstance(first, _torch.Tensor):
+        raise TypeError(f"{names.split()[0]}: expected numpy.ndarray or torch.Tensor, got {_name(type(first))}")
     return _torch, _torch.Tensor
 
 
@@ -209,7 +213,8 @@ def selected_attn_varlen_func(
         TypeError: an argument is neither ``numpy.ndarray`` nor ``torch.Tensor``, or kinds are mixed.
     """
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    library = _library(q=q, k=k, v=v, topk_indices=topk_indices, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    arrays = (q, k, v, topk_indices, cu_seqlens_q, cu_seqlens_k)
+    library = _library("q k v topk_indices cu_seqlens_q cu_seqlens_k", arrays)
     _layout(layout)
     _rows("topk_indices", topk_indices)
     stage = (_hts(layout, topk_indices), _size("block_size", block_size), bool(validate))
@@ -235,7 +240,7 @@ def window_attn_varlen_func(
     are those of :func:`selected_attn_varlen_func`.
     """
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    library = _library(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    library = _library("q k v cu_seqlens_q cu_seqlens_k", packed)
     stage = (_window(window_size),)
     return _result(library.attention(stage, packed, _scale(softmax_scale), bool(deterministic)), return_lse)
 
@@ -257,7 +262,7 @@ def dense_attn_varlen_func(
     Arguments, results and errors are those of :func:`selected_attn_varlen_func`.
     """
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    library = _library(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    library = _library("q k v cu_seqlens_q cu_seqlens_k", packed)
     return _result(library.attention((), packed, _scale(softmax_scale), bool(deterministic)), return_lse)
 
 
@@ -299,12 +304,11 @@ def compress_kv(
     Raises:
         ValueError, NotImplementedError, TypeError: as :func:`selected_attn_varlen_func`.
     """
-    arrays = {"k": k, "v": v, "cu_seqlens_k": cu_seqlens_k, "k_weight": k_weight, "k_position": k_position}
-    library = _library(**arrays, v_weight=v_weight, v_position=v_position)
+    parameters = (k_weight, k_position, v_weight, v_position)
+    library = _library("k v cu_seqlens_k k_weight k_position v_weight v_position", (k, v, cu_seqlens_k), parameters)
     _rows("k", k)
     _rows("v", v)
     geometry = (_size("kernel_size", kernel_size), _size("kernel_stride", kernel_stride))
-    parameters = (k_weight, k_position, v_weight, v_position)
     return library.compress(geometry, (k, v, cu_seqlens_k), parameters)  # type: ignore[no-any-return]
 
 
@@ -355,7 +359,7 @@ def compressed_attn_varlen_func(
         ValueError, NotImplementedError, TypeError: as :func:`selected_attn_varlen_func`.
     """
     packed = (q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k)
-    library = _library(q=q, k_cmp=k_cmp, v_cmp=v_cmp, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    library = _library("q k_cmp v_cmp cu_seqlens_q cu_seqlens_k", packed)
     _layout(layout)
     sizes = _sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, 0, score_heads)
     out, lse, topk_indices = library.select(sizes, packed, _scale(softmax_scale), bool(deterministic))
@@ -394,7 +398,7 @@ def topk_blocks(
         ValueError, NotImplementedError, TypeError: as :func:`selected_attn_varlen_func`.
     """
     packed = (q, k_cmp, k_cmp, cu_seqlens_q, cu_seqlens_k)
-    library = _library(q=q, k_cmp=k_cmp, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    library = _library("q k_cmp cu_seqlens_q cu_seqlens_k", (q, k_cmp, cu_seqlens_q, cu_seqlens_k))
     _layout(layout)
     sizes = _sizes(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, 0, score_heads)
     topk_indices = library.select(sizes, packed, _scale(softmax_scale), False)[2]
@@ -456,10 +460,9 @@ def nsa_attn_varlen_func(
         ValueError, NotImplementedError, TypeError: as :func:`selected_attn_varlen_func`.
     """
     packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    arrays = {"q": q, "k": k, "v": v, "gates": gates, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     parameters = (k_weight, k_position, v_weight, v_position)
-    names = ("k_weight", "k_position", "v_weight", "v_position")
-    library = _library(**arrays, **dict(zip(names, parameters, strict=True)))
+    names = "q k v gates cu_seqlens_q cu_seqlens_k k_weight k_position v_weight v_position"
+    library = _library(names, (q, k, v, gates, cu_seqlens_q, cu_seqlens_k), parameters)
     _rows("k", k)
     _layout(layout)
     window = _window(window_size)

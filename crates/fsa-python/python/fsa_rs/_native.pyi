@@ -80,9 +80,7 @@ def cuda_attention_backward(
 ) -> tuple[Array, Array, Array]:
     """`forward` is `out`, `lse`, `grad_out` and `grad_lse`."""
 
-def cuda_select(
-    sizes: Sequence[int], inputs: Packed, softmax_scale: float | None
-) -> tuple[Array, Array, Array]: ...
+def cuda_select(sizes: Sequence[int], inputs: Packed, softmax_scale: float | None) -> tuple[Array, Array, Array]: ...
 def cuda_compress(
     geometry: tuple[int, int], inputs: tuple[Array, Array, Array], parameters: tuple[Parameters, Parameters]
 ) -> tuple[Array, Array, Array]: ...

@@ -102,7 +102,7 @@ def _differentiate_attention(
         grad_out = torch.zeros_like(out)
     options = (ctx.softmax_scale, topk_indices, ctx.stage, ctx.deterministic)
     grads = _ATTENTION_BACKWARD(*packed, *options, out, lse, grad_out, grad_lse)
-    return (*grads, *(None for _ in ctx.needs_input_grad[3:]))
+    return (*grads, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
 _ATTENTION = Operator(
@@ -221,14 +221,15 @@ def _save_compress(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate_compress(ctx: Any, *grads_out: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, needed = ctx.saved_tensors, ctx.needs_input_grad
-    places = ((0, 3, 4), (1, 5, 6))
-    wanted = [grad if any(needed[at] for at in of) else None for of, grad in zip(places, grads_out[:2], strict=True)]
-    remaining = iter(_COMPRESS_BACKWARD(*saved, ctx.geometry, *wanted))
+    grad_k = grads_out[0] if needed[0] or needed[3] or needed[4] else None
+    grad_v = grads_out[1] if needed[1] or needed[5] or needed[6] else None
+    remaining = iter(_COMPRESS_BACKWARD(*saved, ctx.geometry, grad_k, grad_v))
     grads: list[Tensor | None] = [None] * 8
-    for of, grad in zip(places, wanted, strict=True):
-        for at in of:
-            if grad is not None and saved[at] is not None:
-                grads[at] = next(remaining)
+    for grad, places in ((grad_k, (0, 3, 4)), (grad_v, (1, 5, 6))):
+        if grad is not None:
+            for at in places:
+                if saved[at] is not None:
+                    grads[at] = next(remaining)
     return tuple(grads)
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+Parameter = torch.nn.Parameter
+#: What ``torch.no_grad`` calls, which takes ten times as long.
+_set_grad_enabled = torch._C._set_grad_enabled
 
 
 def _observed() -> bool:
@@ -53,10 +55,10 @@ def _refuse_transforms(name: str, arguments: tuple[Any, ...]) -> None:
 
 
 class _Route(NamedTuple):
-    """A kernel, and the same with its gradient as one node of autograd, if there is one."""
+    """A kernel, and what makes a node of autograd of a call whose output is there, if it has a gradient."""
 
     kernel: Callable[..., Any]
-    function: Any
+    apply: Callable[..., Any] | None
 
 
 class Operator:
@@ -82,8 +84,8 @@ class Operator:
             self.on_cpu, self.on_cuda = (_Route(kernel, None) for kernel in kernels)
         else:
             registered.register_autograd(differentiate, setup_context=save)
-            function = _function(name, save, differentiate)
-            self.on_cpu, self.on_cuda = (_Route(kernel, function) for kernel in kernels)
+            apply = _node(name, save, differentiate)
+            self.on_cpu, self.on_cuda = (_Route(kernel, apply) for kernel in kernels)
         self.operator = getattr(torch.ops.fsa_rs, name).default
 
     def __call__(self, *arguments: Any) -> Any:
@@ -91,37 +93,46 @@ class Operator:
             _refuse_tangents(self.name, arguments)
             _refuse_transforms(self.name, arguments)
             return self.operator(*arguments)
-        route, differentiates = self.on_cpu, False
+        # The device waits for all of this: nothing is asked that need not be.
+        route, records, differentiates = self.on_cpu, torch.is_grad_enabled(), False
         for x in arguments:
-            if type(x) in _PLAIN:
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
                 if x.is_cuda:
                     route = self.on_cuda
                 elif not x.is_cpu:
                     return self.operator(*arguments)
                 if x.is_neg():  # negated when it is read
                     return self.operator(*arguments)
-                differentiates = differentiates or x.requires_grad
+                if records and x.requires_grad:
+                    differentiates = True
             elif isinstance(x, Tensor):
                 return self.operator(*arguments)
-        if not (differentiates and torch.is_grad_enabled()):
+        if not differentiates:
             return route.kernel(*arguments)
-        if route.function is None:
+        if route.apply is None:
             return self.operator(*arguments)  # that of a backward, which refuses to be differentiated
-        with torch.no_grad():
+        _set_grad_enabled(False)
+        try:
             output = route.kernel(*arguments)
-        return route.function.apply(*arguments, output)
+        finally:
+            _set_grad_enabled(True)
+        return route.apply(*arguments, output)
 
 
-def _function(name: str, save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]) -> Any:
-    """The node of autograd of a call whose output, the last argument, is there: the device works while it is made."""
+def _node(name: str, save: Callable[..., None], differentiate: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """What makes the node of autograd of a call whose output, its last argument, is there: the device is at work."""
 
     def forward(ctx: Any, *arguments: Any) -> Any:
-        *inputs, output = arguments
-        save(ctx, tuple(inputs), output)
+        output = arguments[-1]
+        save(ctx, arguments[:-1], output)
         return output
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return (*differentiate(ctx, *grads), None)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return new_class(f"fsa_rs_{name}", (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
+    function = new_class(f"fsa_rs_{name}", (torch.autograd.Function,), exec_body=lambda body: body.update(methods))
+    # That of the class asks what was asked before: whether a transform is active.
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply

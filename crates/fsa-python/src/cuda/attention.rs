@@ -10,17 +10,35 @@ use crate::run::detached;
 use fsa::cuda::driver::{DeviceBatch, DeviceSpan};
 use fsa::cuda::plan::{BandProblem, Keys, Windows};
 use fsa::cuda::selected::{BackwardTensors, ForwardTensors};
-use fsa::cuda::stages::{AttentionGradTensors, AttentionTensors};
+use fsa::cuda::stages::{AttentionGradInputs, AttentionGradTensors, AttentionTensors};
 use fsa::{DType, NsaConfig, Result};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 /// `(topk_indices, block_size, validate)`, `(kernel_size, kernel_stride)`, `(window_size,)`, or `()` for dense.
-#[derive(FromPyObject)]
 pub enum Stage<'py> {
     Selected(Held<'py>, usize, bool),
     Compressed(usize, usize),
-    Window((usize,)),
-    Dense([usize; 0]),
+    Window(usize),
+    Dense,
+}
+
+impl<'py> FromPyObject<'_, 'py> for Stage<'py> {
+    type Error = PyErr;
+
+    /// The number of elements says which it is: to try one after the other takes longer than all the rest of it.
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        let stage = object.cast::<PyTuple>()?;
+        Ok(match stage.len() {
+            0 => Self::Dense,
+            1 => Self::Window(stage.get_item(0)?.extract()?),
+            2 => Self::Compressed(stage.get_item(0)?.extract()?, stage.get_item(1)?.extract()?),
+            _ => {
+                let (topk_indices, block_size, validate) = stage.extract()?;
+                Self::Selected(topk_indices, block_size, validate)
+            }
+        })
+    }
 }
 
 impl<'py> Stage<'py> {
@@ -29,7 +47,7 @@ impl<'py> Stage<'py> {
         let (names, others) = match self {
             Stage::Selected(topk_indices, ..) => (["k", "v"], vec![("topk_indices", &**topk_indices, true)]),
             Stage::Compressed(..) => (COMPRESSED, Vec::new()),
-            Stage::Window(_) | Stage::Dense(_) => (["k", "v"], Vec::new()),
+            Stage::Window(_) | Stage::Dense => (["k", "v"], Vec::new()),
         };
         let mut place = inputs.place(names, &others)?;
         let keys = match *self {
@@ -46,8 +64,8 @@ impl<'py> Stage<'py> {
                 place.sizes.total_kv *= windows.kernel_stride;
                 Keys::Compressed(windows)
             }
-            Stage::Window((window_size,)) => Keys::Window { window_size },
-            Stage::Dense(_) => Keys::Dense,
+            Stage::Window(window_size) => Keys::Window { window_size },
+            Stage::Dense => Keys::Dense,
         };
         let problem = BandProblem { sizes: place.sizes, keys };
         let backward = |deterministic| Work::BandBackward { problem, deterministic };
@@ -157,9 +175,12 @@ pub fn cuda_attention<'py>(
     let call = Call::plan(py, place, work, scale(softmax_scale, &inputs.0))?;
     stage.validate(py, &inputs)?;
     let (read, topk_indices) = (Inputs::new(&call, &inputs)?, stage.listed()?);
-    let [out, lse] = results(&call, &inputs.0)?;
     let (scratch, planned) = (call.scratch(&inputs.0)?, &*call.planned);
     let (context, batch) = (scratch.context(planned)?, read.batch(&place)?);
+    if let Launch::Band(launch) = &planned.launch {
+        detached(py, || launch.prepare(&context, &batch))?;
+    }
+    let [out, lse] = results(&call, &inputs.0)?;
     match (&planned.key.work, &planned.launch) {
         (Work::Selected(problem), Launch::Selected(launch)) => {
             let AttentionTensors { query, key, value, out, lse } =
@@ -170,7 +191,7 @@ pub fn cuda_attention<'py>(
         }
         (Work::Band(problem), Launch::Band(launch)) => {
             let forward = read.spans(planned, [&out, &lse], problem.total_keys())?;
-            detached(py, || launch.launch(&context, &batch, &forward, call.scale))?;
+            detached(py, || launch.launch_prepared(&context, &batch, &forward, call.scale))?;
         }
         _ => return Err(planned.other("the forward of an attention stage").into()),
     }
@@ -197,27 +218,29 @@ pub fn cuda_attention_backward<'py>(
     let (out, lse, grad_out, grad_lse) = &forward;
     let (out, lse, grad_out) = (call.vectors(out)?, lse.read_plain()?, call.vectors(grad_out)?);
     let grad_lse = grad_lse.as_ref().map(Held::read_plain).transpose()?;
-    let [grad_q, grad_k, grad_v] = [call.like(q)?, call.like(k)?, call.like(v)?];
     let (scratch, planned) = (call.scratch(q)?, &*call.planned);
     let (context, batch) = (scratch.context(planned)?, read.batch(&place)?);
-    let tensors = |total_keys| -> Result<_> {
-        let sizes = &place.sizes;
-        let (rows, keys) = ([sizes.total_q, sizes.num_q_heads], [total_keys, sizes.num_kv_heads]);
-        let lse_shape = [sizes.num_q_heads, sizes.total_q];
-        let grad_lse = grad_lse.as_ref().map(|grad| grad.plain("grad_lse", &place, DType::F32, &lse_shape));
-        Ok(AttentionGradTensors {
-            forward: read.spans(planned, [&out, &lse], total_keys)?,
-            grad_out: grad_out.vectors("grad_out", &place, rows)?,
-            grad_lse: grad_lse.transpose()?,
-            grad_query: grad_q.vectors("grad_q", &place, rows)?,
-            grad_key: grad_k.vectors("grad_k", &place, keys)?,
-            grad_value: grad_v.vectors("grad_v", &place, keys)?,
-        })
+    let (sizes, total_keys) = (&place.sizes, planned.total_keys());
+    let (rows, keys) = ([sizes.total_q, sizes.num_q_heads], [total_keys, sizes.num_kv_heads]);
+    let grad_lse =
+        grad_lse.as_ref().map(|grad| grad.plain("grad_lse", &place, DType::F32, &[sizes.num_q_heads, sizes.total_q]));
+    let given = AttentionGradInputs {
+        forward: read.spans(planned, [&out, &lse], total_keys)?,
+        grad_out: grad_out.vectors("grad_out", &place, rows)?,
+        grad_lse: grad_lse.transpose()?,
     };
+    if let Launch::BandBackward(launch) = &planned.launch {
+        detached(py, || launch.prepare(&context, &batch, &given, call.scale))?;
+    }
+    let [grad_q, grad_k, grad_v] = [call.like(q)?, call.like(k)?, call.like(v)?];
+    let tensors = given.with([
+        grad_q.vectors("grad_q", &place, rows)?,
+        grad_k.vectors("grad_k", &place, keys)?,
+        grad_v.vectors("grad_v", &place, keys)?,
+    ]);
     match (&planned.key.work, &planned.launch) {
         (Work::SelectedBackward { problem, .. }, Launch::SelectedBackward(launch)) => {
-            let AttentionGradTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value } =
-                tensors(problem.total_kv)?;
+            let AttentionGradTensors { forward, grad_out, grad_lse, grad_query, grad_key, grad_value } = tensors;
             let topk_indices = listed(&topk_indices, planned, problem.topk)?;
             let AttentionTensors { query, key, value, out, lse } = forward;
             let forward = ForwardTensors { query, key, value, topk_indices, out, lse };
@@ -235,15 +258,14 @@ pub fn cuda_attention_backward<'py>(
             detached(py, || launch.launch(&context, &batch, &backward, call.scale))?;
         }
         (Work::BandBackward { problem, .. }, Launch::BandBackward(launch)) => {
-            let backward = tensors(problem.total_keys())?;
             detached(py, || {
                 if problem.keys.windows().is_some() {
                     // Rows after the last compressed one are not written.
                     let _bound = planned.kernels.device().bind()?;
-                    backward.grad_key.span.fill(0, context.stream)?;
-                    backward.grad_value.span.fill(0, context.stream)?;
+                    tensors.grad_key.span.fill(0, context.stream)?;
+                    tensors.grad_value.span.fill(0, context.stream)?;
                 }
-                launch.launch(&context, &batch, &backward, call.scale)
+                launch.launch_prepared(&context, &batch, &tensors, call.scale)
             })?;
         }
         _ => return Err(planned.other("the backward of an attention stage").into()),

@@ -13,6 +13,7 @@ use fsa::cuda::stages::{CompressBackwardTensors, CompressTensors};
 use fsa::{Error, Result};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
+use std::sync::Arc;
 
 /// `(k, v, cu_seqlens_k)`.
 type Inputs<'py> = (Held<'py>, Held<'py>, Held<'py>);
@@ -147,21 +148,40 @@ fn spans<'a>(
     })
 }
 
-/// Compressed rows of one input, zeros behind the last, and the scratch memory, which begins with their prefix sums.
+/// Whether a call can do with the scratch memory of one before it, and the tables in it.
+fn shares(planned: &Planned, before: &Planned) -> bool {
+    match (&planned.launch, &before.launch) {
+        (Launch::Compress(own), Launch::Compress(other)) => own.plan_value().shares(other.plan_value()),
+        (Launch::CompressBackward(own), Launch::CompressBackward(other)) => own.plan_value().shares(other.plan_value()),
+        _ => false,
+    }
+}
+
+/// Fills the tables in scratch memory, which need no tensors: the device has something to do before there are outputs.
+fn prepare(py: Python<'_>, call: &Call, scratch: &Scratch<'_>, cu_seqlens_k: &DeviceTensor) -> Result<(), Failure> {
+    let planned = &*call.planned;
+    let (context, batch) = (scratch.context(planned)?, batch(cu_seqlens_k, cu_seqlens_k, planned.place())?);
+    detached(py, || match &planned.launch {
+        Launch::Compress(launch) => launch.prepare(&context, &batch),
+        Launch::CompressBackward(launch) => launch.prepare(&context, &batch),
+        _ => Err(planned.other("stage compress")),
+    })
+}
+
+/// Compressed rows of one input, zeros behind the last. The scratch memory is prepared.
 fn forward<'py>(
     py: Python<'py>,
     (call, problem): &(Call, CompressProblem),
-    input: &Held<'py>,
+    scratch: &Scratch<'py>,
+    (input, parameters): (&Held<'py>, &Parameters<'py>),
     cu_seqlens_k: &DeviceTensor,
-    parameters: &Parameters<'py>,
-) -> Result<(Bound<'py, PyAny>, Scratch<'py>), Failure> {
+) -> Result<Bound<'py, PyAny>, Failure> {
     let planned = &*call.planned;
     let Launch::Compress(launch) = &planned.launch else {
         return Err(planned.other("the forward of stage compress").into());
     };
     let out = input.empty(&[problem.total_compressed(), problem.sizes.num_kv_heads, call.dim()])?;
     let (read, parameters) = (call.vectors(input)?, parameters.read(call.dim())?);
-    let scratch = call.scratch(input)?;
     let (context, batch) = (scratch.context(planned)?, batch(cu_seqlens_k, cu_seqlens_k, planned.place())?);
     let tensors = spans([&read, &out], &parameters, planned, problem)?;
     detached(py, || {
@@ -170,9 +190,9 @@ fn forward<'py>(
             // A matrix product does not write the rows behind the last.
             tensors.out.span.fill(0, context.stream)?;
         }
-        launch.launch(&context, &batch, &tensors)
+        launch.launch_prepared(&context, &batch, &tensors)
     })?;
-    Ok((out.cut(input.dim())?, scratch))
+    out.cut(input.dim()).map_err(Failure::from)
 }
 
 /// The prefix sums of compressed rows that a forward left in its scratch memory.
@@ -199,18 +219,25 @@ pub fn cuda_compress<'py>(
     let key = plan(py, ("k", k, &parameters.0), cu_seqlens_k, geometry, Work::Compress)?;
     let value = plan(py, ("v", v, &parameters.1), cu_seqlens_k, geometry, Work::Compress)?;
     let cu_seqlens_k = cu_seqlens_k.read_plain()?;
-    let (k_cmp, scratch) = forward(py, &key, k, &cu_seqlens_k, &parameters.0)?;
-    let (v_cmp, _) = forward(py, &value, v, &cu_seqlens_k, &parameters.1)?;
+    let shares = shares(&value.0.planned, &key.0.planned);
+    let scratch = key.0.scratch(k)?;
+    prepare(py, &key.0, &scratch, &cu_seqlens_k)?;
+    let k_cmp = forward(py, &key, &scratch, (k, &parameters.0), &cu_seqlens_k)?;
+    let own = if shares { None } else { Some(value.0.scratch(v)?) };
+    if let Some(own) = &own {
+        prepare(py, &value.0, own, &cu_seqlens_k)?;
+    }
+    let v_cmp = forward(py, &value, own.as_ref().unwrap_or(&scratch), (v, &parameters.1), &cu_seqlens_k)?;
     Ok((k_cmp, v_cmp, prefix_sums(&key.0.planned, &scratch.workspace)?))
 }
 
-/// Gradients of one input and of its parameters that are there.
+/// Gradients of one input and of its parameters that are there. The scratch memory is prepared.
 fn backward<'py>(
     py: Python<'py>,
     (call, problem): &(Call, CompressProblem),
-    (input, grad_out): (&Held<'py>, &Held<'py>),
+    scratch: &Scratch<'py>,
+    (input, grad_out, parameters): (&Held<'py>, &Held<'py>, &Parameters<'py>),
     cu_seqlens_k: &DeviceTensor,
-    parameters: &Parameters<'py>,
 ) -> Result<Vec<Bound<'py, PyAny>>, Failure> {
     let (planned, place) = (&*call.planned, call.planned.place());
     let Launch::CompressBackward(launch) = &planned.launch else {
@@ -218,7 +245,6 @@ fn backward<'py>(
     };
     let (grad_input, gradients) = (call.like(input)?, parameters.gradients(call.dim())?);
     let (read, grad_out, given) = (call.vectors(input)?, call.vectors(grad_out)?, parameters.read(call.dim())?);
-    let scratch = call.scratch(input)?;
     let (context, batch) = (scratch.context(planned)?, batch(cu_seqlens_k, cu_seqlens_k, place)?);
     let forward = spans([&read, &grad_out], &given, planned, problem)?;
     let written = gradients.written();
@@ -231,7 +257,7 @@ fn backward<'py>(
         grad_position,
         accumulate: false,
     };
-    detached(py, || launch.launch(&context, &batch, &tensors))?;
+    detached(py, || launch.launch_prepared(&context, &batch, &tensors))?;
     let mut grads = vec![grad_input.cut(input.dim())?];
     grads.extend(gradients.results(parameters)?);
     Ok(grads)
@@ -248,13 +274,21 @@ pub fn cuda_compress_backward<'py>(
 ) -> Result<Vec<Bound<'py, PyAny>>, Failure> {
     let (k, v, cu_seqlens_k) = &inputs;
     let sums = cu_seqlens_k.read_plain()?;
-    let mut grads = Vec::new();
+    let (mut grads, mut before) = (Vec::new(), None::<(Arc<Planned>, Scratch<'py>)>);
     let sides = [("k", k, &parameters.0, &grads_out.0), ("v", v, &parameters.1, &grads_out.1)];
     for (name, input, parameters, grad_out) in sides {
-        if let Some(grad_out) = grad_out {
-            let planned = plan(py, (name, input, parameters), cu_seqlens_k, geometry, Work::CompressBackward)?;
-            grads.extend(backward(py, &planned, (input, grad_out), &sums, parameters)?);
-        }
+        let Some(grad_out) = grad_out else { continue };
+        let planned = plan(py, (name, input, parameters), cu_seqlens_k, geometry, Work::CompressBackward)?;
+        let scratch = match before.take() {
+            Some((other, scratch)) if shares(&planned.0.planned, &other) => scratch,
+            _ => {
+                let scratch = planned.0.scratch(input)?;
+                prepare(py, &planned.0, &scratch, &sums)?;
+                scratch
+            }
+        };
+        grads.extend(backward(py, &planned, &scratch, (input, grad_out, parameters), &sums)?);
+        before = Some((planned.0.planned, scratch));
     }
     Ok(grads)
 }

@@ -109,6 +109,14 @@ impl Planned {
         }
     }
 
+    /// Keys of an attention stage; compressed ones are as many as there is room for.
+    pub fn total_keys(&self) -> usize {
+        match &self.key.work {
+            Work::Band(problem) | Work::BandBackward { problem, .. } => problem.total_keys(),
+            _ => self.place().sizes.total_kv,
+        }
+    }
+
     /// The error of a call that is given a plan of another one.
     pub fn other(&self, expected: &str) -> Error {
         Error::input("plan", format!("one of {expected}"), format!("{:?}", self.key.work))

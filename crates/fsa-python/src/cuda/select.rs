@@ -29,13 +29,14 @@ pub fn cuda_select<'py>(
         return Err(call.planned.other("stage select").into());
     };
     let read = Inputs::new(&call, &inputs)?;
+    let scratch = call.scratch(&inputs.0)?;
+    let (context, batch) = (scratch.context(&call.planned)?, read.batch(&place)?);
+    detached(py, || launch.prepare(&context, &batch))?;
     let [out, lse] = results(&call, &inputs.0)?;
     let shape = [problem.sizes.num_kv_heads, problem.sizes.total_q, problem.topk];
     let lists = inputs.0.empty_of("int32", &shape)?;
-    let scratch = call.scratch(&inputs.0)?;
-    let (context, batch) = (scratch.context(&call.planned)?, read.batch(&place)?);
     let forward = read.spans(&call.planned, [&out, &lse], problem.attention().total_keys())?;
     let topk_indices = lists.plain("topk_indices", &place, DType::I32, &shape)?;
-    detached(py, || launch.launch(&context, &batch, &forward, &topk_indices, call.scale))?;
+    detached(py, || launch.launch_prepared(&context, &batch, &forward, &topk_indices, call.scale))?;
     Ok((out.cut(inputs.2.dim())?, lse.object, lists.object))
 }

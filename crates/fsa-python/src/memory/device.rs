@@ -11,6 +11,7 @@
 //! - The user, as in every library for the GPU: inputs are ready in the order of the current stream, and the prefix
 //!   sums are what the documentation asks for, since nobody can look at them without waiting for the device.
 
+use super::exchange::{Described, Exchange};
 use fsa::cuda::driver::{Device, DeviceBatch, DeviceSpan, Stream};
 use fsa::cuda::plan::Sizes;
 use fsa::cuda::stages::{Gates, TensorSpan};
@@ -42,6 +43,10 @@ impl<'py> FromPyObject<'_, 'py> for DeviceTensor {
         if let Ok(part) = object.cast::<PyTuple>() {
             let (address, device, dtype, shape, strides): (_, _, String, _, _) = part.extract()?;
             return Ok(Self { address, device, dtype: dtype.into(), shape, strides });
+        }
+        if let Some(about) = Exchange::get(py).and_then(|exchange| exchange.describe(object)) {
+            let Described { address, device, dtype, shape, strides } = about;
+            return Ok(Self { address, device, dtype: Cow::Borrowed(dtype), shape, strides });
         }
         Ok(Self {
             address: object.call_method0(intern!(py, "data_ptr"))?.extract()?,
@@ -82,14 +87,24 @@ fn dtype_name(dtype: &Bound<'_, PyAny>) -> PyResult<Cow<'static, str>> {
     }
 }
 
+/// Strides of a new tensor without gaps.
+fn plain_strides(shape: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis] * shape[axis].max(1);
+    }
+    strides
+}
+
 impl DeviceTensor {
     /// A new tensor without gaps.
     pub fn contiguous(address: u64, device: i64, dtype: Cow<'static, str>, shape: &[usize]) -> Self {
-        let mut strides = vec![1; shape.len()];
-        for axis in (1..shape.len()).rev() {
-            strides[axis - 1] = strides[axis] * shape[axis].max(1);
-        }
-        Self { address, device, dtype, shape: shape.to_vec(), strides }
+        Self { address, device, dtype, shape: shape.to_vec(), strides: plain_strides(shape) }
+    }
+
+    /// Whether its strides are those of a new tensor without gaps.
+    pub fn has_plain_strides(&self) -> bool {
+        self.strides == plain_strides(&self.shape)
     }
 
     /// Sizes of the axes.
