@@ -154,22 +154,26 @@ struct Consumer {
     RowState low, high;
 #if FSA_BLOCK_SCORES
     ScoreWriter scores;
+    i32 differing;              // the step in which a maximum of the warp's rows was raised last
 #endif
 
     FSA_DEVICE void take_turn() const { named_sync(TURN + group, CONSUMER_THREADS); }
     FSA_DEVICE void give_turn() const { named_arrive(TURN + (group ^ 1), CONSUMER_THREADS); }
 
-    // Probabilities of a step as fragments; the factors for what was summed before.
-    FSA_DEVICE void softmax(Scores& s, const BandWork& w, const RowLimits& limits, ListedBlocks blocks, int n, f32& carry_low, f32& carry_high) {
+    // Probabilities of a step as fragments; the factors for what was summed before. False if all of the warp's are 1.
+    FSA_DEVICE bool softmax(Scores& s, const BandWork& w, const RowLimits& limits, ListedBlocks blocks, int n, f32& carry_low, f32& carry_high) {
         const RowLimits seen = limits.from(w.key(n));
 #if FSA_BLOCK_SCORES
         if (w.has_end(n)) mask_groups(s, seen.end_low, seen.end_high, neg_inf());
-        scores.leave(s, low, high, p.scale_log2, p.band.kernel_size != p.band.kernel_stride, carry_low, carry_high);
+        const bool raised = scores.leave(s, n, low, high, p.scale_log2, p.band.kernel_size != p.band.kernel_stride, carry_low, carry_high);
+        if (raised) differing = n;
+        return raised;
 #else
         if (w.has_end(n)) mask_scores(s, seen, neg_inf());
         if (w.has_gaps(n)) mask_blocks(s, blocks, neg_inf());
         carry_low = softmax_step<STEP_KEYS, false, false>(s, low, p.scale_log2, false, NO_LIMIT);
         carry_high = softmax_step<STEP_KEYS, true, false>(s, high, p.scale_log2, false, NO_LIMIT);
+        return true;
 #endif
     }
     // The scores of a step once more, by the warp alone.
@@ -250,7 +254,7 @@ struct Consumer {
                 release_scored(w, n, step + 1);
             } else {
                 release_scored(w, n, step + 1);
-                softmax(s, w, limits, blocks, n, carry_low, carry_high);
+                scales = softmax(s, w, limits, blocks, n, carry_low, carry_high);
             }
             wgmma_wait<0>();
             wgmma_pin(out);
@@ -292,12 +296,14 @@ struct Consumer {
 // What consumers and those who choose share besides the slots.
 struct HandOver {
     f32 references[SLOTS * CTA_ROWS];
+    f32 factors[HAS_CHOOSERS ? SLOTS * CTA_ROWS : 1];
+    i32 differing[HAS_CHOOSERS ? SLOTS * ROW_WARPS : 1];
     ChosenTile tiles[SLOTS];
     u64 barriers[2 * SLOTS];
 
     FSA_DEVICE ScoreSlots slots(const BlockChoice& choice) {
         f32* scores = choice.scores + (i64)blockIdx.x * SLOTS * CTA_ROWS * (GROUPS + 1) * choice.max_steps;
-        return {Ring<SLOTS>::at(shared_address(barriers)), references, tiles, scores, choice.max_steps};
+        return {Ring<SLOTS>::at(shared_address(barriers)), references, factors, differing, tiles, scores, choice.max_steps};
     }
 };
 
@@ -307,13 +313,22 @@ FSA_DEVICE void hand_over(const ScoreSlots& slots, u32 n, const ChosenTile& tile
     __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(slots.ring.full + 8 * Ring<SLOTS>::place(n));
 }
-// Leaves what turns the sums of the thread's rows `row` and `row` + 8 into scores.
-FSA_DEVICE void leave_references(const ScoreSlots& slots, u32 n, int row, const RowState& low, const RowState& high) {
-    const f32 low_reference = Consumer::log2_of(low, quad_sum(low.sum)), high_reference = Consumer::log2_of(high, quad_sum(high.sum));
-    f32* references = slots.references_of(n) + row;
+// Leaves what turns the sums of a row into scores; whether it votes.
+FSA_DEVICE bool leave_reference(const ScoreSlots& slots, u32 n, int row, const RowState& state) {
+    const f32 sum = quad_sum(state.sum), reference = Consumer::log2_of(state, sum);
+    const bool votes = fabsf(reference) < -neg_inf();
     if ((threadIdx.x & 3) == 0) {
-        references[0] = fabsf(low_reference) < -neg_inf() ? low_reference : -neg_inf();
-        references[8] = fabsf(high_reference) < -neg_inf() ? high_reference : -neg_inf();
+        slots.references_of(n)[row] = HAS_CHOOSERS ? state.max : votes ? reference : -neg_inf();
+        if (HAS_CHOOSERS) slots.factors_of(n)[row] = votes ? reciprocal_fast(sum) : 0.0f;
+    }
+    return votes;
+}
+// The same for the thread's rows `row` and `row` + 8; a maximum of the warp's rows was raised last in step `differing`.
+FSA_DEVICE void leave_references(const ScoreSlots& slots, u32 n, int row, const RowState& low, const RowState& high, int differing) {
+    const bool low_votes = leave_reference(slots, n, row, low), high_votes = leave_reference(slots, n, row + 8, high);
+    if (HAS_CHOOSERS) {
+        const bool all = __all_sync(0xffffffffu, low_votes && high_votes);
+        if (lane_number() == 0) slots.differing_of(n)[row / WARP_TILE_ROWS] = all ? differing : NO_LIMIT;
     }
     __syncwarp();
 }
@@ -393,6 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         const ScoreSlots slots = handover.slots(all.choice);
         if (HAS_CHOOSERS) slots.ring.wait_free(slot);
         c.scores.open(slots, slot, first_row_of_thread());
+        c.differing = 0;
 #endif
         FSA_NO_UNROLL for (int walk = 0; walk < WALKS; ++walk) {
             if (walk > 0) w.go_on(next_band(all));
@@ -401,7 +417,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
             const auto meanwhile = [&] {
                 const int row = first_row_of_thread();
 #if FSA_BLOCK_SCORES
-                leave_references(slots, slot, row, c.low, c.high);
+                c.scores.close(c.low, c.high, p.band.kernel_size != p.band.kernel_stride);
+                leave_references(slots, slot, row, c.low, c.high, c.differing);
                 if (HAS_CHOOSERS) hand_over(slots, slot++, {w.tile.position, w.tile.tokens, w.steps, w.tile.token, w.kv_head});
 #endif
                 if (OPENS_EARLY) target.open(to, w.tile, row);

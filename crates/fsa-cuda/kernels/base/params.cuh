@@ -274,7 +274,7 @@ struct BandBothParams {
 
 // Compressed attention that also chooses blocks: its probabilities, pooled to scores, and what is chosen by them.
 struct BlockChoice {
-    f32* scores;                // [ctas, SLOTS] slots of a tile: sums of groups of four keys [128, max_steps, 32], maxima of rows [128, max_steps]
+    f32* scores;                // [ctas, SLOTS] slots of a tile: sums of groups of four keys and maxima of rows (ScoreSlots::number)
     i32* topk_indices;          // [num_kv_heads, total_q, topk]
     i32 max_steps;              // bound on the blocks of a sequence / 32, a multiple of 4
     i32 topk;

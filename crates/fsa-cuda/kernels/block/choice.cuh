@@ -6,15 +6,15 @@
 
 constexpr int CHOOSERS = 4;                                         // warps
 constexpr int TOKEN_LANES = 8, WARP_TOKENS = 32 / TOKEN_LANES;
-constexpr int PART_STEPS = 4, PART_HEADS = 2;                       // of a part, which is copied together
-constexpr int PARTS = 2;                                            // one in use, one on its way
+constexpr int PART_HEADS = 2;                                       // of a part, which is copied together
+constexpr int PARTS = 2, PART_BYTES = PART_HEADS * PART_STEPS * 512;    // one in use, one on its way
 static_assert(PART_HEADS * PART_STEPS == TOKEN_LANES, "a lane has one maximum of a part");
 constexpr int CHUNK_STEPS = 12;                                     // whose scores are kept at a time
 
 union __align__(16) ChoiceMemory {     // of a warp
     struct {
         Vec4 sums[PARTS][PART_HEADS][PART_STEPS][32];               // by lanes
-        f32 factors[PARTS][WARP_TOKENS][PART_HEADS * PART_STEPS];   // maxima first
+        f32 maxima[PARTS][32];                                      // by lanes, of parts that need them
         Vec4 scores[CHUNK_STEPS][32];                               // by lanes
         Candidates candidates[WARP_TOKENS];
     };
@@ -30,8 +30,9 @@ struct Chooser {
     u32 slot;                   // number of the tile
     int position, tokens, steps;
     int group, step, end_step, head;    // that is copied next: two heads of four tokens from `group` on
-    int place;                          // of the part in use, or used last
-    const f32 *next_sums, *next_maximum;
+    int differing;                      // steps of that group before it have other maxima than later ones
+    u32 lane_sums, place;               // shared memory for the lane's sums; offset of the part in use, or used last
+    const f32* next_sums;
 
     FSA_DEVICE static int warp() { return thread_number() / 32 % CHOOSERS; }
     FSA_DEVICE static int piece() { return lane_number() & (TOKEN_LANES - 1); }
@@ -46,6 +47,9 @@ struct Chooser {
         return last.lists_all() || last.places == 0 ? 0 : ceil_div(last.end_scored, GROUPS);
     }
 
+    // From which step on all rows of the lanes' tokens vote by sums relative to the same maxima.
+    FSA_DEVICE int differing_of(int token) const { return __reduce_max_sync(ALL_LANES, slots.differing_of(slot)[token * heads / WARP_TILE_ROWS]); }
+
     // From `first` on, the next tokens of the warp whose blocks compete.
     FSA_DEVICE void seek(int first) {
         head = 0;
@@ -53,30 +57,26 @@ struct Chooser {
         for (group = first; group < tokens; group += CHOOSERS * WARP_TOKENS) {
             end_step = end_of(group);
             if (end_step <= step) continue;
-            const int row = (group + lane_token()) * heads;
-            next_sums = slots.sums(slot) + (row * slots.max_steps + step) * GROUPS + 4 * piece();
-            next_maximum = slots.maxima(slot) + (row + piece() / PART_STEPS) * slots.max_steps + step + piece() % PART_STEPS;
+            next_sums = slots.sums(slot) + slots.number((group + lane_token()) * heads, step) * GROUPS + 4 * piece();
+            differing = differing_of(group + lane_token());
             return;
         }
     }
     // Starts the copy of the next part, if there is one, to the place that was used last.
     FSA_DEVICE void copy() {
         if (group < tokens) {
-            const int row = slots.max_steps * GROUPS;
-            const u32 sums = shared_address(&m.sums[place][0][0][lane_number()]);
-            FSA_UNROLL for (int k = 0; k < PART_HEADS; ++k)
-                FSA_UNROLL for (int i = 0; i < PART_STEPS; ++i) copy_async(sums + (k * PART_STEPS + i) * 512, next_sums + k * row + i * GROUPS);
-            copy_async4(shared_address(&m.factors[place][lane_token()][piece()]), next_maximum);
+            FSA_UNROLL for (int i = 0; i < PART_HEADS * PART_STEPS; ++i) copy_async(lane_sums + place + i * 512, next_sums + i * GROUPS);
+            if (step < differing) {
+                const int row = (group + lane_token()) * heads + head + piece() / PART_STEPS;
+                copy_async4(shared_address(&m.maxima[place / PART_BYTES][lane_number()]), slots.maxima(slot) + slots.number(row, step) + piece() % PART_STEPS);
+            }
             head += PART_HEADS;
             if (head < heads) {
-                next_sums += PART_HEADS * row;
-                next_maximum += PART_HEADS * slots.max_steps;
+                next_sums += PART_HEADS * PART_STEPS * GROUPS;
             } else {
-                const int back = (heads - PART_HEADS) * slots.max_steps - PART_STEPS;
                 head = 0;
                 step += PART_STEPS;
-                next_sums -= back * GROUPS;
-                next_maximum -= back;
+                next_sums += (CTA_ROWS + PART_HEADS - heads) * PART_STEPS * GROUPS;
                 if (step >= end_step) seek(group + CHOOSERS * WARP_TOKENS);
             }
         }
@@ -84,14 +84,15 @@ struct Chooser {
     }
     // Leaves the scores of a part's steps at `target`: those that nobody sees are 0, those that do not compete absent.
     FSA_DEVICE void finish(f32 (&sum)[PART_STEPS][4], i32 (&best)[2], const RowBlocks& blocks, u32 target, int first) const {
-        const int seen = min_i(blocks.end_scored, steps * GROUPS);
-        if (__any_sync(ALL_LANES, first * GROUPS < blocks.first_scored || (first + PART_STEPS) * GROUPS > seen)) {
+        const int begin = blocks.first_scored - first * GROUPS, end = blocks.end_scored - first * GROUPS, seen = min_i(blocks.end_scored, steps * GROUPS) - first * GROUPS;
+        if (__any_sync(ALL_LANES, begin > 0 || seen < PART_STEPS * GROUPS)) {
+            if (__any_sync(ALL_LANES, seen < end))
+                FSA_UNROLL for (int i = 0; i < PART_STEPS; ++i)
+                    if (first + i >= steps) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
+            const u32 own = block_of(0, 0) - begin;
             FSA_UNROLL for (int i = 0; i < PART_STEPS; ++i)
-                FSA_UNROLL for (int v = 0; v < 4; ++v) {
-                    const int block = block_of(first + i, v);
-                    if (block >= seen) sum[i][v] = 0.0f;
-                    if (block < blocks.first_scored || block >= blocks.end_scored) sum[i][v] = __int_as_float(ABSENT);
-                }
+                FSA_UNROLL for (int v = 0; v < 4; ++v)
+                    if (own + i * GROUPS + 8 * v >= (u32)(end - begin)) sum[i][v] = __int_as_float(ABSENT);
         }
         FSA_UNROLL for (int i = 0; i < PART_STEPS; ++i) {
             store_shared(target + i * 512, as_words(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
@@ -101,43 +102,55 @@ struct Chooser {
             sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
         }
     }
+    // Of a part whose steps have other maxima than later ones a lane makes one of its token's factors. What a head left that does not vote may be NaN.
+    FSA_DEVICE f32 factor_of(int token, int head) const {
+        const int row = token * heads + head + piece() / PART_STEPS;
+        const f32 factor = slots.factors_of(slot)[row];
+        const u32 silent = __ballot_sync(ALL_LANES, factor == 0.0f) >> (lane_number() & ~(TOKEN_LANES - 1));
+        if (silent != 0)
+            FSA_NO_UNROLL for (int i = 0; i < PART_HEADS * PART_STEPS; ++i)
+                if (silent >> i & 1) store_shared(lane_sums + place + i * 512, Vec4{0, 0, 0, 0});
+        return factor == 0.0f ? 0.0f : factor * exp2_fast(m.maxima[place / PART_BYTES][lane_number()] - slots.references_of(slot)[row]);
+    }
+    // Adds the part in use; `factor(n)` is that of step n % PART_STEPS of its head n / PART_STEPS.
+    template <typename F>
+    FSA_DEVICE void add_part(f32 (&sum)[PART_STEPS][4], F factor) const {
+        FSA_UNROLL for (int n = 0; n < PART_HEADS * PART_STEPS; ++n) {
+            f32 (&to)[4] = sum[n % PART_STEPS];
+            const Vec4 x = load_shared(lane_sums + place + n * 512);
+            const f32 by = factor(n);
+            to[0] = fmaf(__uint_as_float(x.x), by, to[0]);
+            to[1] = fmaf(__uint_as_float(x.y), by, to[1]);
+            to[2] = fmaf(__uint_as_float(x.z), by, to[2]);
+            to[3] = fmaf(__uint_as_float(x.w), by, to[3]);
+        }
+    }
     // Adds up the heads of the lane's token for the steps from `first` to `end`. The lane's two best so far.
     FSA_DEVICE void gather(int token, const RowBlocks& blocks, int first, int end, i32 (&best)[2]) {
-        const f32* references = slots.references_of(slot) + token * heads + piece() / PART_STEPS;
+        const int changed = differing_of(token);
+        const f32* factors = slots.factors_of(slot) + token * heads;
         u32 target = shared_address(&m.scores[0][lane_number()]);
         f32 sum[PART_STEPS][4];
         FSA_UNROLL for (int i = 0; i < PART_STEPS; ++i) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0.0f;
-        FSA_NO_UNROLL for (; first < end; first += PART_STEPS, target += PART_STEPS * 512) {
-            FSA_NO_UNROLL for (int h = 0; h < heads; h += PART_HEADS) {
+        FSA_NO_UNROLL do {
+            int h = 0;
+            FSA_NO_UNROLL do {
                 copy();
-                copy_wait<PARTS - 1>();
-                place ^= 1;
-                __syncwarp();
-                // A lane makes one of its token's factors. What a head left that does not vote may be NaN.
-                f32& factor = m.factors[place][lane_token()][piece()];
-                const f32 reference = references[h];
-                const bool votes = reference < -neg_inf();
-                factor = votes ? exp2_fast(factor - reference) : 0.0f;
-                const u32 silent = __ballot_sync(ALL_LANES, !votes) >> (lane_number() & ~(TOKEN_LANES - 1));
-                __syncwarp();
-                FSA_UNROLL for (int k = 0; k < PART_HEADS; ++k) {
-                    Vec4 x[PART_STEPS];
-                    FSA_UNROLL for (int i = 0; i < PART_STEPS; ++i) x[i] = load_shared(shared_address(&m.sums[place][k][i][lane_number()]));
-                    const Vec4 factors = load_shared(shared_address(&m.factors[place][lane_token()][k * PART_STEPS]));
-                    const u32 by[PART_STEPS] = {factors.x, factors.y, factors.z, factors.w};
-                    if (silent >> PART_STEPS * k & 1)
-                        FSA_UNROLL for (int i = 0; i < PART_STEPS; ++i) x[i] = Vec4{0, 0, 0, 0};
-                    FSA_UNROLL for (int i = 0; i < PART_STEPS; ++i) {
-                        sum[i][0] = fmaf(__uint_as_float(x[i].x), __uint_as_float(by[i]), sum[i][0]);
-                        sum[i][1] = fmaf(__uint_as_float(x[i].y), __uint_as_float(by[i]), sum[i][1]);
-                        sum[i][2] = fmaf(__uint_as_float(x[i].z), __uint_as_float(by[i]), sum[i][2]);
-                        sum[i][3] = fmaf(__uint_as_float(x[i].w), __uint_as_float(by[i]), sum[i][3]);
-                    }
+                copy_wait<PARTS - 1>();     // a lane reads what it has copied
+                place ^= PART_BYTES;
+                if (first < changed) {
+                    const f32 own = factor_of(token, h);
+                    add_part(sum, [&](int n) { return __shfl_sync(ALL_LANES, own, n, TOKEN_LANES); });
+                } else {
+                    const float2 both = *(const float2*)(factors + h);
+                    add_part(sum, [&](int n) { return n < PART_STEPS ? both.x : both.y; });
                 }
-                __syncwarp();
-            }
+                h += PART_HEADS;
+            } while (h < heads);
             finish(sum, best, blocks, target, first);
-        }
+            target += PART_STEPS * 512;
+            first += PART_STEPS;
+        } while (first < end);
         __syncwarp();
     }
     // Which of the lane's blocks of the four steps from `scores` on are below the bound: their bits, the first the lowest, before those of `later`.
@@ -152,6 +165,8 @@ struct Chooser {
         }
         return later;
     }
+    // Where the score of bit 4 i + v is among the lane's; that of i = v = 0 is first. Their blocks are eight apart.
+    FSA_DEVICE static int score_place(int bit) { return 32 * bit - 31 * (bit & 3); }
     // Makes those of the kept scores, from step `begin` on, that reach the bound candidates. `so_far`: the best of the lane.
     FSA_DEVICE void offer(Candidates& c, int begin, int end, const i32 (&so_far)[2]) const {
         const int lane = piece(), places = c.places;
@@ -162,6 +177,8 @@ struct Chooser {
         Tally tally = {c.count, fmaxf(bound, c.bound), bound > c.bound ? 0 : c.worst};
         FSA_NO_UNROLL for (int first = 0; begin + first < end; first += 2 * PART_STEPS) {
             const u32 scores = shared_address(&m.scores[first][lane_number()]);
+            const f32* lane_scores = (const f32*)&m.scores[first][lane_number()];
+            const int lane_block = block_of(begin + first, 0);
             const i32 least = __float_as_int(tally.bound);
             u32 passing = ~0u;
             if (begin + first + PART_STEPS < end) passing = below(scores + PART_STEPS * 512, least, passing);
@@ -176,19 +193,21 @@ struct Chooser {
             const int all = __shfl_sync(ALL_LANES, end_place, TOKEN_LANES - 1, TOKEN_LANES);
             if (!__any_sync(ALL_LANES, tally.count + all > CANDIDATES)) {
                 u64* key = c.keys + tally.count + end_place - mine;
-                FSA_NO_UNROLL for (; passing != 0; passing &= passing - 1) {
-                    const int bit = __popc((passing & (0u - passing)) - 1);
-                    *key++ = block_key(((const f32*)&m.scores[first + bit / 4][lane_number()])[bit & 3], block_of(begin + first + bit / 4, bit & 3));
+                FSA_NO_UNROLL while (passing != 0) {
+                    const u32 lowest = passing & (0u - passing);
+                    const int bit = 31 - __clz(lowest);
+                    passing ^= lowest;
+                    *key++ = block_key(lane_scores[score_place(bit)], lane_block + 8 * bit);
                 }
                 tally.count += all;
                 __syncwarp();
             }
             while (__any_sync(ALL_LANES, passing != 0)) {
                 const bool present = passing != 0;
-                const int bit = present ? __popc((passing & (0u - passing)) - 1) : 0, block = block_of(begin + first + bit / 4, bit & 3);
-                const f32 score = ((const f32*)&m.scores[first + bit / 4][lane_number()])[bit & 3];
-                passing &= passing - 1;
-                append_lanes<TOKEN_LANES>(c, tally, score, block, present, true);
+                const u32 lowest = passing & (0u - passing);
+                const int bit = present ? 31 - __clz(lowest) : 0;
+                passing ^= lowest;
+                append_lanes<TOKEN_LANES>(c, tally, lane_scores[score_place(bit)], lane_block + 8 * bit, present, true);
             }
         }
         if (lane == 0) {
@@ -198,10 +217,15 @@ struct Chooser {
         }
         __syncwarp();
     }
-    // Writes a token's row. `token` is found again, so that less is kept in registers until then.
-    FSA_DEVICE void list(i32* rows, const Candidates& c, int token) const {
+    // Where the tile's lists go.
+    FSA_DEVICE i32* rows_of(int total_q) const {
+        const volatile ChosenTile& tile = slots.tile_of(slot);
+        return choice.topk_indices + ((i64)tile.kv_head * total_q + tile.token) * choice.topk;
+    }
+    // Writes a token's row. All is found again, so that less is kept in registers until then.
+    FSA_DEVICE void list(int total_q, const Candidates& c, int token) const {
         const RowBlocks blocks = blocks_of(token);
-        list_blocks<TOKEN_LANES>(rows + token * choice.topk, c, blocks, choice.topk, blocks.first_scored, token < tokens);
+        list_blocks<TOKEN_LANES>(rows_of(total_q) + token * choice.topk, c, blocks, choice.topk, blocks.first_scored, token < tokens);
     }
     // The rows of the warp's tokens, which have few blocks.
     template <int LANES>
@@ -217,19 +241,19 @@ struct Chooser {
     // Writes the rows of the warp's tokens of a slot's tile, every CHOOSERS-th few of them, and releases the slot.
     FSA_DEVICE void choose(int total_q) {
         const ChosenTile tile = slots.tile_of(slot);
-        i32* rows = choice.topk_indices + ((i64)tile.kv_head * total_q + tile.token) * choice.topk;
         position = tile.position;
         tokens = tile.tokens;
         steps = tile.steps;
         if (end_of(max_i(tokens - WARP_TOKENS, 0)) <= FEW_STEPS) {
-            if (heads <= 4) choose_of_few<4>(rows);
-            else choose_of_few<8>(rows);
+            if (heads <= 4) choose_of_few<4>(rows_of(total_q));
+            else choose_of_few<8>(rows_of(total_q));
             return;
         }
+        lane_sums = unknown(shared_address(&m.sums[0][0][0][lane_number()]));
         place = 0;
         seek(WARP_TOKENS * warp());
         copy();
-        place = 1;
+        place = PART_BYTES;
         Candidates& c = m.candidates[lane_token()];
         FSA_NO_UNROLL for (int first = WARP_TOKENS * warp(); first < tokens; first += CHOOSERS * WARP_TOKENS) {
             const int token = first + lane_token(), end = end_of(first);
@@ -244,7 +268,7 @@ struct Chooser {
                 offer(c, begin, until, best);
             }
             settle<TOKEN_LANES>(c, 0);
-            list(rows, c, first + lane_token());
+            list(total_q, c, first + lane_token());
         }
         copy_wait<0>();
         slots.ring.release(slot);

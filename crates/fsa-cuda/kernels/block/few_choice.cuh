@@ -5,7 +5,7 @@
 #include "block/candidates.cuh"
 #include "block/score_slots.cuh"
 
-constexpr int FEW_STEPS = 4;                        // that lanes have registers for
+constexpr int FEW_STEPS = PART_STEPS;               // that lanes have registers for
 constexpr i32 ABSENT = (i32)0xbf800000;             // -1: scores are not negative
 constexpr int COPY_BYTES = 16384;                   // of a warp, for sums on their way
 
@@ -34,7 +34,7 @@ struct FewChooser {
     }
 
     FSA_DEVICE void copy(const f32* sums, int head, int steps) const {
-        const f32* from = sums + head * slots.max_steps * GROUPS;
+        const f32* from = sums + head * FEW_STEPS * GROUPS;
         FSA_UNROLL for (int i = 0; i < FEW_STEPS; ++i)
             if (i < steps)
                 FSA_UNROLL for (int p = 0; p < PIECES; ++p)
@@ -43,8 +43,8 @@ struct FewChooser {
     // Adds up the heads of the lane's token: of `steps` steps, which may not be all that blocks compete of.
     FSA_DEVICE void gather(f32 (&sum)[FEW_STEPS][KEYS], int token, int steps) const {
         const int row = token * heads;
-        const f32 *sums = slots.sums(slot) + row * slots.max_steps * GROUPS + 4 * place(), *maxima = slots.maxima(slot) + row * slots.max_steps;
-        const f32* references = slots.references_of(slot) + row;
+        const f32 *sums = slots.sums(slot) + row * FEW_STEPS * GROUPS + 4 * place(), *maxima = slots.maxima(slot) + row * FEW_STEPS;
+        const f32 *references = slots.references_of(slot) + row, *row_factors = slots.factors_of(slot) + row;
         FSA_UNROLL for (int i = 0; i < FEW_STEPS; ++i)
             FSA_UNROLL for (int k = 0; k < KEYS; ++k) sum[i][k] = 0.0f;
         if (steps <= 0) return;
@@ -54,11 +54,11 @@ struct FewChooser {
         }
         FSA_NO_UNROLL for (int from = 0; from < heads; from += LANES) {     // a lane has the factors of one of these
             const bool exists = from + place() < heads;
-            const Vec4 tops = exists ? load_global_written(maxima + (from + place()) * slots.max_steps) : Vec4{0, 0, 0, 0};
-            const f32 reference = exists ? references[from + place()] : -neg_inf();
-            const f32 factors[FEW_STEPS] = {exp2_fast(__uint_as_float(tops.x) - reference), exp2_fast(__uint_as_float(tops.y) - reference),
-                                            exp2_fast(__uint_as_float(tops.z) - reference), exp2_fast(__uint_as_float(tops.w) - reference)};
-            const u32 voting = __ballot_sync(ALL_LANES, reference < -neg_inf()) >> (lane_number() & ~(LANES - 1));
+            const Vec4 tops = exists ? load_global_written(maxima + (from + place()) * FEW_STEPS) : Vec4{0, 0, 0, 0};
+            const f32 reference = exists ? references[from + place()] : 0.0f, by = exists ? row_factors[from + place()] : 0.0f;
+            const f32 factors[FEW_STEPS] = {by * exp2_fast(__uint_as_float(tops.x) - reference), by * exp2_fast(__uint_as_float(tops.y) - reference),
+                                            by * exp2_fast(__uint_as_float(tops.z) - reference), by * exp2_fast(__uint_as_float(tops.w) - reference)};
+            const u32 voting = __ballot_sync(ALL_LANES, by > 0.0f) >> (lane_number() & ~(LANES - 1));
             FSA_NO_UNROLL for (int n = 0; n < LANES && from + n < heads; ++n) {
                 const u32 sums_at = copies + (from + n) % HEADS * HEAD_BYTES;
                 f32 factor[FEW_STEPS];

@@ -29,7 +29,8 @@ FSA_DEVICE void mask_groups(Scores& s, int low_end, int high_end, f32 mask) {
 // Adds `weight` times what reaches into the groups of a row: the last key of each, and that of the group before, `carry` where it is of the step before. HIGH:
 // the thread's second row.
 template <bool HIGH>
-FSA_DEVICE void add_overlap(GroupSums& sums, const Scores& s, f32& carry, f32 weight) {
+FSA_DEVICE f32 add_overlap(GroupSums& sums, const Scores& s, f32& carry, f32 weight) {
+    f32 sum = 0.0f;
     const int lane = threadIdx.x & 31, left = (lane & ~3) | ((lane + 3) & 3);
     FSA_UNROLL for (int j = 0; j < OCTETS; ++j) {
         const f32* last = &s[4 * (3 * OCTETS + j) + (HIGH ? 2 : 0)];
@@ -37,5 +38,7 @@ FSA_DEVICE void add_overlap(GroupSums& sums, const Scores& s, f32& carry, f32 we
         sums[2 * j + 1] = fmaf(weight, last[0], sums[2 * j + 1]);
         sums[2 * j] = fmaf(weight, (lane & 3) == 0 ? carry : before, sums[2 * j]);
         carry = before;
+        sum += sums[2 * j] + sums[2 * j + 1];
     }
+    return sum;
 }

@@ -9,7 +9,6 @@ constexpr int ROW_LANES = 8, WARP_ROWS = 32 / ROW_LANES;
 constexpr int LIST = 32;                        // candidates of a row
 constexpr int SETS = LIST / ROW_LANES;          // sets of blocks of a lane; its candidates
 constexpr int HELD_STEPS = 32, WORDS = HELD_STEPS / ROW_LANES;    // steps in registers; words of their blocks, of which a lane has these
-constexpr int PART_STEPS = 4;                   // that are left out together where a row has fewer
 constexpr int FIRST_TAKES = 3;                  // blocks of a word that are listed before lanes ask each other whether there are more
 constexpr i32 ABSENT = (i32)0xbf800000;         // -1: scores are not negative, and order as integers
 typedef i32 RowCandidates[WARP_ROWS][LIST];          // of a warp
