@@ -5,7 +5,7 @@ from params import Branch, SumBounds, SumKeys, Tensor, TensorMap, padded
 
 
 class BlockMask(ctypes.Structure):
-    _fields_ = [(n, ptr) for n in ("rows", "steps", "step_counts")] + [(n, i32) for n in ("words", "max_steps", "num_tiles")]
+    _fields_ = [(n, ptr) for n in ("rows", "steps", "step_counts", "nonfinite")] + [(n, i32) for n in ("words", "max_steps", "num_tiles", "value_groups")]
 
 
 class Band(ctypes.Structure):
@@ -14,7 +14,7 @@ class Band(ctypes.Structure):
 
 
 class BlockMaskParams(ctypes.Structure):
-    _fields_ = [("band", Band), ("topk_indices", ptr), ("topk", i32), ("step_keys", i32)]
+    _fields_ = [("band", Band), ("value", Tensor), ("topk_indices", ptr), ("topk", i32), ("step_keys", i32)]
 
 
 class BatchTables(ctypes.Structure):

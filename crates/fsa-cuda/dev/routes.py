@@ -12,6 +12,7 @@ from band import Shape, HOPPER
 from band_bench import time_graph
 from band_params import BlockMask, BlockMaskParams
 from driver import Module
+from params import Tensor
 from selected import Selected, SelectedBackward
 
 DEVICE = "cuda"
@@ -27,8 +28,9 @@ class Masked(Shape):
         words, self.step = -(-cu_kv[-1] // (32 * block_size)), step
         max_steps = -(-cu_kv[-1] // step)
         i32 = lambda *shape: torch.full(shape, -1, dtype=torch.int32, device=DEVICE)
-        self.scratch = i32(hk, cu_q[-1], words), i32(hk, self.num_tiles, max_steps), i32(hk, self.num_tiles)
-        self.mask = BlockMask(*(x.data_ptr() for x in self.scratch), words, max_steps, self.num_tiles)
+        groups = -(-cu_kv[-1] // 64)
+        self.scratch = i32(hk, cu_q[-1], words), i32(hk, self.num_tiles, max_steps), i32(hk, self.num_tiles), i32(hk, groups)
+        self.mask = BlockMask(*(x.data_ptr() for x in self.scratch), words, max_steps, self.num_tiles, groups)
 
     def band(self):
         b = super().band()
@@ -38,18 +40,18 @@ class Masked(Shape):
     def defines(self, d, dtype):
         return dict(band.defines(d, dtype, self.block_size), FSA_BLOCK_MASK=1)
 
-    def build(self):
-        p = BlockMaskParams(self.band(), self.ids.data_ptr(), self.ids.shape[2], self.step)
-        Module.get("block_mask.cuh", band.defines(128, block_size=self.block_size)).launch("block_mask", (self.num_tiles, self.hk, 1), 128, 0, p)
+    def build(self, v):
+        p = BlockMaskParams(self.band(), band.tensor(v) if HOPPER else Tensor(), self.ids.data_ptr(), self.ids.shape[2], self.step)
+        Module.get("block_mask.cuh", band.defines(v.shape[2], v.dtype, self.block_size)).launch("block_mask", (self.num_tiles, self.hk, 1), 128, 0, p)
 
     def forward(self, q, k, v, out, lse, scale):
         self.prepare()
-        self.build()
+        self.build(v)
         band.forward(self, q, k, v, out, lse, scale)
 
     def backward(self, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1, **options):
         self.prepare()
-        self.build()
+        self.build(v)
         band.backward(self, q, k, v, out, lse, grad_out, grads, scale, grad_lse, splits, **options)
 
     def of_rows(self, rows):
@@ -226,7 +228,7 @@ def times_of_whole(n, g, hq=32, d=128, block_size=64, topk=16, window=512, kind=
     def run(s, given, **options):
         s.prepare()
         if isinstance(s, Masked):
-            s.build()
+            s.build(v)
         band.backward(s, q, k, v, out, lse, grad_out, grads, scale, splits=splits_of(s), given=given, **options)
     ways = {"one_pass": lambda: run(one, branches[0], one_pass=True, window=(window, *branches[1])), "window": lambda: run(near, branches[1], accumulate=True),
             "dense_masked": lambda: run(two, branches[0], accumulate=True), "kv_outer": lambda: op.backward(out, lse, grad_out, grads)}

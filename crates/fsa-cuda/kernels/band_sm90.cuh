@@ -35,7 +35,7 @@ struct BandMemory {
     u32 query, keys, values;    // tiles
     Ring<1> query_ring;
     Ring<STAGES> key_ring, value_ring;
-    Checked<STAGES> checked;
+    Checked<STAGES, BLOCK_MASK> checked;
 
     FSA_DEVICE u32 key(u32 n) const { return keys + Ring<STAGES>::place(n) * KeyTile::BYTES; }
     FSA_DEVICE u32 value(u32 n) const { return values + Ring<STAGES>::place(n) * KeyTile::BYTES; }
@@ -104,6 +104,15 @@ FSA_DEVICE void produce(const BandParams& p, const Band& next, const BandMemory&
     }
 }
 
+// Sets the bits of the kv heads, modulo 32, that have values which are not finite.
+FSA_DEVICE void find_nonfinite_heads(const BandParams& p, u32* bits) {
+    const int groups = p.band.mask.value_groups;
+    u32 found = 0;
+    FSA_NO_UNROLL for (int i = threadIdx.x; i < groups * p.num_kv_heads; i += THREADS)
+        if (p.band.mask.nonfinite[i] != 0) found |= 1u << (i / groups & 31);
+    if (found != 0) atomicOr(bits, found);
+}
+
 // Adds the NaN and infinite elements of the values that a row sees, which clean_step removed from the tile.
 FSA_DEVICE void add_nonfinite(Columns& out, const BandParams& p, const BandWork& w, int first, const RowLimits& limits, ListedBlocks blocks) {
     FSA_NO_UNROLL for (int key = first; key < min_i(first + STEP_KEYS, w.tile.keys); ++key) {
@@ -126,8 +135,9 @@ FSA_DEVICE void scale_rows(Columns& out, f32 low, f32 high) {
 // Whether what is read for a tile's results is on its way while the last product runs: not where registers or L1 are short.
 constexpr bool OPENS_EARLY = HEAD_DIM <= 128 && FSA_BLOCK_SCORES != 2;
 
-// Whether a step's probabilities are relative to the maximum of the steps before while that will do. Not where it is no faster (scores of blocks) or was not measured.
-constexpr bool KEEPS_MAXIMA = HEAD_DIM <= 128 && STEP_KEYS <= 128 && WALKS == 1 && !BLOCK_SCORES && !BLOCK_MASK;
+// Whether a step's probabilities are relative to the maximum of the steps before while that will do. Not where it is no faster (scores of blocks,
+// a second interval), needs registers that there are not (144 keys) or was not measured.
+constexpr bool KEEPS_MAXIMA = HEAD_DIM <= 128 && STEP_KEYS <= 128 && WALKS == 1 && !BLOCK_SCORES;
 
 // Where a thread's two rows go, and what is there already.
 struct StoredRows {
@@ -187,13 +197,15 @@ struct Consumer {
         }
     }
     // As softmax, of a step after the first, but relative to the maximum of the steps before: any reference will do that is not far below the step's own, which then
-    // need not be found, nor is anything scaled. Where probabilities become too large, or a row has no maximum yet, softmax does it. Whether it did.
+    // need not be found, nor is anything scaled. Blocks that a row does not list have infinity in its place. Where probabilities become too large or are NaN,
+    // perhaps of such a block, or a row has no maximum yet, softmax does it. Whether it did.
     FSA_DEVICE bool softmax_kept(Scores& s, const BandWork& w, const RowLimits& limits, ListedBlocks blocks, int n, f32& carry_low, f32& carry_high) {
         const bool sees_low = limits.end_low != 0, sees_high = limits.end_high != 0;    // rows that do not exist may have any scores
         if (__all_sync(0xffffffffu, (low.max > neg_inf() || !sees_low) && (high.max > neg_inf() || !sees_high))) {
             if (w.has_end(n)) mask_scores(s, limits.from(w.key(n)), neg_inf());
-            const f32 low_sum = kept_step<STEP_KEYS, false>(s, low.max, p.scale_log2), high_sum = kept_step<STEP_KEYS, true>(s, high.max, p.scale_log2);
-            if (!__any_sync(0xffffffffu, (low_sum > LARGE_SUM && sees_low) || (high_sum > LARGE_SUM && sees_high))) {
+            const f32 low_sum = kept_step<STEP_KEYS, false>(s, low.max, p.scale_log2, [&](int column) { return blocks.low_lists(column); });
+            const f32 high_sum = kept_step<STEP_KEYS, true>(s, high.max, p.scale_log2, [&](int column) { return blocks.high_lists(column); });
+            if (!__any_sync(0xffffffffu, (!(low_sum <= LARGE_SUM) && sees_low) || (!(high_sum <= LARGE_SUM) && sees_high))) {
                 low.sum += low_sum;
                 high.sum += high_sum;
                 return false;
@@ -206,7 +218,7 @@ struct Consumer {
     // Waits for the values of step n; true if NaN or infinity was cleared of them.
     FSA_DEVICE bool wait_for_values(const BandWork& w, int n) {
         m.value_ring.wait(step);
-        return w.needs_mask(n) && m.checked.wait(checks++);
+        return m.checked.checks(w, n) && m.checked.wait(checks++);
     }
 
     // The keys of step n, and after the last one the queries, are not read again.
@@ -357,6 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) u64 barriers[2 + 6 * STAGES];
     __shared__ i32 dirty[STAGES];
+    __shared__ u32 nonfinite_heads;
 #if FSA_BLOCK_SCORES
     __shared__ HandOver handover;
 #endif
@@ -367,8 +380,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
     m.query_ring = Ring<1>::at(shared_address(barriers));
     m.key_ring = Ring<STAGES>::at(shared_address(barriers + 2));
     m.value_ring = Ring<STAGES>::at(shared_address(barriers + 2 + 2 * STAGES));
-    m.checked = {Ring<STAGES>::at(shared_address(barriers + 2 + 4 * STAGES)), dirty};
+    m.checked = {Ring<STAGES>::at(shared_address(barriers + 2 + 4 * STAGES)), dirty, &nonfinite_heads};
     if (threadIdx.x == 0) {
+        if (BLOCK_MASK) nonfinite_heads = 0;
         m.query_ring.open();
         m.key_ring.open();
         m.value_ring.open(CHECKED_READERS);
@@ -379,6 +393,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         barriers_ready();
     }
     __syncthreads();
+    if constexpr (BLOCK_MASK) {
+        find_nonfinite_heads(p, &nonfinite_heads);
+        __syncthreads();
+    }
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
         registers_shrink<PRODUCER_REGISTERS>();

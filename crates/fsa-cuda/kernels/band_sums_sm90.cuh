@@ -174,16 +174,6 @@ FSA_DEVICE void scale_keys(const SumMemory& m) {
     barrier_arrive(m.scaled_keys);
 }
 
-// The producing warpgroup: whether the tile has values that are not finite.
-FSA_DEVICE bool has_nonfinite_values(const SumMemory& m) {
-    u32 sum = 0;
-    FSA_NO_UNROLL for (u32 at = m.value + (threadIdx.x - CONSUMER_THREADS) * 16; at < m.value + KeyTile::BYTES; at += WARPGROUP * 16) {
-        const Vec4 v = load_shared(at);
-        sum = taint(taint(taint(taint(sum, v.x), v.y), v.z), v.w);
-    }
-    return named_sync_or(ALL_CHECKERS, WARPGROUP, has_nonfinite(sum));
-}
-
 // One thread for each consuming warpgroup: adds its sums of every tile to grad_query.
 FSA_DEVICE void send_sums(const BandBackwardParams& p, const SumMemory& m, const KeyWork& w, int group) {
     FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n) {
@@ -387,6 +377,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
     __shared__ KeyScale scale;
     if (threadIdx.x == 0) {
         w = KeyWork::find(p.band, p.num_kv_heads, p.resident);
+        if (BLOCK_MASK && w.rows.keys > 0) w.has_nonfinite_values = has_nonfinite_values(p.band, w.kv_head, w.tokens.key_row + w.rows.first_key, w.rows.keys);
         const SumScale of_sums = sum_scale(p.sums);
         scale = {of_sums.scale, p.scale_log2 * of_sums.inverse};
     }
@@ -418,11 +409,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
         registers_shrink<24>();
         if (threadIdx.x == CONSUMER_THREADS) load_keys(p, m.key, m.value, m.loaded_keys, w);
         scale_keys(m);
-        if (BLOCK_MASK) {
-            const bool nonfinite = has_nonfinite_values(m);
-            if (threadIdx.x == CONSUMER_THREADS) w.has_nonfinite_values = nonfinite;
-            named_sync(ALL_CHECKERS, WARPGROUP);
-        }
         const int thread = threadIdx.x - CONSUMER_THREADS;
         if (thread < 32 * SumRowRing::WARPS) m.rows.bring(p, w);
         else if (thread == WARPGROUP - 32) send_sums(p, m, w, 0);

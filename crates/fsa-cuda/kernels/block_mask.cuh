@@ -1,9 +1,10 @@
 // WHAT   From lists of blocks to masks (struct BlockMask): the blocks of every row as bits, and for every tile of rows the steps of keys of which some row lists
-//        a block. Any i32 in a list is safe: ids that the sequence does not have are no blocks. An id that comes twice counts once.
-// GRID   (tiles of tokens, kv heads), from shapes; a cta without a tile leaves.
-// ROLES  A warp per row, its lanes have the ids; then the first warp finds the steps, one per lane.
+//        a block. Any i32 in a list is safe: ids that the sequence does not have are no blocks. An id that comes twice counts once. And where values are not
+//        finite, which few are: who finds none need not look at those of a step that some row does not list.
+// GRID   (tiles of tokens, kv heads), from shapes; a cta without a tile looks at values alone.
+// ROLES  All threads look at some rows of value. A warp per row of a tile, its lanes have the ids; then the first warp finds the steps, one per lane.
 // SMEM   What any row of the tile lists, and what every row does.
-// SYNC   Two barriers.
+// SYNC   One barrier for every VALUE_ROWS rows of value, two behind them.
 #include "block/listed_blocks.cuh"
 
 constexpr int MASK_THREADS = 128, MASK_WARPS = MASK_THREADS / 32, MAX_WORDS = 64;      // no more words than ids in a row
@@ -47,6 +48,24 @@ FSA_DEVICE void find_blocks(const BlockMaskParams& p, const BandTile& t, int kv_
     }
 }
 
+// Of every gridDim.x-th group of rows of value.
+FSA_DEVICE void find_nonfinite(const BlockMaskParams& p, int kv_head) {
+    constexpr int LOADS = VALUE_ROWS * PIECES_PER_ROW / MASK_THREADS;
+    static_assert(VALUE_ROWS * PIECES_PER_ROW % MASK_THREADS == 0, "all threads have as many pieces");
+    const int rows = p.band.cu_keys[p.band.batch], groups = p.band.mask.value_groups;       // total_keys may be a bound
+    FSA_NO_UNROLL for (int group = blockIdx.x; group < groups; group += gridDim.x) {
+        Vec4 v[LOADS];
+        FSA_UNROLL for (int i = 0; i < LOADS; ++i) {
+            const int piece = threadIdx.x + i * MASK_THREADS, row = group * VALUE_ROWS + piece / PIECES_PER_ROW;
+            v[i] = row < rows ? load_global(tensor_row(p.value, row, kv_head) + piece % PIECES_PER_ROW * 16) : Vec4{0, 0, 0, 0};
+        }
+        u32 sum = 0;
+        FSA_UNROLL for (int i = 0; i < LOADS; ++i) sum = taint(taint(taint(taint(sum, v[i].x), v[i].y), v[i].z), v[i].w);
+        const bool found = __syncthreads_or(has_nonfinite(sum));
+        if (threadIdx.x == 0) p.band.mask.nonfinite[(i64)kv_head * groups + group] = found;
+    }
+}
+
 // The first warp.
 FSA_DEVICE void find_steps(const BlockMaskParams& p, const BandTile& t, i64 list, const TileBlocks& tile) {
     const BlockMask& mask = p.band.mask;
@@ -67,6 +86,7 @@ FSA_DEVICE void find_steps(const BlockMaskParams& p, const BandTile& t, i64 list
 extern "C" __global__ void __launch_bounds__(MASK_THREADS) block_mask(const __grid_constant__ BlockMaskParams p) {
     __shared__ TileBlocks tile;
     const int number = blockIdx.x * p.band.head_tiles, kv_head = blockIdx.y;        // all tiles of these tokens list the same
+    if (p.value.data != nullptr) find_nonfinite(p, kv_head);
     const BandTile t = find_band_tile(p.band, number, kv_head);
     if (t.tokens == 0) return;
     if (threadIdx.x < MAX_WORDS) {

@@ -1,4 +1,4 @@
-//! Lists of blocks as masks: the bits of every row, and the steps of keys of every tile of rows.
+//! Lists of blocks as masks: the bits of every row, and the steps of keys of every tile of rows; and which values are not finite.
 //!
 //! Kernel file: `kernels/block_mask.cuh`.
 
@@ -14,10 +14,12 @@ pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[("block_mask", "BlockMaskPara
 
 /// Threads of a CTA.
 const THREADS: usize = 128;
+/// Rows of value that share a word which says whether they are finite.
+pub(crate) const VALUE_ROWS: usize = 64;
 
 /// What the kernel file must agree with.
 pub(crate) fn constants() -> Vec<(&'static str, usize)> {
-    vec![("MASK_THREADS", THREADS), ("MAX_WORDS", MAX_TOPK)]
+    vec![("MASK_THREADS", THREADS), ("MAX_WORDS", MAX_TOPK), ("VALUE_ROWS", VALUE_ROWS)]
 }
 
 /// The loaded kernel.
@@ -51,6 +53,7 @@ impl BlockMask {
             rows: at(self.rows, total_q * words),
             steps: at(self.steps, num_tiles * max_steps),
             step_counts: at(self.step_counts, num_tiles),
+            nonfinite: at(self.nonfinite, self.value_groups as usize),
             ..*self
         }
     }

@@ -236,9 +236,11 @@ device_structs! {
         rows: Address,
         steps: Address,
         step_counts: Address,
+        nonfinite: Address,
         words: i32,
         max_steps: i32,
         num_tiles: i32,
+        value_groups: i32,
     }
 
     /// Which keys a row sees in the stages window, compressed and dense, and where rows and keys lie.
@@ -264,6 +266,7 @@ device_structs! {
     /// Parameters of `block_mask`.
     struct BlockMaskParams {
         band: Band,
+        value: Tensor,
         topk_indices: Address,
         topk: i32,
         step_keys: i32,

@@ -130,11 +130,14 @@ impl Kernel {
     /// What is not in it would only compile the same kernel again.
     fn depends(self) -> Depends {
         match self {
-            Kernel::Index | Kernel::BlockMask => Depends { rows: false, block_size: true },
+            Kernel::Index => Depends { rows: false, block_size: true },
             Kernel::Prepare => Depends { rows: false, block_size: false },
-            Kernel::Attend | Kernel::Reduce | Kernel::Backward | Kernel::Select | Kernel::BandSelect => {
-                Depends { rows: true, block_size: true }
-            }
+            Kernel::Attend
+            | Kernel::Reduce
+            | Kernel::Backward
+            | Kernel::BlockMask
+            | Kernel::Select
+            | Kernel::BandSelect => Depends { rows: true, block_size: true },
             Kernel::Band
             | Kernel::BandBackward
             | Kernel::Compress

@@ -195,9 +195,11 @@ struct BlockMask {
     i32* steps;                 // [num_kv_heads, num_tiles, max_steps] steps of which some row of the tile lists a block, the last keys first: first key, odd
                                 // where not every row lists all of the step's blocks
     i32* step_counts;           // [num_kv_heads, num_tiles]
+    u32* nonfinite;             // [num_kv_heads, value_groups] not 0 where some value of VALUE_ROWS rows is not finite; for Hopper's kernels
     i32 words;                  // bound on the blocks of a sequence / 32
     i32 max_steps;              // bound on the steps of a tile
     i32 num_tiles;              // bound on the tiles of rows; they are numbered in the order of launch
+    i32 value_groups;           // total_keys / VALUE_ROWS, rounded up
 };
 
 // Which keys a row sees in the stages window, compressed and dense, and where the rows and keys of a sequence lie. A row at position p sees
@@ -245,6 +247,7 @@ struct PrepareParams {
 
 struct BlockMaskParams {
     Band band;
+    Tensor value;               // null: nobody asks where it is not finite
     const i32* topk_indices;    // [num_kv_heads, total_q, topk]
     i32 topk;
     i32 step_keys;              // keys of a step of the kernel that reads the mask

@@ -130,13 +130,16 @@ struct Ring {
 FSA_DEVICE int row_tile_bytes(const Band& band) { return RowTile::HALVES * 128 * band.tile_tokens * band.tile_heads; }
 
 // Steps that some row does not see as a whole are checked before a product takes them as its second factor: an exact zero times what a row does not see
-// must stay zero, so NaN and infinity are cleared. Only such steps are counted; the ring of the tiles, which has as many places, keeps checkers and
+// must stay zero, so NaN and infinity are cleared. Only steps that are checked are counted; the ring of the tiles, which has as many places, keeps checkers and
 // consumers from being two of them apart.
 constexpr int CHECKED_READERS = CONSUMER_THREADS / 32 + CHECKERS;   // of that ring
-template <int STAGES>
+template <int STAGES, bool FLAGGED = false>
 struct Checked {
     Ring<STAGES> ring;          // `full` alone: one arrival per checking warp
     volatile i32* dirty;        // [STAGES] whether something was cleared
+    const u32* nonfinite;       // FLAGGED: bit i % 32 is set if something of kv head i is not finite; steps of other heads are not checked
+
+    FSA_DEVICE bool checks(const BandWork& w, int n) const { return w.needs_mask(n) && (!FLAGGED || *nonfinite >> (w.kv_head & 31) & 1); }
 
     // Checker: goes through all steps of a cta in order. `tile(step)` is the place of a step.
     template <typename F>
@@ -147,7 +150,7 @@ struct Checked {
             FSA_NO_UNROLL for (bool more = true; more;) {
                 FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
                     loaded.wait(step);
-                    if (w.needs_mask(n)) {
+                    if (checks(w, n)) {
                         const bool cleared = clean_checked(tile(step));
                         if (threadIdx.x % 32 == 0) {
                             dirty[ring.place(count)] = cleared;

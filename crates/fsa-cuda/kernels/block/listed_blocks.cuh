@@ -8,6 +8,15 @@
 #endif
 constexpr bool BLOCK_MASK = FSA_BLOCK_MASK;
 
+constexpr int VALUE_ROWS = 64;      // that share a word of BlockMask::nonfinite
+
+// Whether some of `rows` rows of value from `row` on, or of their neighbours, is not finite.
+FSA_DEVICE bool has_nonfinite_values(const Band& band, int kv_head, int row, int rows) {
+    u32 any = 0;
+    for (int group = row / VALUE_ROWS; group * VALUE_ROWS < row + rows; ++group) any |= band.mask.nonfinite[(i64)kv_head * band.mask.value_groups + group];
+    return any != 0;
+}
+
 // Place of a tile's steps, `number` counting the tiles of a kv head in the order of launch.
 FSA_DEVICE i64 listed_steps(const Band& band, int number, int kv_head) { return (i64)kv_head * band.mask.num_tiles + number / band.head_tiles; }
 

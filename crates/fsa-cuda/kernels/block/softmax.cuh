@@ -10,17 +10,20 @@ constexpr int NO_LIMIT = 1 << 30;
 // Where a thread's sum of probabilities relative to an old maximum is too large: f16 ends at 2^16, and their products with values must not overflow.
 constexpr f32 LARGE_SUM = 0x1p12f;
 
-// Scores of one tile to probabilities relative to `max` in place; their sum over this thread's columns.
-template <int N, bool HIGH>
-FSA_DEVICE f32 kept_step(f32 (&s)[N / 2], f32 max, f32 scale_log2) {
+// Scores of one tile to probabilities relative to `max` in place, or to zero in groups of eight columns that do not count; their sum over this thread's
+// columns, NaN if a score there is not finite.
+template <int N, bool HIGH, typename Counts>
+FSA_DEVICE f32 kept_step(f32 (&s)[N / 2], f32 max, f32 scale_log2, Counts counts) {
     const f32 reference = max == neg_inf() ? 0.0f : max;
     f32 sum[2] = {0.0f, 0.0f};
-    FSA_UNROLL for (int i = 0; i < N / 8; ++i)
+    FSA_UNROLL for (int i = 0; i < N / 8; ++i) {
+        const f32 of_group = counts(8 * i) ? reference : -neg_inf();
         FSA_UNROLL for (int e = 0; e < 2; ++e) {
             f32& x = s[4 * i + (HIGH ? 2 : 0) + e];
-            x = exp2_fast(fmaf(x, scale_log2, -reference));
+            x = exp2_fast(fmaf(x, scale_log2, -of_group));
             sum[e] += x;
         }
+    }
     return sum[0] + sum[1];
 }
 

@@ -6,6 +6,7 @@ use super::{
     BandBackwardPlan, BandProblem, Keys, PlanOptions, Problem, QuerySums, RowTiles, Slot, Workspace, most_bytes,
 };
 use crate::arch::KernelSet;
+use crate::block_mask::VALUE_ROWS;
 use crate::driver::{DeviceFacts, DeviceSpan};
 use crate::params::BlockMask;
 use crate::source::{Kernel, Specialisation};
@@ -55,9 +56,11 @@ pub(crate) struct MaskPlan {
     max_steps: usize,
     pub step_keys: usize,
     num_tiles: usize,
+    value_groups: usize,
     rows: Slot,
     steps: Slot,
     step_counts: Slot,
+    nonfinite: Slot,
 }
 
 impl DensePlan {
@@ -206,14 +209,17 @@ impl MaskPlan {
         // One of the sequences may have all keys.
         let words = problem.total_kv.div_ceil(WORD_BLOCKS * problem.block_size);
         let max_steps = problem.total_kv.div_ceil(step_keys);
+        let value_groups = problem.total_kv.div_ceil(VALUE_ROWS);
         Self {
             words,
             max_steps,
             step_keys,
             num_tiles,
+            value_groups,
             rows: workspace.add("block_mask", heads * problem.total_q * words * word),
             steps: workspace.add("steps", heads * num_tiles * max_steps * word),
             step_counts: workspace.add("step_counts", heads * num_tiles * word),
+            nonfinite: workspace.add("nonfinite", heads * value_groups * word),
         }
     }
 
@@ -223,9 +229,11 @@ impl MaskPlan {
             rows: self.rows.address(workspace),
             steps: self.steps.address(workspace),
             step_counts: self.step_counts.address(workspace),
+            nonfinite: self.nonfinite.address(workspace),
             words: self.words as i32,
             max_steps: self.max_steps as i32,
             num_tiles: self.num_tiles as i32,
+            value_groups: self.value_groups as i32,
         }
     }
 }

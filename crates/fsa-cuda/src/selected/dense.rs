@@ -1,11 +1,12 @@
 //! Stage `selected` as attention to all earlier keys, with a mask of the blocks that a row lists.
 
 use super::{BackwardTensors, ForwardTensors, WholeGrads};
+use crate::arch::KernelSet;
 use crate::block_mask::BlockMaskKernel;
 use crate::driver::{DeviceBatch, DeviceSpan};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale};
-use crate::params::{Band, BatchTables, BlockMask, BlockMaskParams, Branch};
+use crate::params::{Band, BatchTables, BlockMask, BlockMaskParams, Branch, Tensor};
 use crate::plan::{BandProblem, DenseBackwardPlan, DensePlan, MaskPlan, Problem, RowTiles, Tables};
 use crate::prepare::PrepareKernel;
 use crate::source::Kernel;
@@ -19,6 +20,7 @@ struct MaskStep {
     kernel: Option<(Arc<BlockMaskKernel>, MaskPlan)>,
     problem: BandProblem,
     topk: usize,
+    is_portable: bool,
 }
 
 impl MaskStep {
@@ -28,7 +30,8 @@ impl MaskStep {
             None => None,
             Some(mask) => Some((kernels.one(&specialisation)?, mask)),
         };
-        Ok(Self { kernel, problem: band, topk: problem.topk })
+        let is_portable = kernels.set() == KernelSet::Sm80;
+        Ok(Self { kernel, problem: band, topk: problem.topk, is_portable })
     }
 
     /// The mask in its workspace.
@@ -46,8 +49,11 @@ impl MaskStep {
     ) -> Result<BlockMask> {
         let mask = self.mask(&context.workspace);
         let Some((kernel, plan)) = &self.kernel else { return Ok(mask) };
+        // The portable kernels find out by themselves.
+        let value = if self.is_portable { Tensor::default() } else { tensors.value.device() };
         let params = BlockMaskParams {
             band: Band { mask, ..band(&self.problem, tiles, batch, tables) },
+            value,
             topk_indices: tensors.topk_indices.address(),
             topk: self.topk as i32,
             step_keys: plan.step_keys as i32,
