@@ -129,22 +129,10 @@ impl Kernel {
 
     /// What is not in it would only compile the same kernel again.
     fn depends(self) -> Depends {
-        match self {
-            Kernel::Index => Depends { rows: false, block_size: true },
-            Kernel::Prepare => Depends { rows: false, block_size: false },
-            Kernel::Attend
-            | Kernel::Reduce
-            | Kernel::Backward
-            | Kernel::BlockMask
-            | Kernel::Select
-            | Kernel::BandSelect => Depends { rows: true, block_size: true },
-            Kernel::Band
-            | Kernel::BandBackward
-            | Kernel::Compress
-            | Kernel::CompressLinear
-            | Kernel::Rope
-            | Kernel::Combine => Depends { rows: true, block_size: false },
-        }
+        use Kernel::{Attend, Backward, BandSelect, BlockMask, Index, Prepare, Reduce, Select};
+        let rows = !matches!(self, Index | Prepare);
+        let block_size = matches!(self, Index | Attend | Reduce | Backward | BlockMask | Select | BandSelect);
+        Depends { rows, block_size }
     }
 }
 
