@@ -127,19 +127,19 @@ def given_stats(out, lse, grad_out, gate):
     return stats, torch.stack([bound(gate * size), bound(gate * delta)]).view(torch.int32)
 
 
-def sum_rows(heads, window_too):
+def sum_rows(heads, is_short):
     """Rows of a tile of the one pass, as BandBackwardPlan chooses them; FSA_DEV_SUM_ROWS to compare."""
     def used(rows):
         tile_heads = -(-heads // -(-heads // rows))
         return rows // tile_heads * tile_heads
-    return 64 if window_too else int(os.environ.get("FSA_DEV_SUM_ROWS", 80 if 5 * used(80) >= 6 * used(64) else 64))
+    return 64 if is_short else int(os.environ.get("FSA_DEV_SUM_ROWS", 80 if 5 * used(80) >= 6 * used(64) else 64))
 
 
 def backward(s, q, k, v, out, lse, grad_out, grads, scale, grad_lse=None, splits=1, only=None, one_pass=False, given=None, window=None, accumulate=False):
     """In two passes, or in one; `only` is one of the kernels by its last word. `given` are statistics of rows with bounds; `window` is its size and the same of
     the rows' attention to it, which the one pass does too."""
     d = q.shape[2]
-    rows = sum_rows(s.hq // s.hk, window is not None) if one_pass else ROWS
+    rows = sum_rows(s.hq // s.hk, window is not None and "FSA_BLOCK_MASK" not in s.defines(d, q.dtype)) if one_pass else ROWS
     s = s.of_rows(rows) if one_pass else s
     gq, gk, gv = grads
     p = aligned(BandBackwardParams)

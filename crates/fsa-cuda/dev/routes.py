@@ -156,7 +156,7 @@ def both_case(name, cu_q, cu_kv, hq, hk, topk, window, block_size=64, kind="rand
         s.forward(q, k, v, out, lse, scale) if isinstance(s, Masked) else band.forward(s, q, k, v, out, lse, scale)
         branches.append(band.given_stats(out, lse, grad_out, gate))
     grads = [torch.full_like(x, 7.0) for x in (q, k, v)]
-    fused = Shape(cu_q, cu_kv, hq, hk, rows=64) if complete else Masked(cu_q, cu_kv, hq, hk, d, ids, block_size, rows=64)
+    fused = Shape(cu_q, cu_kv, hq, hk) if complete else Masked(cu_q, cu_kv, hq, hk, d, ids, block_size, rows=band.sum_rows(hq // hk, False))
     run = fused.backward if not complete else lambda *a, **o: band.backward(fused, *a, **o)
     run(q, k, v, out, lse, grad_out, grads, scale, splits=splits, one_pass=True, given=branches[0], window=(window, *branches[1]))
     torch.cuda.synchronize()
@@ -217,7 +217,7 @@ def times_of_whole(n, g, hq=32, d=128, block_size=64, topk=16, window=512, kind=
     q, k, v = band.make(Shape(cu, cu, hq, hk), d, torch.bfloat16)
     ids, complete = cases.select(cu, cu, hk, topk, block_size, kind), n <= topk * block_size
     attention = lambda rows: Shape(cu, cu, hq, hk, rows=rows) if complete else Masked(cu, cu, hq, hk, d, ids, block_size, rows=rows)
-    near, two, one = Shape(cu, cu, hq, hk, window=window), attention(128), attention(64)
+    near, two, one = Shape(cu, cu, hq, hk, window=window), attention(128), attention(band.sum_rows(g, False))
     op, grad_out, grads = SelectedBackward(q, k, v, ids, block_size), torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]
     branches = []
     for s in (two, near):

@@ -5,7 +5,8 @@
 //        band_sums_open clears the target and takes the bounds of keys, band_delta those of rows where the caller has no statistics; band_sums_finish
 //        makes bf16 of f16 in place, band_backward_merge adds up splits. Several attentions may add to one target, side by side: it is opened for all
 //        before, and finished behind them. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO the
-//        rows also attend to their last keys in a softmax of its own: scores and dP are common, so five products do both.
+//        rows also attend to their last keys in a softmax of its own: scores and dP are common, and for keys that a row sees in both what the two add up to is
+//        that of a third softmax, so five products and one exponential do both.
 // GRID   (tiles of 128 keys, kv heads, splits) as the pass of keys: block/key_walk.cuh.
 // ROLES  Two warpgroups of 64 keys consume tiles of 64 or 80 rows, and multiply half the columns each of K^T dS^T. Of a third two or three warps bring the
 //        rows, and two threads of the last send a warpgroup's half of grad_query each on its way.
@@ -27,7 +28,6 @@ static_assert(HEAD_DIM == 128 && IS_BF16, "a warpgroup's half of the columns is 
 constexpr bool WINDOW_TOO = FSA_WINDOW_TOO;
 constexpr int SUM_ROWS = FSA_SUM_ROWS, ROW_WORDS = (SUM_ROWS + 31) / 32;        // bits of rows
 constexpr bool IN_TURN = SUM_ROWS > 64;     // There are no registers for scores and dP of more than 64 rows: dP comes when probabilities are bf16.
-static_assert(!(WINDOW_TOO && IN_TURN), "two softmaxes need the scores of both");
 constexpr int ROW_STAGES = IN_TURN ? 2 : 3, DS_STAGES = 2;
 typedef f32 RowScores[SUM_ROWS / 2];        // of 64 keys, or columns, and the rows of a tile
 typedef u32 RowFragments[SUM_ROWS / 16][4];
@@ -35,8 +35,8 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 // Keys of a block in a tile of keys, and blocks there.
 constexpr int LISTED_KEYS = BLOCK_MASK && BLOCK_SIZE < CTA_KEYS ? BLOCK_SIZE : CTA_KEYS, KEY_BLOCKS = CTA_KEYS / LISTED_KEYS;
 
-// What consumers have to mind of a tile of rows: some row does not see some key, has a gate below zero, sees some key, or none, through the window.
-constexpr i32 MASKED = 1, NEGATIVE = 2, WINDOW = 4, NO_WINDOW = 8;
+// What consumers have to mind of a tile of rows: some row sees a part of a block, or has a gate below zero.
+constexpr i32 MASKED = 1, NEGATIVE = 2;
 
 // A number of each row of a tile, by itself: those of two neighbouring rows are 8 bytes, for which there are registers.
 struct RowNumbers {
@@ -75,38 +75,62 @@ struct SeenKeys {
     }
 };
 
+// A row's statistics for keys that it sees in both attentions, whose probabilities and score gradients, added up, are those of one softmax:
+//     P1 + P2 = 2^(s - lse),    P1 (dP - delta1) + P2 (dP - delta2) = (P1 + P2) (dP - delta),
+// where 2^-lse = 2^-lse1 + 2^-lse2, both with the signs of their gates, and delta is the mean of both with these weights.
+FSA_DEVICE RowStats joined(const RowStats& one, const RowStats& other) {
+    const f32 least = fminf(one.lse, other.lse);
+    if (least == -neg_inf()) return no_row_stats();
+    const f32 first = with_sign_of(exp2_fast(least - one.lse), one.delta), second = with_sign_of(exp2_fast(least - other.lse), other.delta);
+    f32 sum = first + second;
+    if (fabsf(sum) < 0x1p-24f) sum = 0x1p-24f;      // of gates of both signs only rounding is left, but delta has to be finite
+    return {least - log2_fast(fabsf(sum)), with_sign(fmaf(first, one.delta, second * other.delta) * reciprocal_fast(sum), sum < 0.0f)};
+}
+
 struct __align__(16) SumRecords {
     static constexpr int ROWS = SUM_ROWS;
-    // Log-sum-exps as the rows meet each block of the tile's keys, infinity if they do not list it, so that all its probabilities are zero; then those of
-    // the window.
-    RowNumbers lse[KEY_BLOCKS + WINDOW_TOO], delta[1 + WINDOW_TOO];
+    // For each block of the tile's keys the numbers of its rows, if they see it as a whole: in the attention, in the window, in both, or not at all, which is
+    // a log-sum-exp of infinity, of which all probabilities are zero. Behind them those for a key that a row sees in the attention alone, in the window
+    // alone, and in both. There is no room for deltas of more than four blocks.
+    static constexpr int KINDS = WINDOW_TOO ? 3 : 0, DELTA_BLOCKS = WINDOW_TOO && KEY_BLOCKS <= 4 ? KEY_BLOCKS : 1;
+    RowNumbers lse[KEY_BLOCKS + KINDS], delta[DELTA_BLOCKS + KINDS];
     SeenKeys seen[1 + WINDOW_TOO];
     i32 special[ROW_WORDS];
 
     FSA_DEVICE i32 put(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r) {
-        const u32 blocks = r.blocks(p.band, w), exist = __ballot_sync(ALL_LANES, r.exists);
-        const RowStats of_row = r.stats(p.row_stats, p.band), of_window = WINDOW_TOO ? r.stats(p.window_stats, p.band) : RowStats{};
+        const u32 blocks = r.blocks(p.band, w);
+        const RowStats of_row = r.stats(p.row_stats, p.band), of_window = WINDOW_TOO ? r.stats(p.window_stats, p.band) : no_row_stats();
+        // Whether the row sees every block as a whole, if it lists all, and if it does not: the probabilities of zero may not meet what is not finite.
+        bool is_whole = sees_all(p, w, r), may_lack = !w.has_nonfinite_values && fabsf(of_row.lse) < -neg_inf() && fabsf(of_row.delta) < -neg_inf();
         i32 found = is_negative(of_row) || is_negative(of_window) ? NEGATIVE : 0;
-        if (r.row < ROWS) {
-            if (WINDOW_TOO) lse[KEY_BLOCKS - 1 + WINDOW_TOO].of_rows[r.row] = of_window.lse, delta[WINDOW_TOO].of_rows[r.row] = of_window.delta;
-            FSA_UNROLL for (int block = 0; block < KEY_BLOCKS; ++block) lse[block].of_rows[r.row] = lists(blocks, block) ? of_row.lse : -neg_inf();
-            delta[0].of_rows[r.row] = of_row.delta;
+        if constexpr (WINDOW_TOO) {
+            put_numbers(r.row, KEY_BLOCKS, DELTA_BLOCKS, of_row);
+            put_numbers(r.row, KEY_BLOCKS + 1, DELTA_BLOCKS + 1, of_window);
+            put_numbers(r.row, KEY_BLOCKS + 2, DELTA_BLOCKS + 2, joined(of_row, of_window));
+            const int behind = r.position - w.rows.first_key;       // the tile's first key
+            const bool near = behind <= p.window_size;
+            is_whole &= near || behind - CTA_KEYS >= p.window_size;
+            if (near) may_lack = DELTA_BLOCKS == KEY_BLOCKS;
+            asm volatile("" ::: "memory");      // they are read again: there are no registers for all of them
+            FSA_UNROLL for (int block = 0; block < KEY_BLOCKS; ++block) {
+                const bool listed = lists(blocks, block);
+                const int kind = near ? listed ? 2 : 1 : 0, row = min_i(r.row, ROWS - 1);
+                RowStats stats = {lse[KEY_BLOCKS + kind].of_rows[row], delta[DELTA_BLOCKS + kind].of_rows[row]};
+                if (!near && !listed) stats.lse = -neg_inf();
+                put_numbers(r.row, block, DELTA_BLOCKS == KEY_BLOCKS ? block : 0, stats);
+            }
+        } else {
+            FSA_UNROLL for (int block = 0; block < KEY_BLOCKS; ++block) put_numbers(r.row, block, 0, {lists(blocks, block) ? of_row.lse : -neg_inf(), of_row.delta});
         }
-        // A row of the tile that does not exist is masked, too: its zeros times a value that is not finite are NaN. So is one that does not list all keys, if
-        // its probabilities of zero would meet what is not finite.
-        const bool is_finite = !w.has_nonfinite_values && fabsf(of_row.lse) < -neg_inf() && fabsf(of_row.delta) < -neg_inf();
-        found |= r.row >= ROWS || r.exists && sees_all(p, w, r, is_finite ? ~0u : blocks) ? 0 : MASKED;
-        if (WINDOW_TOO && r.exists) found |= sees_window(p, w, r);
+        // A row of the tile that does not exist is masked, too: its zeros times a value that is not finite are NaN.
+        found |= r.row >= ROWS || r.exists && is_whole && (may_lack || lists_all(blocks)) ? 0 : MASKED;
         found = __reduce_or_sync(ALL_LANES, found);
-        if (found & WINDOW && found & NO_WINDOW) found |= MASKED;
-        if (found & MASKED) put_seen(p, r.row, first_position(p.band, w.rows.first_key) - r.tile_position, blocks, exist);
+        if (found & MASKED) put_seen(p, r.row, first_position(p.band, w.rows.first_key) - r.tile_position, blocks, __ballot_sync(ALL_LANES, r.exists));
         return found;
     }
-    // What of 32 rows sees one of the thread's two keys, key_low or + 8, the first row being the thread's first in 32 columns of the accumulators.
-    FSA_DEVICE u32 seen_by(int attention, int key, int word) const {
-        if (attention == 1 && !(special[word] & WINDOW)) return 0;
-        return special[word] & MASKED ? seen[attention].rows[key][word] >> 2 * (threadIdx.x & 3) : ALL_LANES;
-    }
+    // What of 32 rows, of which some are masked, sees one of the thread's two keys, key_low or + 8, the first row being the thread's first in 32 columns of the
+    // accumulators.
+    FSA_DEVICE u32 seen_by(int attention, int key, int word) const { return seen[attention].rows[key][word] >> 2 * (threadIdx.x & 3); }
     FSA_DEVICE i32 all_special() const {
         i32 all = 0;
         FSA_UNROLL for (int word = 0; word < ROW_WORDS; ++word) all |= special[word];
@@ -115,10 +139,16 @@ struct __align__(16) SumRecords {
 
   private:
     static FSA_DEVICE bool lists(u32 blocks, int block) { return !BLOCK_MASK || blocks >> block & 1; }
+    static FSA_DEVICE bool lists_all(u32 blocks) { return !BLOCK_MASK || !(~blocks & ((1u << KEY_BLOCKS) - 1)); }
+    FSA_DEVICE void put_numbers(int row, int of_lse, int of_delta, const RowStats& stats) {
+        if (row >= ROWS) return;
+        lse[of_lse].of_rows[row] = stats.lse;
+        delta[of_delta].of_rows[row] = stats.delta;
+    }
     FSA_DEVICE void put_seen(const BandBackwardParams& p, int row, int begin, u32 blocks, u32 exist) {
         const int lane = row % 32, word = row / 32;
         FSA_NO_UNROLL for (int key = lane; key < CTA_KEYS; key += 32) {
-            const int from = begin + key * p.band.kernel_stride;
+            const int from = begin + key * (WINDOW_TOO ? 1 : p.band.kernel_stride);
             if (WINDOW_TOO) seen[WINDOW_TOO].put(p.band, word, key, from, p.window_size, exist);
             u32 wanted = exist;
             if constexpr (BLOCK_MASK) {     // every 16 keys lie in one block
@@ -128,15 +158,10 @@ struct __align__(16) SumRecords {
             seen[0].put(p.band, word, key, from, p.band.window, wanted);
         }
     }
-    // No row sees all of a tile that is not full: behind the last key are those of another sequence.
-    static FSA_DEVICE bool sees_all(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r, u32 blocks) {
-        if (BLOCK_MASK && ~blocks & ((1u << KEY_BLOCKS) - 1)) return false;
+    // Of keys that lists do not leave out. No row sees all of a tile that is not full: behind the last key are those of another sequence.
+    static FSA_DEVICE bool sees_all(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r) {
+        if (WINDOW_TOO) return r.position - w.rows.first_key >= CTA_KEYS - 1 && w.rows.keys == CTA_KEYS;     // all earlier tokens
         return first_key(p.band, r.position) <= w.rows.first_key && end_key(p.band, r.position, w.tokens.keys) >= w.rows.first_key + CTA_KEYS;
-    }
-    static FSA_DEVICE i32 sees_window(const BandBackwardParams& p, const KeyWork& w, const RowOfTile& r) {
-        const int behind = r.position - w.rows.first_key;       // the tile's first key
-        if (behind < 0 || behind - CTA_KEYS >= p.window_size) return NO_WINDOW;
-        return behind >= CTA_KEYS - 1 && behind <= p.window_size ? WINDOW : WINDOW | MASKED;
     }
 };
 typedef RowRing<SumRecords, ROW_STAGES> SumRowRing;
@@ -202,13 +227,14 @@ struct SumConsumer {
     f32 scale_log2;         // KeyScale::of_scores
     Columns grad_key, grad_value;
 
-    // Number of the warpgroup. With two softmaxes there is no register for it and what follows from it.
+    // Number of the warpgroup. With a window there is no register for it and what follows from it.
     FSA_DEVICE int group() const { return WINDOW_TOO ? __shfl_sync(ALL_LANES, thread_number() / WARPGROUP, 0) : held_group; }
     // The thread's first key of the tile.
     static FSA_DEVICE int key_low() { return thread_number() / 32 * 16 + lane_number() / 4; }
 
-    // Log-sum-exps as rows meet the keys of this thread's warp, which lie in one block.
-    static FSA_DEVICE const RowNumbers& lse_of(const SumRecords& records) { return records.lse[KEY_BLOCKS == 1 ? 0 : thread_number() / 32 * 16 / LISTED_KEYS]; }
+    // Of the blocks' numbers those of the block of this thread's keys; those of a warp lie in one.
+    template <int BLOCKS>
+    static FSA_DEVICE const RowNumbers& own(const RowNumbers* numbers) { return numbers[BLOCKS == 1 ? 0 : thread_number() / 32 * 16 / LISTED_KEYS]; }
 
     // Passes dS of this warpgroup's keys on to both, as the n-th item: zeros, then those of the tiles. A branch around the product of the one before the
     // first would make ptxas wait for every product.
@@ -252,31 +278,30 @@ struct SumConsumer {
     // Element n of 32 columns: two rows each of the thread's two keys, 8 columns apart.
     static FSA_DEVICE bool sees(u32 low, u32 high, int n) { return (n & 2 ? high : low) >> (n / 4 * 8 + (n & 1)) & 1; }
 
-    // Probabilities and score gradients of the attention and of the window, each added up, from scores and dP, in place.
-    template <bool SPECIAL>
-    FSA_DEVICE void weigh_both(RowScores& s, RowScores& dp, const SumRecords& records) const {
-        const RowNumbers& own_lse = lse_of(records);
-        u32 low, high, low_too, high_too;
-        FSA_UNROLL for (int i = 0; i < SUM_ROWS / 8; ++i) {
-            if (SPECIAL && i % 4 == 0) {
-                low = records.seen_by(0, key_low(), i / 4), high = records.seen_by(0, key_low() + 8, i / 4);
-                low_too = records.seen_by(WINDOW_TOO, key_low(), i / 4), high_too = records.seen_by(WINDOW_TOO, key_low() + 8, i / 4);
-            }
-            const RowNumbers::Pair lse = own_lse.pair(i), delta = records.delta[0].pair(i);
-            const RowNumbers::Pair lse_too = records.lse[KEY_BLOCKS - 1 + WINDOW_TOO].pair(i), delta_too = records.delta[WINDOW_TOO].pair(i);
-            FSA_UNROLL for (int e = 0; e < 4; ++e) {
-                const int n = 4 * i + e;
-                f32 x = exp2_fast(fmaf(s[n], scale_log2, -lse.of(e))), y = exp2_fast(fmaf(s[n], scale_log2, -lse_too.of(e)));
-                f32 dx = dp[n] - delta.of(e), dy = dp[n] - delta_too.of(e);
-                if (SPECIAL) {
-                    const bool seen = sees(low, high, n % 16), seen_too = sees(low_too, high_too, n % 16);
-                    x = seen ? with_sign_of(x, delta.of(e)) : 0.0f;
-                    y = seen_too ? with_sign_of(y, delta_too.of(e)) : 0.0f;
-                    dx = seen ? dx : 0.0f;
-                    dy = seen_too ? dy : 0.0f;
+    // x = f(x, number of its row); `numbers` are those of BLOCKS blocks and what is behind them. With a window also the mask.
+    template <int BLOCKS, typename F>
+    FSA_DEVICE void apply(RowScores& s, const SumRecords& records, const RowNumbers* numbers, i32 special, F f) const {
+        const RowNumbers& of_block = own<BLOCKS>(numbers);
+        if (!WINDOW_TOO || !(special & MASKED)) return of_block.apply(s, f);
+        const RowNumbers *of_one = numbers + BLOCKS, *of_window = of_one + 1, *of_both = of_one + 2;
+        FSA_UNROLL for (int word = 0; word < ROW_WORDS; ++word) {
+            if (!(records.special[word] & MASKED)) {
+                FSA_UNROLL for (int i = 4 * word; i < min_i(4 * word + 4, SUM_ROWS / 8); ++i) {
+                    const RowNumbers::Pair pair = of_block.pair(i);
+                    FSA_UNROLL for (int e = 0; e < 4; ++e) s[4 * i + e] = f(s[4 * i + e], pair.of(e), 4 * i + e);
                 }
-                s[n] = x + y;
-                dp[n] = fmaf(x, dx, y * dy);
+                continue;
+            }
+            const u32 low = records.seen_by(0, key_low(), word), high = records.seen_by(0, key_low() + 8, word);
+            const u32 low_near = records.seen_by(WINDOW_TOO, key_low(), word), high_near = records.seen_by(WINDOW_TOO, key_low() + 8, word);
+            FSA_UNROLL for (int i = 4 * word; i < min_i(4 * word + 4, SUM_ROWS / 8); ++i) {
+                const RowNumbers::Pair one = of_one->pair(i), window = of_window->pair(i), both = of_both->pair(i);
+                FSA_UNROLL for (int e = 0; e < 4; ++e) {
+                    const int n = 4 * i + e;
+                    const bool seen = sees(low, high, n % 16), near = sees(low_near, high_near, n % 16);
+                    const f32 number = near ? seen ? both.of(e) : window.of(e) : one.of(e);
+                    s[n] = seen || near ? f(s[n], number, n) : 0.0f;
+                }
             }
         }
     }
@@ -310,35 +335,26 @@ struct SumConsumer {
             m.rows.checked.wait(n);
             const SumRecords& records = m.rows.record(n);
             const i32 special = records.all_special();
-            if (WINDOW_TOO && special & WINDOW) {
-                wgmma_wait<0>();
-                wgmma_pin(s);
-                wgmma_pin(dp);
-                if (special & (MASKED | NEGATIVE)) weigh_both<true>(s, dp, records);
-                else weigh_both<false>(s, dp, records);
+            wgmma_wait<IN_TURN ? 0 : 1>();
+            wgmma_pin(s);
+            apply<KEY_BLOCKS>(s, records, records.lse, special, [&](f32 x, f32 lse, int) { return exp2_fast(fmaf(x, scale_log2, -lse)); });
+            if (!WINDOW_TOO && special & MASKED) mask(s, records);
+            if (special & NEGATIVE) apply<SumRecords::DELTA_BLOCKS>(s, records, records.delta, special, [](f32 x, f32 delta, int) { return with_sign_of(x, delta); });
+            if (IN_TURN) {
+                FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k) to_fragment<SUM_ROWS>(a[k], s, k);
+                pin(a);
+                wgmma_fence();
+                start_piece<SUM_ROWS>(dp, values, grad);
+                wgmma_commit();
+                start_piece_sum<SUM_ROWS>(grad_value, a, grad);     // under the gradients of the scores
+                wgmma_commit();
+                wgmma_wait<1>();
             } else {
-                wgmma_wait<IN_TURN ? 0 : 1>();
-                wgmma_pin(s);
-                const RowNumbers& delta = records.delta[0];
-                lse_of(records).apply(s, [&](f32 x, f32 lse, int) { return exp2_fast(fmaf(x, scale_log2, -lse)); });
-                if (special & MASKED) mask(s, records);
-                if (special & NEGATIVE) delta.apply(s, [](f32 x, f32 delta, int) { return with_sign_of(x, delta); });
-                if (IN_TURN) {
-                    FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k) to_fragment<SUM_ROWS>(a[k], s, k);
-                    pin(a);
-                    wgmma_fence();
-                    start_piece<SUM_ROWS>(dp, values, grad);
-                    wgmma_commit();
-                    start_piece_sum<SUM_ROWS>(grad_value, a, grad);     // under the gradients of the scores
-                    wgmma_commit();
-                    wgmma_wait<1>();
-                } else {
-                    wgmma_wait<0>();
-                }
-                wgmma_pin(dp);
-                delta.apply(dp, [&](f32 x, f32 delta, int e) { return (IN_TURN ? packed(a, e) : s[e]) * (x - delta); });
-                if (special & MASKED) mask(dp, records);
+                wgmma_wait<0>();
             }
+            wgmma_pin(dp);
+            apply<SumRecords::DELTA_BLOCKS>(dp, records, records.delta, special, [&](f32 x, f32 delta, int e) { return (IN_TURN ? packed(a, e) : s[e]) * (x - delta); });
+            if (!WINDOW_TOO && special & MASKED) mask(dp, records);
             FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k) {
                 if (!IN_TURN) to_fragment<SUM_ROWS>(a[k], s, k);
                 to_fragment<SUM_ROWS>(b[k], dp, k);

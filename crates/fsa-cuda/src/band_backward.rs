@@ -71,12 +71,13 @@ pub(crate) fn tile_rows(specialisation: &Specialisation) -> usize {
     }
 }
 
-/// The kernel that does the same in one pass, in wide tiles where groups of so many heads fill them well enough. Two softmaxes have
-/// no registers for those.
+/// The kernel that does the same in one pass, in wide tiles where groups of so many heads fill them well enough. Not of selected
+/// blocks and window where these are all blocks: calls so short have too few tiles.
 pub(crate) fn one_pass(kernel: &Specialisation, group_size: usize) -> Specialisation {
     let [rows, wide_rows] = [TILE_ROWS, WIDE_ROWS].map(|rows| RowTiles::filled_rows(group_size, rows));
     let pays = wide_rows * WIDE_COST[1] >= rows * WIDE_COST[0];
-    kernel.with_query_sums(QuerySums::Scaled).with_wide_rows(pays && !kernel.window_too)
+    let is_short = kernel.window_too && !kernel.block_mask;
+    kernel.with_query_sums(QuerySums::Scaled).with_wide_rows(pays && !is_short)
 }
 
 /// Keys of a step of the pass of queries.

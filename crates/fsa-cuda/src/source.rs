@@ -462,6 +462,7 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                             specialisation.with_query_sums(QuerySums::Scaled).with_wide_rows(true),
                             specialisation.with_window_too(),
                             specialisation.with_block_mask(block_size).with_window_too(),
+                            specialisation.with_block_mask(block_size).with_window_too().with_wide_rows(true),
                         ]),
                         _ => {}
                     }

@@ -141,6 +141,8 @@ impl DenseBackwardPlan {
         let of_both = |options: &PlanOptions| {
             let query_sums = options.query_sums.or(Some(QuerySums::Scaled));
             let options = PlanOptions { query_sums, ..*options };
+            let masked = !Lists::Selected.are_complete(problem);
+            let kernel = if masked { kernel.with_block_mask(problem.block_size) } else { kernel };
             let plan = BandBackwardPlan::with_row_stats(&band, &kernel.with_window_too(), facts, &options);
             (plan.query_sums == QuerySums::Scaled).then_some(plan)
         };
@@ -184,8 +186,11 @@ impl DenseBackwardPlan {
     /// The kernels of the gradients.
     pub(crate) fn specialisation(&self, set: KernelSet) -> Specialisation {
         let kernel = self.attention.specialisation(set);
-        let kernel = if self.window_size.is_some() { kernel.with_window_too() } else { kernel };
-        if self.mask.is_some() { kernel.with_block_mask(self.problem.block_size) } else { kernel }
+        let kernel = if self.mask.is_some() { kernel.with_block_mask(self.problem.block_size) } else { kernel };
+        match self.window_size {
+            None => kernel,
+            Some(_) => band_backward::one_pass(&kernel.with_window_too(), self.problem.gqa_group_size()),
+        }
     }
 
     /// Kernels that a call launches.

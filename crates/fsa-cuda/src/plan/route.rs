@@ -98,7 +98,7 @@ impl FromStr for Routing {
 }
 
 /// Rates of one pass of the kernels on the H200 with its 132 multiprocessors; other devices are taken to be proportional. Fitted to
-/// `bench/records/h200/2026-11-21-routes.json` and, of KV-outer's backward, to the newer `2026-11-22-window-routes.json`. What is said to be of vectors grows with head_dim and is that of 128.
+/// `bench/records/h200/2026-11-21-routes.json` and, of KV-outer's backward, to what `2026-11-22-window-routes.json` held first. What is said to be of vectors grows with head_dim and is that of 128.
 struct Rates {
     /// KV-outer, microseconds: launches, and units that do not fill the device.
     start: f64,
@@ -154,7 +154,8 @@ const BACKWARD: Rates = Rates {
     skips: 0.5,
 };
 
-/// Rates of the window in the backward of the whole, fitted to `bench/records/h200/2026-11-22-window-routes.json`.
+/// Rates of the window in the backward of the whole, fitted to `bench/records/h200/2026-11-22-window-routes.json` with those of KV-outer
+/// as they are.
 struct WindowRates {
     /// By itself, microseconds: launches; nanoseconds of a query row, and of a key that it sees.
     start: f64,
@@ -168,13 +169,13 @@ struct WindowRates {
 }
 
 const WINDOW: WindowRates = WindowRates {
-    start: 22.6,
-    row: 0.889,
-    key: 0.002_83,
-    dense_start: 26.0,
-    step: 4.58,
-    step_mask: 0.8,
-    step_window: 0.37,
+    start: 14.2,
+    row: 0.634,
+    key: 0.001_91,
+    dense_start: 34.0,
+    step: 4.09,
+    step_mask: 0.31,
+    step_window: 0.2,
 };
 
 /// Bytes per second from L2 to the multiprocessors of the device that the rates are of, as bulk copies reach them.

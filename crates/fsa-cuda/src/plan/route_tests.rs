@@ -145,6 +145,19 @@ fn rows_that_list_all_they_see_need_no_mask() {
 }
 
 #[test]
+fn selected_blocks_and_window_have_wide_tiles_where_there_is_a_mask() {
+    let (facts, options) = (DeviceFacts::h200(), with_route(Route::DenseMasked));
+    let tiles = |tokens| {
+        let problem = problem(tokens, 16);
+        let plan = DenseBackwardPlan::new(&problem, (KernelSet::Sm90, &facts), &options, Some(512)).expect("room");
+        let kernel = plan.specialisation(KernelSet::Sm90);
+        (plan.attention.tiles.tile_tokens, kernel.block_mask, kernel.wide_rows, kernel.exists(16))
+    };
+    assert_eq!(tiles(1024), (16, false, false, true));
+    assert_eq!(tiles(1025), (20, true, true, true));
+}
+
+#[test]
 fn a_route_is_asked_for_by_name_or_both_by_shape() {
     let parse = |text: &str| text.parse::<Routing>();
     assert_eq!(parse("kv_outer").expect("a route"), Routing::Always(Route::KvOuter));
