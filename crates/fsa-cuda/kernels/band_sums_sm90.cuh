@@ -84,7 +84,9 @@ FSA_DEVICE RowStats joined(const RowStats& one, const RowStats& other) {
     const f32 first = with_sign_of(exp2_fast(least - one.lse), one.delta), second = with_sign_of(exp2_fast(least - other.lse), other.delta);
     f32 sum = first + second;
     if (fabsf(sum) < 0x1p-24f) sum = 0x1p-24f;      // of gates of both signs only rounding is left, but delta has to be finite
-    return {least - log2_fast(fabsf(sum)), with_sign(fmaf(first, one.delta, second * other.delta) * reciprocal_fast(sum), sum < 0.0f)};
+    // Equal deltas stay what they are: rounding would be all that is left of a row that sees one key.
+    const f32 apart = other.delta - one.delta, mean = fabsf(apart) < -neg_inf() ? fmaf(second * reciprocal_fast(sum), apart, one.delta) : one.delta + other.delta;
+    return {least - log2_fast(fabsf(sum)), with_sign(mean, sum < 0.0f)};
 }
 
 struct __align__(16) SumRecords {
