@@ -22,8 +22,12 @@ class BatchTables(ctypes.Structure):
         (n, i32) for n in ("batch", "kernel_size", "kernel_stride", "tile_tokens", "tile_keys", "compressed")]
 
 
+class BlockLists(ctypes.Structure):
+    _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "topk_indices")] + [(n, i32) for n in ("batch", "total_q", "num_kv_heads", "topk", "block_size", "first_cta")]
+
+
 class PrepareParams(ctypes.Structure):
-    _fields_ = [("tables", BatchTables * 2)]
+    _fields_ = [("tables", BatchTables * 2), ("lists", BlockLists)]
 
 
 class BandParams(ctypes.Structure):

@@ -1,12 +1,13 @@
 // WHAT   Prefix sums over the sequences of a batch, for the stages whose rows and keys are cut into tiles: compressed keys, tiles of rows,
 //        tiles of keys. Lengths stay on the device, so that no call waits for them. Clears what the stages behind it raise: a memset of a few
-//        bytes takes as long as a kernel, and they follow one another.
-// GRID   A cta for each set of tables, any batch.
-// ROLES  1024 sequences a step: scans of warps, then of their totals by the first warp.
+//        bytes takes as long as a kernel, and they follow one another. Where rows list all blocks that they see, writes these lists, which need nothing but lengths.
+// GRID   A cta for each set of tables, any batch; behind them ctas for 1024 ids of a kv head, whose lists are those of all.
+// ROLES  1024 sequences a step: scans of warps, then of their totals by the first warp. Of lists a thread per place of a token.
 // SMEM   totals of 32 warps.
 // SYNC   three barriers a step.
 #include "base/math.cuh"
 #include "base/params.cuh"
+#include "block/sequence.cuh"
 #include "ptx/memory.cuh"
 
 constexpr int PREPARE_THREADS = 1024, PREPARE_WARPS = PREPARE_THREADS / 32;
@@ -40,9 +41,20 @@ FSA_DEVICE void prefix_sums(i32* sums, int batch, i32* totals, F count) {
     if (threadIdx.x == 0) sums[0] = 0;
 }
 
+// All blocks that a row sees, ascending, then -1.
+FSA_DEVICE void list_blocks(const BlockLists& p) {
+    const int place = (blockIdx.x - p.first_cta) * PREPARE_THREADS + threadIdx.x, token = place / p.topk, slot = place % p.topk;
+    if (token >= p.total_q) return;
+    const int s = find_sequence(p.cu_seqlens_q, p.batch, token);
+    const int position = token - p.cu_seqlens_q[s + 1] + p.cu_seqlens_kv[s + 1] - p.cu_seqlens_kv[s];
+    const i32 id = slot <= position / p.block_size ? slot : -1;
+    FSA_NO_UNROLL for (int head = 0; head < p.num_kv_heads; ++head) p.topk_indices[(i64)head * p.total_q * p.topk + place] = id;
+}
+
 extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant__ PrepareParams all) {
-    const BatchTables& p = all.tables[blockIdx.x];
     let_next_start();
+    if (all.lists.topk_indices != nullptr && blockIdx.x >= all.lists.first_cta) return list_blocks(all.lists);
+    const BatchTables& p = all.tables[blockIdx.x];
     __shared__ i32 totals[PREPARE_WARPS];
     constexpr int CLEARED = sizeof(p.cleared) / sizeof(p.cleared[0]);
     if (threadIdx.x < CLEARED && p.cleared[threadIdx.x] != nullptr) p.cleared[threadIdx.x][0] = p.cleared[threadIdx.x][1] = 0;

@@ -20,7 +20,7 @@ macro_rules! device_structs {
     ($($(#[$doc:meta])* struct $name:ident { $($field:ident: $type:ty,)* })*) => {
         $(
             $(#[$doc])*
-            #[derive(Debug, Clone, Copy)]
+            #[derive(Debug, Clone, Copy, Default)]
             #[repr(C)]
             pub(crate) struct $name { $(pub $field: $type,)* }
             impl KernelParams for $name {}
@@ -35,7 +35,6 @@ macro_rules! device_structs {
 
 device_structs! {
     /// A `[tokens, heads, head_dim]` tensor; strides in elements.
-    #[derive(Default)]
     struct Tensor {
         data: Address,
         row_stride: i64,
@@ -43,7 +42,6 @@ device_structs! {
     }
 
     /// Weights of the branches, three per row or per row and head.
-    #[derive(Default)]
     struct Gates {
         data: Address,
         row_stride: i64,
@@ -51,7 +49,6 @@ device_structs! {
     }
 
     /// What becomes of an attention's rows where it is a branch of the whole; by default it is none.
-    #[derive(Default)]
     struct Branch {
         sum: Tensor,
         gates: Gates,
@@ -167,14 +164,12 @@ device_structs! {
     }
 
     /// What bounds an attention's part of scaled sums of gradients of queries.
-    #[derive(Default)]
     struct SumBounds {
         rows: Address,
         keys: Address,
     }
 
     /// Keys whose bounds are raised.
-    #[derive(Default)]
     struct SumKeys {
         key: Tensor,
         value: Tensor,
@@ -231,7 +226,6 @@ device_structs! {
     }
 
     /// Which blocks of keys the rows list, and the steps of keys of every tile of rows. Written by `block_mask`.
-    #[derive(Default)]
     struct BlockMask {
         rows: Address,
         steps: Address,
@@ -288,9 +282,23 @@ device_structs! {
         compressed: i32,
     }
 
+    /// Lists of rows that list all blocks that they see; by default none are wanted.
+    struct BlockLists {
+        cu_seqlens_q: Address,
+        cu_seqlens_kv: Address,
+        topk_indices: Address,
+        batch: i32,
+        total_q: i32,
+        num_kv_heads: i32,
+        topk: i32,
+        block_size: i32,
+        first_cta: i32,
+    }
+
     /// Parameters of `prepare`.
     struct PrepareParams {
         tables: [BatchTables; 2],
+        lists: BlockLists,
     }
 
     /// Parameters of `band`.
@@ -311,7 +319,6 @@ device_structs! {
     }
 
     /// Scores of blocks that compressed attention leaves, and what is chosen by them; by default nothing.
-    #[derive(Default)]
     struct BlockChoice {
         scores: Address,
         topk_indices: Address,

@@ -34,8 +34,14 @@ fn problem() -> NsaProblem {
     NsaProblem::new(&sizes, &config, [CompressionKind::Weighted, CompressionKind::Linear { position: true }], true)
 }
 
+/// The same with lists that have room for all blocks.
+fn few_blocks() -> NsaProblem {
+    NsaProblem { topk: 11, ..problem() }
+}
+
 /// What a call takes besides its plan.
 struct Call {
+    problem: NsaProblem,
     stream: Stream,
     backend: CudaBackend,
     batch: UploadedBatch,
@@ -68,9 +74,12 @@ fn memory(backend: &CudaBackend, stream: &Stream, bytes: usize) -> DeviceBuffer 
 
 impl Call {
     fn new() -> Self {
+        Self::of(problem())
+    }
+
+    fn of(problem: NsaProblem) -> Self {
         let backend = CudaBackend::new().expect("a device");
         let stream = Stream::new(backend.kernels().device()).expect("a stream");
-        let problem = problem();
         let upload = |seed, bytes: usize| {
             let buffer = memory(&backend, &stream, bytes);
             buffer.upload(&numbers(seed, bytes / 2), &stream).expect("uploads");
@@ -82,6 +91,7 @@ impl Call {
             [compress.weight_bytes(), compress.position_bytes()].map(|bytes| (bytes > 0).then(|| upload(7, bytes)))
         });
         Self {
+            problem,
             batch: UploadedBatch::new(backend.kernels().device(), &batch(), &stream).expect("uploads"),
             query: rows(1, total_q, HEADS[0]),
             key: rows(2, total_kv, HEADS[1]),
@@ -121,7 +131,7 @@ impl Call {
 
     /// `out` and `topk_indices`.
     fn outputs(&self) -> [DeviceBuffer; 2] {
-        [self.memory(self.query.span().size_bytes()), self.memory(problem().topk_indices_bytes())]
+        [self.memory(self.query.span().size_bytes()), self.memory(self.problem.topk_indices_bytes())]
     }
 
     fn plan_forward(&self, budget_bytes: usize, saves: bool) -> NsaForward {
@@ -129,7 +139,7 @@ impl Call {
     }
 
     fn plan_forward_with(&self, options: &PlanOptions, saves: bool) -> NsaForward {
-        NsaForward::plan(self.backend.kernels(), &problem(), Some((&Rope::default(), DIM)), options, saves)
+        NsaForward::plan(self.backend.kernels(), &self.problem, Some((&Rope::default(), DIM)), options, saves)
             .expect("plans")
     }
 
@@ -192,30 +202,35 @@ impl Saved {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn passes_of_heads_recorded_and_repeated_calls_give_the_same_bits() {
-    for one_pass in [true, false] {
-        same_bits(PlanOptions::default().beside_rows, one_pass);
+    for (problem, one_pass) in ways_to_list() {
+        same_bits(problem, PlanOptions::default().beside_rows, one_pass);
     }
 }
 
 #[test]
 #[ignore = "needs a CUDA device"]
 fn branches_that_share_the_device_give_the_same_bits() {
-    for one_pass in [true, false] {
-        same_bits(0, one_pass);
+    for (problem, one_pass) in ways_to_list() {
+        same_bits(problem, 0, one_pass);
     }
 }
 
-/// With lists that are made in one pass with compressed attention, where there is such a kernel, or in their own.
-fn same_bits(beside_rows: usize, one_pass: bool) {
-    let call = Call::new();
+/// Lists that are made in one pass with compressed attention, where there is such a kernel, in their own, or without scores.
+fn ways_to_list() -> [(NsaProblem, Option<bool>); 3] {
+    [(problem(), Some(true)), (problem(), Some(false)), (few_blocks(), None)]
+}
+
+fn same_bits(problem: NsaProblem, beside_rows: usize, one_pass: Option<bool>) {
+    let call = Call::of(problem);
     let (outputs, saved) = (call.outputs(), Saved::new(&call));
     let plan = |budget_bytes, saves| {
-        let one_pass = Some(one_pass);
         call.plan_forward_with(&PlanOptions { budget_bytes, beside_rows, one_pass, ..PlanOptions::default() }, saves)
     };
     let whole = plan(256 << 20, true);
     let hopper = call.backend.kernels().set() == KernelSet::Sm90;
-    assert_eq!(whole.plan_value().lists.is_one_pass(), one_pass && hopper, "{}", whole.plan_value());
+    let lists = whole.plan_value().lists;
+    assert_eq!(lists.is_one_pass(), one_pass == Some(true) && hopper, "{}", whole.plan_value());
+    assert_eq!(lists.is_all_blocks(), one_pass.is_none(), "{}", whole.plan_value());
     let shares = beside_rows == 0 && hopper;
     assert_eq!(whole.plan_value().window_multiprocessors.is_some(), shares, "{}", whole.plan_value());
     let workspace = call.memory(whole.workspace_bytes());
@@ -234,7 +249,7 @@ fn same_bits(beside_rows: usize, one_pass: bool) {
     graph.launch(&call.stream).expect("launches");
     assert_eq!(call.bits(&outputs), expected);
     // All heads at once, one a pass, and few a pass after the compression of all.
-    let compressed = problem().total_compressed() * HEADS[1] * DIM * 2;
+    let compressed = problem.total_compressed() * HEADS[1] * DIM * 2;
     let all = HEADS[1];
     for (budget_bytes, heads, at_once) in [(256 << 20, all..=all, all), (0, 1..=1, 1), (16 * compressed, 1..=2, all)] {
         let part = plan(budget_bytes, false);
@@ -250,6 +265,34 @@ fn same_bits(beside_rows: usize, one_pass: bool) {
     }
 }
 
+/// Rows list all blocks that they see, in every head.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn lists_have_all_blocks_where_there_are_few() {
+    let call = Call::of(few_blocks());
+    let NsaProblem { topk, block_size, .. } = call.problem;
+    let mut rows = Vec::new();
+    for sequence in batch().sequences() {
+        let first = sequence.first_position;
+        rows.extend((0..sequence.query_rows.len()).map(|row| (first + row) / block_size));
+    }
+    let id = |own: usize, place: usize| if place <= own { place as i32 } else { -1 };
+    let head: Vec<i32> = rows.iter().flat_map(|&own| (0..topk).map(move |place| id(own, place))).collect();
+    for (budget_bytes, saves) in [(256 << 20, true), (256 << 20, false), (0, false)] {
+        let (outputs, saved) = (call.outputs(), Saved::new(&call));
+        let planned = call.plan_forward(budget_bytes, saves);
+        assert!(planned.plan_value().lists.is_all_blocks(), "{}", planned.plan_value());
+        let workspace = call.memory(planned.workspace_bytes());
+        let tensors = call.forward_tensors(&outputs, saves.then_some(&saved));
+        planned.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE).expect("launches");
+        let mut lists = vec![0i32; HEADS[1] * head.len()];
+        outputs[1].download(&mut lists, &call.stream).expect("downloads");
+        for (kv_head, list) in lists.chunks(head.len()).enumerate() {
+            assert_eq!(list, head, "kv head {kv_head}");
+        }
+    }
+}
+
 /// Everything that a backward reads, as bits.
 fn state_bits(call: &Call, saved: &Saved) -> Vec<Vec<u16>> {
     let buffers = saved.rotated.iter().chain(&saved.compressed).chain(&saved.branches).chain(&saved.lse);
@@ -259,15 +302,15 @@ fn state_bits(call: &Call, saved: &Saved) -> Vec<Vec<u16>> {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn a_state_that_is_computed_again_is_the_same() {
-    for one_pass in [true, false] {
-        computed_again(one_pass);
+    for (problem, one_pass) in ways_to_list() {
+        computed_again(problem, one_pass);
     }
 }
 
-fn computed_again(one_pass: bool) {
-    let call = Call::new();
+fn computed_again(problem: NsaProblem, one_pass: Option<bool>) {
+    let call = Call::of(problem);
     let (outputs, saved) = (call.outputs(), Saved::new(&call));
-    let planned = call.plan_forward_with(&PlanOptions { one_pass: Some(one_pass), ..PlanOptions::default() }, true);
+    let planned = call.plan_forward_with(&PlanOptions { one_pass, ..PlanOptions::default() }, true);
     let workspace = call.memory(planned.workspace_bytes());
     let tensors = call.forward_tensors(&outputs, Some(&saved));
     planned.launch(&call.context(&workspace), &call.batch.get(), &tensors, SCALE).expect("launches");

@@ -241,8 +241,21 @@ struct BatchTables {
     i32 tile_keys;
     i32 compressed;             // 1: key_tile_base counts compressed keys
 };
+// Lists of rows that list all blocks that they see: of calls that have no more blocks than a list has places.
+struct BlockLists {
+    const i32* cu_seqlens_q;
+    const i32* cu_seqlens_kv;
+    i32* topk_indices;          // [num_kv_heads, total_q, topk]; null: not wanted
+    i32 batch;
+    i32 total_q;
+    i32 num_kv_heads;
+    i32 topk;
+    i32 block_size;
+    i32 first_cta;              // those before have tables
+};
 struct PrepareParams {
     BatchTables tables[2];      // one for each cta
+    BlockLists lists;           // for the other ctas
 };
 
 struct BlockMaskParams {

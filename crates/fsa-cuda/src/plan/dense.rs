@@ -29,7 +29,7 @@ pub(crate) enum Lists {
 impl Lists {
     /// Whether every row lists all blocks that it sees.
     pub(super) fn are_complete(self, problem: &Problem) -> bool {
-        self == Self::Selected && problem.total_kv <= problem.topk * problem.block_size
+        self == Self::Selected && problem.has_few_blocks()
     }
 }
 

@@ -129,6 +129,11 @@ impl Problem {
         self.num_q_heads / self.num_kv_heads.max(1)
     }
 
+    /// Whether no sequence can have more blocks than a row lists.
+    pub(crate) fn has_few_blocks(&self) -> bool {
+        self.total_kv <= self.topk * self.block_size
+    }
+
     /// Size of `topk_indices`.
     pub fn topk_indices_bytes(&self) -> usize {
         self.num_kv_heads * self.total_q * self.topk * size_of::<i32>()
@@ -225,7 +230,8 @@ pub struct PlanOptions {
     /// How stage `selected` goes; none leaves it to the plan. A route that has no room is not taken.
     pub route: Option<Route>,
     /// Whether one kernel attends to the compressed keys and makes the lists, where there is such a kernel; none leaves it to the plan,
-    /// which takes it where its scores of blocks fit the budget. `Some(true)` takes it even where they do not.
+    /// which takes it where there is something to choose and its scores of blocks fit the budget. `Some(true)` takes it even where they
+    /// do not. With either answer blocks are chosen by scores even where rows list all of them.
     pub one_pass: Option<bool>,
     /// Backward: gradients may be added to what their targets hold, so that nothing else is kept there until then.
     pub adds_to_grads: bool,

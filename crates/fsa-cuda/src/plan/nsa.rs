@@ -3,7 +3,7 @@
 
 use super::band::BandBackwardPlan;
 use super::compress::{CompressProblem, CompressScratch, CompressionKind};
-use super::select::{ListPlan, SelectProblem};
+use super::select::{Choice, ListPlan, SelectProblem};
 use super::tables::{TablePlan, TableSpec};
 use super::{
     BOUNDS_BYTES, BandProblem, Keys, Lists, PlanOptions, Problem, QuerySums, RowTiles, SelectedBackwardPlan,
@@ -249,11 +249,12 @@ impl NsaForwardPlan {
     ) -> Result<Self> {
         let most = options.budget_bytes + problem.topk_indices_bytes();
         // All passes, with or without the state, make the lists in one way, which rounds in its own order.
-        let smallest = || Self::with(problem, set, facts, options, (false, 1, true));
+        let smallest = |choice| Self::with(problem, set, facts, options, (false, 1, choice));
         let room = options.budget_bytes + problem.with_kv_heads(1).topk_indices_bytes();
-        let fits = || smallest().is_ok_and(|plan| plan.workspace.size_bytes() <= room);
-        let one_pass = problem.select().takes_one_pass(set, options, fits);
-        let with = |kv_heads| Self::with(problem, set, facts, options, (saves, kv_heads, one_pass));
+        let fits = |choice| smallest(choice).is_ok_and(|plan| plan.workspace.size_bytes() <= room);
+        let nothing = options.one_pass.is_none() && problem.selected().has_few_blocks();
+        let choice = if nothing { Choice::All } else { problem.select().choice(set, options, fits) };
+        let with = |kv_heads| Self::with(problem, set, facts, options, (saves, kv_heads, choice));
         // What is saved has room for all heads. No pass has heads of both halves, unless it has all.
         let halves = problem.window_multiprocessors(set, facts, options).is_some();
         let heads = problem.sizes.num_kv_heads;
@@ -270,7 +271,7 @@ impl NsaForwardPlan {
         set: KernelSet,
         facts: &DeviceFacts,
         options: &PlanOptions,
-        (saves, kv_heads, one_pass): (bool, usize, bool),
+        (saves, kv_heads, choice): (bool, usize, Choice),
     ) -> Result<Self> {
         let pass = problem.with_kv_heads(kv_heads);
         let (mut workspace, mut before) = (Workspace::default(), Workspace::default());
@@ -280,7 +281,7 @@ impl NsaForwardPlan {
         let spec = TableSpec { windows, tile_tokens, tile_keys: None };
         let tables = TablePlan::new(spec, pass.sizes.sequences, &mut workspace);
         let memory = [&mut workspace, &mut before];
-        let lists = ListPlan::new(&pass.select(), (set, facts), &attention, one_pass, memory)?;
+        let lists = ListPlan::new(&pass.select(), (set, facts), &attention, choice, memory)?;
         let at_once = if problem.compresses_at_once(options) { problem } else { &pass };
         let compress = at_once.compress().map(|compress| CompressScratch::forward(&compress, &mut workspace));
         let temporaries = (!saves).then(|| ForwardTemporaries::new(&pass, at_once, &mut workspace, &mut before));

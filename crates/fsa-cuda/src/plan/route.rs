@@ -62,7 +62,7 @@ pub enum Routing {
     Fastest,
     /// Always this one, where it has room.
     Always(Route),
-    /// One or the other by the sizes of a call, so that checks meet both; so with the lists that compressed attention can make.
+    /// One or the other by the sizes of a call, so that checks meet both; so with the ways to make lists.
     Both,
 }
 
@@ -76,9 +76,10 @@ impl Routing {
         }
     }
 
-    /// Whether checks ask for lists and compressed attention in one pass.
+    /// Whether checks ask for lists and compressed attention in one pass, or for none where nothing is to be chosen.
     pub(crate) fn one_pass(self, sizes: &Sizes) -> Option<bool> {
-        (self == Self::Both).then_some((sizes.total_q + sizes.total_kv / 2).is_multiple_of(2))
+        let asked = [None, Some(false), Some(true)];
+        if self == Self::Both { asked[(sizes.total_q + sizes.total_kv / 2) % asked.len()] } else { None }
     }
 }
 

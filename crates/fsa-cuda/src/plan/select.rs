@@ -95,18 +95,22 @@ impl SelectProblem {
         (suits && kernel.exists(self.topk)).then_some(kernel)
     }
 
-    /// Whether that kernel is taken: if nobody says so, where it is faster and its scores fit.
-    pub(crate) fn takes_one_pass(&self, set: KernelSet, options: &PlanOptions, fits: impl FnOnce() -> bool) -> bool {
+    /// How blocks are chosen: if nobody says so, in one pass where that is faster and its scores fit.
+    pub(crate) fn choice(&self, set: KernelSet, options: &PlanOptions, fits: impl FnOnce(Choice) -> bool) -> Choice {
         let Sizes { total_kv, sequences, .. } = self.sizes;
         let faster = self.scored_heads() > 1 || total_kv >= sequences * ONE_HEAD_KEYS;
-        self.one_pass_kernel(set).is_some() && options.one_pass.unwrap_or_else(|| faster && fits())
+        let one_pass = self.one_pass_kernel(set).map(Choice::OnePass);
+        let taken = one_pass.filter(|choice| options.one_pass.unwrap_or_else(|| faster && fits(*choice)));
+        taken.unwrap_or(Choice::OwnPass)
     }
 
-    /// The kernels of attention and lists.
-    pub(crate) fn kernels(&self, set: KernelSet, one_pass: bool) -> Vec<Specialisation> {
-        match self.one_pass_kernel(set).filter(|_| one_pass) {
-            Some(kernel) => vec![kernel],
-            None => vec![self.sizes.specialisation(Kernel::Band, set, 64), self.kernel(set)],
+    /// The kernels of attention and lists besides that of the tables, which makes lists of all blocks.
+    pub(crate) fn kernels(&self, set: KernelSet, lists: &ListPlan) -> Vec<Specialisation> {
+        let attention = self.sizes.specialisation(Kernel::Band, set, 64);
+        match lists {
+            ListPlan::AllBlocks => vec![attention],
+            ListPlan::OnePass(_) => vec![self.choosing_kernel(set)],
+            ListPlan::OwnPass(_) => vec![attention, self.kernel(set)],
         }
     }
 
@@ -147,9 +151,23 @@ pub struct SelectPlan {
     pub workspace: Workspace,
 }
 
+/// How blocks are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// Not at all: rows list all that they see.
+    All,
+    /// By the scores that compressed attention leaves, with its kernel.
+    OnePass(Specialisation),
+    /// By scores of their own.
+    OwnPass,
+}
+
 /// How the lists are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum ListPlan {
+    /// Beside the tables, where rows list all blocks that they see. Inside the whole only: the stage's own calls have compressed keys,
+    /// whose number does not say how many blocks there are.
+    AllBlocks,
     /// In one pass with the attention.
     OnePass(ChoicePlan),
     /// After it, from scores of their own.
@@ -221,8 +239,7 @@ impl ChoicePlan {
 }
 
 impl ListPlan {
-    /// Plans the lists beside attention in tiles of `attention`, in one pass where that is wanted and possible. What is kept until the
-    /// lists are made lies in `scratch`.
+    /// Plans the lists beside attention in tiles of `attention`. What is kept until the lists are made lies in `scratch`.
     ///
     /// # Errors
     /// The windows are too long for the shared memory of the device.
@@ -230,13 +247,21 @@ impl ListPlan {
         problem: &SelectProblem,
         (set, facts): (KernelSet, &DeviceFacts),
         attention: &RowTiles,
-        one_pass: bool,
+        choice: Choice,
         [workspace, scratch]: [&mut Workspace; 2],
     ) -> Result<Self> {
-        match problem.one_pass_kernel(set).filter(|_| one_pass) {
-            Some(kernel) => Ok(Self::OnePass(ChoicePlan::new(problem, &kernel, facts, attention, scratch))),
-            None => ScorePlan::new(problem, &problem.kernel(set), facts, attention, workspace).map(Self::OwnPass),
+        match choice {
+            Choice::All => Ok(Self::AllBlocks),
+            Choice::OnePass(kernel) => Ok(Self::OnePass(ChoicePlan::new(problem, &kernel, facts, attention, scratch))),
+            Choice::OwnPass => {
+                ScorePlan::new(problem, &problem.kernel(set), facts, attention, workspace).map(Self::OwnPass)
+            }
         }
+    }
+
+    /// Whether rows list all blocks that they see.
+    pub fn is_all_blocks(&self) -> bool {
+        matches!(self, Self::AllBlocks)
     }
 
     /// Whether attention and lists are one pass.
@@ -247,7 +272,7 @@ impl ListPlan {
     /// Tables of its own.
     pub(crate) fn tables(&self) -> Option<&TablePlan> {
         match self {
-            Self::OnePass(_) => None,
+            Self::AllBlocks | Self::OnePass(_) => None,
             Self::OwnPass(scores) => scores.tables.as_ref(),
         }
     }
@@ -256,6 +281,7 @@ impl ListPlan {
 impl fmt::Display for ListPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::AllBlocks => f.write_str("lists of all blocks"),
             Self::OnePass(ChoicePlan { ctas, .. }) => write!(f, "lists in the same pass of {ctas} CTAs"),
             Self::OwnPass(scores) => write!(f, "scores in {}", scores.tiles),
         }
@@ -268,12 +294,12 @@ impl SelectPlan {
     /// # Errors
     /// The windows are too long for the shared memory of the device.
     pub fn new(problem: &SelectProblem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Result<Self> {
-        let with = |one_pass| Self::with(problem, set, facts, one_pass);
-        let fits = || with(true).is_ok_and(|plan| plan.workspace.size_bytes() <= options.budget_bytes);
-        with(problem.takes_one_pass(set, options, fits))
+        let with = |choice| Self::with(problem, set, facts, choice);
+        let fits = |choice| with(choice).is_ok_and(|plan| plan.workspace.size_bytes() <= options.budget_bytes);
+        with(problem.choice(set, options, fits))
     }
 
-    fn with(problem: &SelectProblem, set: KernelSet, facts: &DeviceFacts, one_pass: bool) -> Result<Self> {
+    fn with(problem: &SelectProblem, set: KernelSet, facts: &DeviceFacts, choice: Choice) -> Result<Self> {
         let (mut workspace, mut before) = (Workspace::default(), Workspace::default());
         let kernel = problem.sizes.specialisation(Kernel::Band, set, 64);
         let attention = RowTiles::new(&problem.sizes, band::tile_rows(&kernel));
@@ -281,7 +307,7 @@ impl SelectPlan {
         let spec = TableSpec { windows, tile_tokens, tile_keys: None };
         let tables = TablePlan::new(spec, problem.sizes.sequences, &mut workspace);
         let memory = [&mut workspace, &mut before];
-        let lists = ListPlan::new(problem, (set, facts), &attention, one_pass, memory)?;
+        let lists = ListPlan::new(problem, (set, facts), &attention, choice, memory)?;
         let scratch = workspace.add("scratch", before.size_bytes());
         Ok(Self { problem: *problem, attention, tables, lists, scratch, workspace })
     }

@@ -169,6 +169,32 @@ fn a_window_goes_on_to_all_keys_where_rows_list_all_blocks() {
 }
 
 #[test]
+fn lists_are_made_without_scores_where_rows_list_all_blocks() {
+    let facts = DeviceFacts::h200();
+    let lists = |problem: &NsaProblem, set, options: &PlanOptions| {
+        let all = [false, true].map(|saves| {
+            let plan = NsaForwardPlan::new(problem, set, &facts, options, saves).expect("fits");
+            let kernels = plan.pass().select().kernels(set, &plan.lists);
+            assert_eq!(kernels.len() == 1, plan.lists.is_all_blocks() || plan.lists.is_one_pass(), "{plan}");
+            plan.lists.is_all_blocks()
+        });
+        assert_eq!(all[0], all[1], "the same bits with the state and without");
+        all[0]
+    };
+    let options = PlanOptions::default();
+    for set in [KernelSet::Sm80, KernelSet::Sm90] {
+        for (tokens, all) in [(0, true), (512, true), (1024, true), (1025, false), (65_536, false)] {
+            for heads in [(32, 32), (32, 8), (40, 8)] {
+                assert_eq!(lists(&nsa(tokens, heads, true), set, &options), all, "{tokens} {heads:?} {set}");
+            }
+        }
+        for one_pass in [true, false] {
+            assert!(!lists(&nsa(1024, (32, 8), false), set, &PlanOptions { one_pass: Some(one_pass), ..options }));
+        }
+    }
+}
+
+#[test]
 fn compressed_attention_runs_beside_selected_blocks_and_window_in_scratch_of_its_own() {
     for (tokens, splits) in [(1024, 8), (2048, 4), (4096, 2)] {
         let plan = backward(&nsa(tokens, (32, 8), false));

@@ -8,8 +8,8 @@ use crate::band_select::BandSelectKernel;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale, check_words, scale_log2};
-use crate::params::{BandSelectParams, BlockChoice, Branch, SelectParams};
-use crate::plan::{ChoicePlan, ListPlan, PlanOptions, RowTiles, ScorePlan, SelectPlan, SelectProblem, Tables};
+use crate::params::{BandSelectParams, BlockChoice, BlockLists, Branch, SelectParams};
+use crate::plan::{ChoicePlan, ListPlan, PlanOptions, RowTiles, ScorePlan, SelectPlan, SelectProblem, Sizes, Tables};
 use crate::prepare::PrepareKernel;
 use crate::select::{GROUP_KEYS, SelectKernel};
 use crate::source::{Kernel, Specialisation};
@@ -20,7 +20,11 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub(super) enum SelectStep {
     OnePass(ChoiceStep),
-    OwnPass { attention: BandStep, lists: Box<ListStep> },
+    /// Lists of all blocks are written by another: [`SelectProblem::all_blocks`].
+    OwnPass {
+        attention: BandStep,
+        lists: Option<Box<ListStep>>,
+    },
 }
 
 /// Where a call has what a plan laid out.
@@ -35,12 +39,15 @@ pub(super) struct SelectMemory<'a> {
 impl SelectStep {
     /// `tiles` are those of the attention.
     pub(super) fn new(kernels: &Kernels, problem: &SelectProblem, tiles: RowTiles, plan: &ListPlan) -> Result<Self> {
-        Ok(match plan {
-            ListPlan::OnePass(plan) => Self::OnePass(ChoiceStep::new(kernels, problem, tiles, *plan)?),
-            ListPlan::OwnPass(plan) => Self::OwnPass {
-                attention: BandStep::new(kernels, &problem.attention(), tiles)?,
-                lists: Box::new(ListStep::new(kernels, problem, *plan)?),
-            },
+        let scores = match plan {
+            ListPlan::OnePass(plan) => return Ok(Self::OnePass(ChoiceStep::new(kernels, problem, tiles, *plan)?)),
+            ListPlan::OwnPass(plan) => Some(plan),
+            ListPlan::AllBlocks => None,
+        };
+        let lists = scores.map(|plan| ListStep::new(kernels, problem, *plan)).transpose()?;
+        Ok(Self::OwnPass {
+            attention: BandStep::new(kernels, &problem.attention(), tiles)?,
+            lists: lists.map(Box::new),
         })
     }
 
@@ -57,10 +64,30 @@ impl SelectStep {
             Self::OnePass(step) => step.launch(stream, batch, memory, (tensors, branch, topk_indices), softmax_scale),
             Self::OwnPass { attention, lists } => {
                 attention.launch(stream, batch, memory.tables, (tensors, branch), softmax_scale)?;
-                topk_indices.map_or(Ok(()), |topk_indices| {
-                    lists.launch(stream, batch, memory, (tensors, topk_indices), softmax_scale)
-                })
+                match (lists, topk_indices) {
+                    (Some(lists), Some(ids)) => lists.launch(stream, batch, memory, (tensors, ids), softmax_scale),
+                    _ => Ok(()),
+                }
             }
+        }
+    }
+}
+
+impl SelectProblem {
+    /// Lists of all blocks, for the kernel of the tables.
+    pub(super) fn all_blocks(&self, batch: &DeviceBatch<'_>, topk_indices: &DeviceSpan<'_>) -> BlockLists {
+        let [cu_seqlens_q, cu_seqlens_kv] = batch.spans().map(|span| span.address());
+        let Sizes { total_q, sequences, num_kv_heads, .. } = self.sizes;
+        BlockLists {
+            cu_seqlens_q,
+            cu_seqlens_kv,
+            topk_indices: topk_indices.address(),
+            batch: sequences as i32,
+            total_q: total_q as i32,
+            num_kv_heads: num_kv_heads as i32,
+            topk: self.topk as i32,
+            block_size: self.block_size as i32,
+            first_cta: 0,
         }
     }
 }
@@ -191,7 +218,7 @@ impl Select {
         let [prepare, attention] = [Kernel::Prepare, Kernel::Band].map(|k| problem.sizes.specialisation(k, set, 64));
         problem.check(facts, &[prepare, attention])?;
         let plan = SelectPlan::new(problem, set, facts, &kernels.one_pass(&problem.sizes, options))?;
-        let mut used = problem.kernels(set, plan.lists.is_one_pass());
+        let mut used = problem.kernels(set, &plan.lists);
         used.push(prepare);
         kernels.get(&used)?;
         Ok(Self {

@@ -83,7 +83,7 @@ impl NsaForward {
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
         let selected = SelectedPlan::with_lists(&plan.part().selected(), set, facts, &options, Lists::Selected);
         let mut all = pass.kernels(set, &[]);
-        all.extend(pass.select().kernels(set, plan.lists.is_one_pass()));
+        all.extend(pass.select().kernels(set, &plan.lists));
         if plan.window_goes_on {
             all.push(pass.window_too_kernel(set));
         } else {
@@ -186,7 +186,13 @@ impl NsaForward {
         if let (Some(Recompute::Rotated), Some(state)) = (pass.recompute, &tensors.saved) {
             return self.make_rows(pass, tensors, None, state.rotated.as_ref());
         }
-        self.prepare.launch(stream, &plan.tables.params(batch, &workspace))?;
+        let tables = plan.tables.params(batch, &workspace);
+        if plan.lists.is_all_blocks() && pass.recompute.is_none() {
+            let lists = plan.problem.select().all_blocks(batch, &tensors.topk_indices);
+            self.prepare.launch_with_lists(stream, &tables, lists)?;
+        } else {
+            self.prepare.launch(stream, &tables)?;
+        }
         if let Some(own) = plan.lists.tables() {
             self.prepare.launch(stream, &own.params(batch, &workspace))?;
         }
