@@ -1,19 +1,23 @@
 // WHAT   Stage compress, kinds mean and weighted, and their gradients: windows of kernel_size tokens, kernel_stride apart, to one vector
 //        each, out[i] = sum over j of factor[j] * input[i * kernel_stride + j], and zeros behind the last window. Memory-bound: every row of the input crosses from HBM once.
-// GRID   compress_sum, compress_sum_backward: (groups of runs x kv heads, kv heads fastest: what one token has lies together).
-//        compress_factors: (pieces of the windows, kv heads). compress_factors_merge: a warp per factor.
+// GRID   compress_sum: (groups of runs x kv heads, kv heads fastest: what one token has lies together; inputs, which differ in tensors alone).
+//        compress_windows, for short calls: (groups of CTA_WINDOWS windows x kv heads; inputs).
+//        compress_sum_backward: (groups of cells x kv heads). compress_factors: (pieces of the windows, kv heads). compress_factors_merge: a warp per factor.
 // ROLES  A thread has one 16-byte piece of a head's row. compress_sum: of a run of consecutive windows, whose sums it carries from cell to
 //        cell (block/windows.cuh), so that what they share is loaded once. What two runs share is loaded twice: runs are as short as threads
-//        allow, at most kernel_size / kernel_stride windows, so that it is still in L2. Backward: of the tokens of a cell, from the gradients
+//        allow, at most kernel_size / kernel_stride windows, so that it is still in L2. compress_windows: of one window,
+//        after all threads have brought the tokens of the cta's windows, all loads under way together. Backward: of the tokens of a cell, from the gradients
 //        of the windows that they share. compress_factors: of every token that has the thread's place in its cell; threads meet at the end.
-// SMEM   The head's factors [kernel_size] f32.
-// SYNC   One barrier, when the factors are there. Sums are taken in one order whatever the grid; those of compress_factors per piece, then
+// SMEM   The head's factors [kernel_size] f32; compress_windows: behind them the tokens of CTA_WINDOWS windows.
+// SYNC   compress_sum and compress_windows may start before the kernel ahead of them has ended, and wait for it. One barrier, when the factors are
+//        there, and one when the tokens are. Sums are taken in one order whatever the grid; those of compress_factors per piece, then
 //        over the pieces.
 #include "block/windows.cuh"
 #include "tile/pieces.cuh"
 
 constexpr int CTA_THREADS = 256;
 constexpr int RUNS = CTA_THREADS / PIECES_PER_ROW;      // rows that the threads of a cta have side by side
+constexpr int CTA_WINDOWS = 8;                          // of compress_windows
 
 // Fills the factors of a head.
 FSA_DEVICE void load_factors(f32* factors, const CompressParams& p, int head) {
@@ -53,14 +57,21 @@ FSA_DEVICE void sum_windows(const CompressParams& p, const f32* factors, const c
 }
 // The same for any ratio, window by window.
 FSA_DEVICE void sum_each_window(const CompressParams& p, const f32* factors, const char* input, char* out, int windows) {
+    constexpr int AHEAD = 4;
     const i64 row_bytes = p.input.row_stride * ELEMENT_BYTES;
     FSA_NO_UNROLL for (int window = 0; window < windows; ++window) {
         Eight sum;
         fill(sum, 0.0f);
-        for (int j = 0; j < p.kernel_size; ++j) {
-            Eight x;
-            widen(x, load_global(input + j * row_bytes));
-            add_scaled(sum, factors[j], x);
+        FSA_NO_UNROLL for (int first = 0; first < p.kernel_size; first += AHEAD) {
+            Vec4 rows[AHEAD];
+            FSA_UNROLL for (int a = 0; a < AHEAD; ++a)
+                if (first + a < p.kernel_size) rows[a] = load_global(input + (first + a) * row_bytes);
+            FSA_UNROLL for (int a = 0; a < AHEAD; ++a) {
+                if (first + a >= p.kernel_size) break;
+                Eight x;
+                widen(x, rows[a]);
+                add_scaled(sum, factors[first + a], x);
+            }
         }
         store_global(out, narrow(sum));
         input += p.kernel_stride * row_bytes;
@@ -77,10 +88,12 @@ FSA_DEVICE RunPlace run_place(int num_kv_heads) {
     return {(int)(blockIdx.x % num_kv_heads), run < RUNS ? (int)(blockIdx.x / num_kv_heads) * RUNS + run : -1, (int)(threadIdx.x % PIECES_PER_ROW)};
 }
 
-extern "C" __global__ void __launch_bounds__(CTA_THREADS, 2) compress_sum(const __grid_constant__ CompressParams p) {
+extern "C" __global__ void __launch_bounds__(CTA_THREADS, 2) compress_sum(const __grid_constant__ CompressSumParams both) {
     extern __shared__ __align__(1024) char shared[];
     f32* factors = (f32*)shared;
+    const CompressParams& p = both.inputs[blockIdx.y];
     const RunPlace place = run_place(p.num_kv_heads);
+    wait_for_previous();
     load_factors(factors, p, place.head);
     if (place.run < 0) return;
     const int total = p.cu_compressed[p.batch], runs = gridDim.x / p.num_kv_heads * RUNS, per_run = ceil_div(p.total_compressed, runs);
@@ -107,10 +120,58 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 2) compress_sum(const 
         store_global((char*)tensor_row(p.out, window, place.head) + place.piece * 16, Vec4{0, 0, 0, 0});
 }
 
+// The same sums of a short call: in one order, so with the same bits.
+extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) compress_windows(const __grid_constant__ CompressSumParams both) {
+    extern __shared__ __align__(1024) char shared[];
+    static_assert(CTA_WINDOWS <= RUNS, "a row of threads for each window");
+    constexpr int ROW_BYTES = PIECES_PER_ROW * 16;
+    const CompressParams& p = both.inputs[blockIdx.y];
+    f32* factors = (f32*)shared;
+    char* tokens = shared + ceil_div(p.kernel_size, 4) * 16;
+    const int head = blockIdx.x % p.num_kv_heads, first = blockIdx.x / p.num_kv_heads * CTA_WINDOWS;
+    const int row = threadIdx.x / PIECES_PER_ROW, piece = threadIdx.x % PIECES_PER_ROW, window = first + row;
+    wait_for_previous();
+    const int windows = min_i(p.cu_compressed[p.batch] - first, CTA_WINDOWS);
+    WindowCursor cursor;
+    bool together = false;      // of one sequence, so that their tokens follow one another
+    if (windows > 0) {
+        cursor.open(p, first);
+        together = first + windows <= cursor.end;
+    }
+    if (together) {
+        const char* input = tensor_row(p.input, cursor.token(p, first), head);
+        const int pieces = ((windows - 1) * p.kernel_stride + p.kernel_size) * PIECES_PER_ROW;
+        for (int i = threadIdx.x; i < pieces; i += CTA_THREADS)
+            copy_async(shared_address(tokens + i * 16), input + i / PIECES_PER_ROW * (p.input.row_stride * ELEMENT_BYTES) + i % PIECES_PER_ROW * 16);
+        copy_commit();
+    }
+    load_factors(factors, p, head);
+    copy_wait<0>();
+    __syncthreads();
+    if (row >= CTA_WINDOWS || window >= p.total_compressed) return;
+    char* out = (char*)tensor_row(p.out, window, head) + piece * 16;
+    if (row >= windows) {
+        store_global(out, Vec4{0, 0, 0, 0});
+    } else if (together) {
+        const char* own = tokens + row * p.kernel_stride * ROW_BYTES + piece * 16;
+        Eight sum;
+        fill(sum, 0.0f);
+        _Pragma("unroll 8") for (int j = 0; j < p.kernel_size; ++j) {
+            Eight x;
+            widen(x, *(const Vec4*)(own + j * ROW_BYTES));
+            add_scaled(sum, factors[j], x);
+        }
+        store_global(out, narrow(sum));
+    } else {
+        cursor.open(p, window);
+        sum_each_window(p, factors, tensor_row(p.input, cursor.token(p, window), head) + piece * 16, out, 1);
+    }
+}
+
 // Gradients of the tokens of a cell. Parts of windows that do not exist have factor and gradient 0.
 template <int RATIO>
 FSA_DEVICE void spread_cell(const CompressBackwardParams& p, const f32* factors, const Cell& cell, const char* grads, char* target) {
-    constexpr int STEP = 4;
+    constexpr int STEP = 16;    // loads under way: a short call takes as long as what it waits for
     const int stride = p.forward.kernel_stride;
     const i64 row_bytes = p.grad_input.row_stride * ELEMENT_BYTES;
     Eight grad[RATIO];
@@ -151,7 +212,7 @@ FSA_DEVICE void spread_each_token(const CompressBackwardParams& p, const f32* fa
     }
 }
 
-extern "C" __global__ void __launch_bounds__(CTA_THREADS, 3) compress_sum_backward(const __grid_constant__ CompressBackwardParams p) {
+extern "C" __global__ void __launch_bounds__(CTA_THREADS, 2) compress_sum_backward(const __grid_constant__ CompressBackwardParams p) {
     extern __shared__ __align__(1024) char shared[];
     f32* factors = (f32*)shared;
     const RunPlace place = run_place(p.forward.num_kv_heads);

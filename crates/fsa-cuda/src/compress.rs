@@ -2,15 +2,17 @@
 //!
 //! Kernel file: `kernels/compress.cuh`.
 
+use crate::arch::KernelSet;
 use crate::driver::{Address, Function, LaunchDims, Module, Stream};
 use crate::error::Result;
-use crate::params::{CompressBackwardParams, CompressParams};
+use crate::params::{CompressBackwardParams, CompressParams, CompressSumParams};
 use crate::source::Specialisation;
 use std::sync::Arc;
 
 /// Kernels of the file and what they take.
 pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
-    ("compress_sum", "CompressParams"),
+    ("compress_sum", "CompressSumParams"),
+    ("compress_windows", "CompressSumParams"),
     ("compress_sum_backward", "CompressBackwardParams"),
     ("compress_factors", "CompressBackwardParams"),
     ("compress_factors_merge", "CompressBackwardParams"),
@@ -22,6 +24,9 @@ const THREADS: usize = 256;
 const BUSY_THREADS: usize = 1024;
 /// Windows that a thread takes at most.
 const MAX_WINDOWS: usize = 8;
+/// Windows of a CTA of `compress_windows`, and shared memory that it takes at most: two CTAs fit a multiprocessor of 100 KB.
+const CTA_WINDOWS: usize = 8;
+const MAX_WINDOW_BYTES: usize = 48 << 10;
 /// Windows of a piece of the sums of `compress_factors`, at least, and pieces at most.
 const PIECE_WINDOWS: usize = 16;
 const MAX_PIECES: usize = 256;
@@ -30,7 +35,7 @@ const WARPS: usize = THREADS / 32;
 
 /// What the kernel file must agree with.
 pub(crate) fn constants(_: &Specialisation) -> Vec<(&'static str, usize)> {
-    vec![("CTA_THREADS", THREADS)]
+    vec![("CTA_THREADS", THREADS), ("CTA_WINDOWS", CTA_WINDOWS)]
 }
 
 /// Shared memory of a CTA: the factors of a head.
@@ -46,7 +51,8 @@ pub(crate) fn pieces(total_compressed: usize) -> usize {
 /// The loaded kernels.
 #[derive(Debug)]
 pub(crate) struct CompressKernels {
-    sum: Function<CompressParams>,
+    sum: Function<CompressSumParams>,
+    windows: Function<CompressSumParams>,
     sum_backward: Function<CompressBackwardParams>,
     factors: Function<CompressBackwardParams>,
     factors_merge: Function<CompressBackwardParams>,
@@ -62,6 +68,7 @@ impl CompressKernels {
     pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
         Ok(Self {
             sum: module.function("compress_sum")?,
+            windows: module.function("compress_windows")?,
             sum_backward: module.function("compress_sum_backward")?,
             factors: module.function("compress_factors")?,
             factors_merge: module.function("compress_factors_merge")?,
@@ -75,13 +82,30 @@ impl CompressKernels {
         (chunks, THREADS / chunks)
     }
 
-    /// The compressed rows.
-    pub(crate) fn forward(&self, stream: &Stream, multiprocessors: usize, params: &CompressParams) -> Result<()> {
+    /// The compressed rows of one input, or of two that differ in tensors alone. `follows`: a kernel is right ahead on the stream.
+    pub(crate) fn forward(
+        &self,
+        stream: &Stream,
+        multiprocessors: usize,
+        inputs: &[CompressParams],
+        follows: bool,
+    ) -> Result<()> {
+        let (Some(params), Some(last)) = (inputs.first(), inputs.last()) else { return Ok(()) };
         let (rows, heads) = (params.total_compressed as usize, params.num_kv_heads as usize);
         let (chunks, runs) = self.runs();
         let per_run = (rows * heads * chunks / (multiprocessors * BUSY_THREADS)).clamp(1, MAX_WINDOWS);
-        let ctas = rows.div_ceil(per_run).div_ceil(runs) * heads;
-        self.sum.launch(stream, dims([ctas, 1], smem_bytes(params.kernel_size as usize)), params)
+        let (kernel_size, stride) = (params.kernel_size as usize, params.kernel_stride as usize);
+        let tokens = (CTA_WINDOWS - 1) * stride + kernel_size;
+        let window_bytes = smem_bytes(kernel_size).next_multiple_of(16) + tokens * chunks * 16;
+        let is_short = per_run == 1 && window_bytes <= MAX_WINDOW_BYTES;
+        let (kernel, ctas, smem_bytes) = if is_short {
+            (&self.windows, rows.div_ceil(CTA_WINDOWS), window_bytes)
+        } else {
+            (&self.sum, rows.div_ceil(per_run).div_ceil(runs), smem_bytes(kernel_size))
+        };
+        let overlaps = follows && self.specialisation.set == KernelSet::Sm90;
+        let dims = LaunchDims { overlaps, ..dims([ctas * heads, inputs.len()], smem_bytes) };
+        kernel.launch(stream, dims, &CompressSumParams { inputs: [*params, *last] })
     }
 
     /// The gradient of the input. Ahead of what runs beside it, which is larger.

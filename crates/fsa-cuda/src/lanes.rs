@@ -45,6 +45,9 @@ impl LaneSet {
 
     /// Gives the first of some works that do not wait for each other to `stream`, and every other one to a lane of its own.
     pub(crate) fn side_by_side<E: From<CudaError>>(&self, stream: &Stream, works: &[Work<'_, E>]) -> Result<(), E> {
+        if let [work] = works {
+            return work(stream);
+        }
         let lanes = works.len().saturating_sub(1);
         self.fork(stream, lanes)?;
         let streams = std::iter::once(stream).chain(&self.lanes);

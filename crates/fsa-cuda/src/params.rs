@@ -3,8 +3,11 @@
 //! A kernel file spells the same structs in CUDA (`kernels/base/params.cuh`); the translation unit that is generated
 //! around it asserts size and offsets of each against these, so a drift of either side does not compile.
 
+mod assertions;
+
+pub(crate) use assertions::assertions;
+
 use crate::driver::{Address, KernelParams, MapWords};
-use std::fmt::Write;
 
 /// Query rows of a tile.
 pub(crate) const TILE_ROWS: usize = 64;
@@ -400,7 +403,7 @@ device_structs! {
         key_map: TensorMap,
     }
 
-    /// Parameters of the forward kernels of `compress`.
+    /// An input of `compress`, forward.
     struct CompressParams {
         cu_seqlens_kv: Address,
         cu_compressed: Address,
@@ -415,6 +418,11 @@ device_structs! {
         kernel_size: i32,
         kernel_stride: i32,
         pieces: i32,
+    }
+
+    /// Parameters of `compress_sum`.
+    struct CompressSumParams {
+        inputs: [CompressParams; 2],
     }
 
     /// Parameters of the backward kernels of `compress`.
@@ -477,21 +485,6 @@ device_structs! {
 /// Size of a [`Unit`] and of a [`Tile`].
 pub(crate) const RECORD_BYTES: usize = size_of::<Unit>();
 const _: () = assert!(size_of::<Tile>() == RECORD_BYTES);
-
-/// The assertions of the translation unit about structs and constants.
-pub(crate) fn assertions() -> String {
-    let mut text = format!("static_assert(TILE_ROWS == {TILE_ROWS}, \"TILE_ROWS\");\n");
-    for Declared { name, bytes, fields } in DECLARED {
-        let _ = writeln!(text, "static_assert(sizeof({name}) == {bytes}, \"{name}: size\");");
-        for (field, offset, bytes) in *fields {
-            let place = format!("(({name}*)0)->{field}");
-            // NVRTC has no offsetof; this is what its front end makes of it.
-            let _ = writeln!(text, "static_assert(__INTADDR__(&{place}) == {offset}, \"{name}.{field}: offset\");");
-            let _ = writeln!(text, "static_assert(sizeof({place}) == {bytes}, \"{name}.{field}: size\");");
-        }
-    }
-    text
-}
 
 #[cfg(test)]
 mod tests;

@@ -367,6 +367,11 @@ struct CompressParams {
     i32 pieces;                 // linear: parts of the contraction that are taken side by side, then added in order
 };
 
+// Of compress_sum: blockIdx.y says which. Keys and values of one call.
+struct CompressSumParams {
+    CompressParams inputs[2];
+};
+
 struct CompressBackwardParams {
     CompressParams forward;     // out, partial and pieces unused
     Tensor grad_out;            // [total_compressed, num_kv_heads, HEAD_DIM]

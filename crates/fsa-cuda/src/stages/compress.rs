@@ -142,12 +142,39 @@ impl CompressStep {
         tensors: &CompressTensors<'_>,
     ) -> Result<()> {
         let partial = self.scratch.sums.map_or(Address::default(), |slot| slot.address(workspace));
-        let params = CompressParams { out: tensors.out.device(), partial, ..self.params(batch, tables, tensors) };
+        let params = CompressParams { partial, ..self.forward_params(batch, tables, tensors) };
         match &self.kernels {
-            Loaded::Sum(kernels) => kernels.forward(stream, self.multiprocessors, &params)?,
+            Loaded::Sum(kernels) => kernels.forward(stream, self.multiprocessors, &[params], false)?,
             Loaded::Linear(kernels) => kernels.forward(stream, &params)?,
         }
         Ok(())
+    }
+
+    /// Whether two inputs of the same windows can go together, see [`forward_two`](Self::forward_two).
+    pub(super) fn goes_with(&self, other: &Self) -> bool {
+        [self, other].iter().all(|step| matches!(step.kernels, Loaded::Sum(_)))
+    }
+
+    /// [`forward`](Self::forward) of two inputs in one launch, which with `follows` starts under the kernel that is right ahead on the stream.
+    pub(super) fn forward_two(
+        steps: [&Self; 2],
+        stream: &Stream,
+        batch: &DeviceBatch<'_>,
+        tables: &Tables,
+        (tensors, follows): ([&CompressTensors<'_>; 2], bool),
+    ) -> Result<()> {
+        let Loaded::Sum(kernels) = &steps[0].kernels else { unreachable!("asked for by `goes_with`") };
+        let inputs = [0, 1].map(|c| steps[c].forward_params(batch, tables, tensors[c]));
+        Ok(kernels.forward(stream, steps[0].multiprocessors, &inputs, follows)?)
+    }
+
+    fn forward_params(
+        &self,
+        batch: &DeviceBatch<'_>,
+        tables: &Tables,
+        tensors: &CompressTensors<'_>,
+    ) -> CompressParams {
+        CompressParams { out: tensors.out.device(), ..self.params(batch, tables, tensors) }
     }
 
     /// A part of the gradients.

@@ -186,20 +186,19 @@ impl NsaForward {
         if let (Some(Recompute::Rotated), Some(state)) = (pass.recompute, &tensors.saved) {
             return self.make_rows(pass, tensors, None, state.rotated.as_ref());
         }
-        let tables = plan.tables.params(batch, &workspace);
+        let of_attention = plan.tables.params(batch, &workspace);
         if plan.lists.is_all_blocks() && pass.recompute.is_none() {
             let lists = plan.problem.select().all_blocks(batch, &tensors.topk_indices);
-            self.prepare.launch_with_lists(stream, &tables, lists)?;
+            self.prepare.launch_with_lists(stream, &of_attention, lists)?;
+        } else if let Some(own) = plan.lists.tables() {
+            self.prepare.launch_two(stream, [of_attention, own.params(batch, &workspace)])?;
         } else {
-            self.prepare.launch(stream, &tables)?;
-        }
-        if let Some(own) = plan.lists.tables() {
-            self.prepare.launch(stream, &own.params(batch, &workspace))?;
+            self.prepare.launch(stream, &of_attention)?;
         }
         let first = self.compresses_first();
         if let (true, Some(temporaries)) = (first, &plan.temporaries) {
             let compressed = compressed(temporaries, &plan.problem.sizes, &workspace);
-            self.make_rows(pass, tensors, Some((&compressed, plan.problem.sizes.num_kv_heads)), None)?;
+            self.make_rows(pass, tensors, Some((&compressed, plan.problem.sizes.num_kv_heads, true)), None)?;
         }
         passes(plan.problem.sizes.num_kv_heads, plan.kv_heads).try_for_each(|heads| {
             let own = tensors.heads_from(heads.start, &plan.problem);
@@ -215,7 +214,7 @@ impl NsaForward {
                 }
                 (None, None) => unreachable!("checked to be as planned"),
             };
-            let compressed = (!first).then_some((&state.compressed, plan.kv_heads));
+            let compressed = (!first).then_some((&state.compressed, plan.kv_heads, heads.start == 0));
             self.make_rows(pass, &own, compressed, state.rotated.as_ref())?;
             self.launch_pass(pass, heads.start, &own, &state)
         })
@@ -227,18 +226,26 @@ impl NsaForward {
     }
 
     /// What attention reads besides the tensors of the call, side by side: compressed keys and values of some heads, and query and key
-    /// rotated, where they are asked for.
+    /// rotated, where they are asked for. Of compressed rows comes their number of heads, and whether the tables were just launched.
     fn make_rows(
         &self,
         pass: &Pass<'_>,
         tensors: &NsaForwardTensors<'_>,
-        compressed: Option<(&[TensorSpan<'_>; 2], usize)>,
+        compressed: Option<(&[TensorSpan<'_>; 2], usize, bool)>,
         rotated: Option<&[TensorSpan<'_>; 2]>,
     ) -> Result<()> {
         let compress = |c: usize| {
             move |stream: &Stream| {
-                compressed.map_or(Ok(()), |(rows, heads)| self.compress(pass, stream, tensors, c, (&rows[c], heads)))
+                compressed.map_or(Ok(()), |(rows, heads, _)| self.compress(pass, stream, tensors, c, (&rows[c], heads)))
             }
+        };
+        let both = |stream: &Stream| {
+            let Some((rows, heads, follows)) = compressed else { return Ok(()) };
+            let Pass { batch, ref tables, .. } = *pass;
+            let inputs = [0, 1].map(|c| compress_tensors(tensors, c, &rows[c]));
+            let [key, value] = &self.compress;
+            CompressStep::forward_two([key, value], stream, batch, tables, (inputs.each_ref(), follows))?;
+            self.rotate_compressed(pass, stream, (&rows[0], heads))
         };
         let Sizes { num_q_heads, num_kv_heads, .. } = self.plan.pass().sizes;
         let rotate = |c: usize, rows: RopeRows<'static>, input, heads| {
@@ -251,7 +258,9 @@ impl NsaForward {
         let query = rotate(0, RopeRows::Query, &tensors.query, num_q_heads);
         let key = rotate(1, RopeRows::Key, &tensors.key, num_kv_heads);
         let mut works: Vec<Work<'_, Error>> = Vec::new();
-        if compressed.is_some() {
+        if compressed.is_some() && self.compress[0].goes_with(&self.compress[1]) {
+            works.push(&both);
+        } else if compressed.is_some() {
             works.extend([&keys as Work<'_, Error>, &values]);
         }
         if rotated.is_some() {
@@ -270,13 +279,21 @@ impl NsaForward {
         (out, heads): (&TensorSpan<'_>, usize),
     ) -> Result<()> {
         let Pass { workspace, batch, ref tables, .. } = *pass;
-        let (input, parameters) = ([tensors.key, tensors.value][c], tensors.parameters[c]);
-        let compress = CompressTensors { input, out: *out, weight: parameters.weight, position: parameters.position };
-        self.compress[c].forward(stream, batch, (tables, &workspace), &compress)?;
-        let (Some(rope), 0) = (&self.rope, c) else { return Ok(()) };
-        let cu_compressed = self.plan.tables.compressed(&workspace);
-        let rows = RopeRows::Compressed { windows: self.plan.problem.windows, cu_compressed };
-        rope.launch_on(stream, batch, &rows, (out, out, heads), false)
+        self.compress[c].forward(stream, batch, (tables, &workspace), &compress_tensors(tensors, c, out))?;
+        if c == 0 { self.rotate_compressed(pass, stream, (out, heads)) } else { Ok(()) }
+    }
+
+    /// Compressed keys, where the others are rotated.
+    fn rotate_compressed(
+        &self,
+        pass: &Pass<'_>,
+        stream: &Stream,
+        (rows, heads): (&TensorSpan<'_>, usize),
+    ) -> Result<()> {
+        let Some(rope) = &self.rope else { return Ok(()) };
+        let cu_compressed = self.plan.tables.compressed(&pass.workspace);
+        let which = RopeRows::Compressed { windows: self.plan.problem.windows, cu_compressed };
+        rope.launch_on(stream, pass.batch, &which, (rows, rows, heads), false)
     }
 
     /// All stages after compression and rotation for the kv heads from `first` on, of which tensors and state are.
@@ -372,6 +389,12 @@ impl NsaForward {
             lse: [temporaries.lse.span(&scratch); 3],
         }
     }
+}
+
+/// What the compression of keys, or of values, takes.
+fn compress_tensors<'a>(tensors: &NsaForwardTensors<'a>, c: usize, out: &TensorSpan<'a>) -> CompressTensors<'a> {
+    let (input, parameters) = ([tensors.key, tensors.value][c], tensors.parameters[c]);
+    CompressTensors { input, out: *out, weight: parameters.weight, position: parameters.position }
 }
 
 /// Query and key as attention reads them.
