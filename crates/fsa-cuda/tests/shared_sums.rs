@@ -126,6 +126,19 @@ impl Call {
         f64::from(SCALE) * bound * 0.5f64.powi(37)
     }
 
+    /// What the roundings of a row's delta come to: selected blocks and window in one pass have one delta for both, rounded once more and
+    /// with its lowest bit for the sign of the gates, 2^-22 of it, and it is at most sum |grad_out| max |value|. It is all that there
+    /// is of rows whose gradients are zero.
+    fn delta_error(&self, row: usize) -> f64 {
+        let largest =
+            |of: &[f32]| of.iter().filter(|x| x.is_finite()).fold(0f64, |most, x| most.max(f64::from(x.abs())));
+        let [_, key, value, grad_out, gates] = &self.inputs;
+        let sum = |of: &[f32]| of.iter().filter(|x| x.is_finite()).map(|x| f64::from(x.abs())).sum::<f64>();
+        let gates = sum(&gates[3 * row..3 * row + 3]);
+        let delta = sum(&grad_out[row * DIM..(row + 1) * DIM]) * largest(value);
+        f64::from(SCALE) * gates * delta * largest(key) * 0.5f64.powi(22)
+    }
+
     /// Requires both ways to agree but for roundings of the largest elements that each branch has in a row: one of the scaled
     /// sum to bf16 and three where every branch is rounded, 2^-9 each; of additions to f16, 2^-11 each, compressed attention
     /// has one, the window two, selected blocks four; of score gradients, where two branches are rounded together, 2^-9. All
@@ -141,7 +154,8 @@ impl Call {
                 let floor = if i == 0 { 7.0 * self.least_error() } else { largest(&exact[i]) * 0.5f64.powi(20) };
                 for (row, (got, expected)) in shared[i].chunks(DIM).zip(exact[i].chunks(DIM)).enumerate() {
                     let of_row = |grads: &[Vec<f64>; 3]| largest(&grads[i][row * DIM..(row + 1) * DIM]);
-                    let most = branches.iter().map(of_row).sum::<f64>() / 64.0 + floor;
+                    let of_delta = if i == 0 { self.delta_error(row) } else { 0.0 };
+                    let most = branches.iter().map(of_row).sum::<f64>() / 64.0 + floor + of_delta;
                     let fits = |(x, y): (&f64, &f64)| (x - y).abs() <= most || !x.is_finite() && !y.is_finite();
                     let wrong = got.iter().zip(expected).position(|pair| !fits(pair));
                     let pair = wrong.map(|at| (got[at], expected[at]));

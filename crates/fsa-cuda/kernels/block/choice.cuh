@@ -110,7 +110,7 @@ struct Chooser {
         if (silent != 0)
             FSA_NO_UNROLL for (int i = 0; i < PART_HEADS * PART_STEPS; ++i)
                 if (silent >> i & 1) store_shared(lane_sums + place + i * 512, Vec4{0, 0, 0, 0});
-        return factor == 0.0f ? 0.0f : factor * exp2_fast(m.maxima[place / PART_BYTES][lane_number()] - slots.references_of(slot)[row]);
+        return factor == 0.0f ? 0.0f : factor * exp2_small(m.maxima[place / PART_BYTES][lane_number()] - slots.references_of(slot)[row]);
     }
     // Adds the part in use; `factor(n)` is that of step n % PART_STEPS of its head n / PART_STEPS.
     template <typename F>

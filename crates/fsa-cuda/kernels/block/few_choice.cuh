@@ -56,8 +56,8 @@ struct FewChooser {
             const bool exists = from + place() < heads;
             const Vec4 tops = exists ? load_global_written(maxima + (from + place()) * FEW_STEPS) : Vec4{0, 0, 0, 0};
             const f32 reference = exists ? references[from + place()] : 0.0f, by = exists ? row_factors[from + place()] : 0.0f;
-            const f32 factors[FEW_STEPS] = {by * exp2_fast(__uint_as_float(tops.x) - reference), by * exp2_fast(__uint_as_float(tops.y) - reference),
-                                            by * exp2_fast(__uint_as_float(tops.z) - reference), by * exp2_fast(__uint_as_float(tops.w) - reference)};
+            const f32 factors[FEW_STEPS] = {by * exp2_small(__uint_as_float(tops.x) - reference), by * exp2_small(__uint_as_float(tops.y) - reference),
+                                            by * exp2_small(__uint_as_float(tops.z) - reference), by * exp2_small(__uint_as_float(tops.w) - reference)};
             const u32 voting = __ballot_sync(ALL_LANES, by > 0.0f) >> (lane_number() & ~(LANES - 1));
             FSA_NO_UNROLL for (int n = 0; n < LANES && from + n < heads; ++n) {
                 const u32 sums_at = copies + (from + n) % HEADS * HEAD_BYTES;

@@ -65,7 +65,7 @@ struct RowChooser {
         const int count = g.end - first;
         const f32 reference = references[g.row];
         f32 factor[WORDS];
-        FSA_UNROLL for (int k = 0; k < WORDS; ++k) factor[k] = exp2_fast(maximum[k] - reference);
+        FSA_UNROLL for (int k = 0; k < WORDS; ++k) factor[k] = exp2_small(maximum[k] - reference);
         FSA_UNROLL for (int i = 0; i < HELD_STEPS; ++i) {
             if (i % PART_STEPS == 0 && i >= count) break;
             const f32 f = __shfl_sync(ALL_LANES, factor[i / ROW_LANES], i % ROW_LANES, ROW_LANES);
@@ -159,7 +159,7 @@ struct RowChooser {
         const f32 reference = references[g.row];
         FSA_UNROLL for (int k = 0; k < SETS; ++k) {
             const bool seen = reference < -neg_inf() && ids[k] / GROUPS < steps;
-            scores[k] = SETS * piece() + k >= count ? ABSENT : seen ? __float_as_int(sum[k] * exp2_fast(top[k] - reference)) : 0;
+            scores[k] = SETS * piece() + k >= count ? ABSENT : seen ? __float_as_int(sum[k] * exp2_small(top[k] - reference)) : 0;
         }
     }
     // Of a row's candidates the best stay, in their order; what comes later must be better than the worst of them.
