@@ -1,7 +1,7 @@
 // WHAT   Selected attention forward, KV-outer, for every device from sm_80 on: one block of keys against every row that chose it.
 //        Each (row, block) pair gets a softmax of its own; the normalised 16-bit partial and its log2-sum-exp go to the row's slot.
-// GRID   (ctas, query heads of the launch). A cta takes every gridDim.x-th unit of the chunk; a unit is at most unit_entries rows of
-//        one block. Heads are the slow axis, so that one head's queries stay in L2.
+// GRID   (ctas, query heads of the launch). A cta takes every gridDim.x-th unit of the chunk; a unit is at most a full unit's rows
+//        of one block (index.cuh). Heads are the slow axis, so that one head's queries stay in L2.
 // ROLES  Four warps of 16 gathered rows. A warp gathers, multiplies and stores its own rows: where the whole block is in shared
 //        memory, warps meet once per unit and hide each other's latency afterwards.
 // SMEM   key tile, value tile, one query tile; at most 95 KB, so that a cta fits devices of 100 KB (sm_86, sm_89). Tiles hold the

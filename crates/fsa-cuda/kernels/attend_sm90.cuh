@@ -1,6 +1,6 @@
 // WHAT   Selected attention forward, KV-outer: one block of keys against every row that chose it. Each (row, block) pair
 //        gets a softmax of its own; the normalised 16-bit partial and its log2-sum-exp go to the row's slot.
-// GRID   (units of the chunk, query heads of the launch). A unit is at most unit_entries rows of one block; the last ctas
+// GRID   (units of the chunk, query heads of the launch). A unit is at most a full unit's rows of one block (index.cuh); the last ctas
 //        have none and leave. Heads are the slow axis, so that one head's queries stay in L2.
 // ROLES  One warpgroup, 64 gathered rows a step; the ctas of an SM hide each other's latency.
 // SMEM   key tile, value tile, QUERY_STAGES query tiles.

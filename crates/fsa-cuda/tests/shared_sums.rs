@@ -45,6 +45,19 @@ struct Call {
     inputs: [Vec<f32>; 5],
 }
 
+/// Sizes of the finite elements.
+fn sizes(of: &[f32]) -> impl Iterator<Item = f64> + '_ {
+    of.iter().filter(|x| x.is_finite()).map(|x| f64::from(x.abs()))
+}
+
+fn largest(of: &[f32]) -> f64 {
+    sizes(of).fold(0.0, f64::max)
+}
+
+fn sum(of: &[f32]) -> f64 {
+    sizes(of).sum()
+}
+
 impl Call {
     fn new() -> Self {
         let batch = Batch::from_cu_seqlens(&[0, 210, 330], &[0, 210, 510]).expect("valid");
@@ -116,11 +129,8 @@ impl Call {
     /// least and the bound of all branches is 2^12 of them or more: 2^-25 / 2^12 of the bound. That is at most
     /// 2 |gate| sum |grad_out| max |value| max |key| of each.
     fn least_error(&self) -> f64 {
-        let largest =
-            |of: &[f32]| of.iter().filter(|x| x.is_finite()).fold(0f64, |most, x| most.max(f64::from(x.abs())));
         let [_, key, value, grad_out, gates] = &self.inputs;
-        let row = |grad: &[f32]| grad.iter().filter(|x| x.is_finite()).map(|x| f64::from(x.abs())).sum::<f64>();
-        let rows = || grad_out.chunks(DIM).map(row).zip(gates.chunks(3));
+        let rows = || grad_out.chunks(DIM).map(sum).zip(gates.chunks(3));
         let of_branch = |b: usize| rows().fold(0f64, |most, (sum, gates)| most.max(sum * f64::from(gates[b].abs())));
         let bound: f64 = [0, 1, 2].map(|b| 2.0 * of_branch(b) * largest(value) * largest(key)).iter().sum();
         f64::from(SCALE) * bound * 0.5f64.powi(37)
@@ -130,10 +140,7 @@ impl Call {
     /// with its lowest bit for the sign of the gates, 2^-22 of it, and it is at most sum |grad_out| max |value|. It is all that there
     /// is of rows whose gradients are zero.
     fn delta_error(&self, row: usize) -> f64 {
-        let largest =
-            |of: &[f32]| of.iter().filter(|x| x.is_finite()).fold(0f64, |most, x| most.max(f64::from(x.abs())));
         let [_, key, value, grad_out, gates] = &self.inputs;
-        let sum = |of: &[f32]| of.iter().filter(|x| x.is_finite()).map(|x| f64::from(x.abs())).sum::<f64>();
         let gates = sum(&gates[3 * row..3 * row + 3]);
         let delta = sum(&grad_out[row * DIM..(row + 1) * DIM]) * largest(value);
         f64::from(SCALE) * gates * delta * largest(key) * 0.5f64.powi(22)
@@ -144,16 +151,16 @@ impl Call {
     /// has one, the window two, selected blocks four; of score gradients, where two branches are rounded together, 2^-9. All
     /// are below 2^-6.
     fn check(&self, name: &str) {
-        let largest = |row: &[f64]| row.iter().filter(|x| x.is_finite()).fold(0f64, |most, x| most.max(x.abs()));
+        let largest_of = |row: &[f64]| row.iter().filter(|x| x.is_finite()).fold(0f64, |most, x| most.max(x.abs()));
         for route in ROUTES {
             let in_f32 = backend(route, Some(QuerySums::F32));
             let [shared, exact] = [&backend(route, None), &in_f32].map(|backend| self.gradients(backend));
             let branches = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
                 .map(|gates| self.clone().gated(gates).gradients(&in_f32));
             for (i, of) in ["query", "key", "value"].iter().enumerate() {
-                let floor = if i == 0 { 7.0 * self.least_error() } else { largest(&exact[i]) * 0.5f64.powi(20) };
+                let floor = if i == 0 { 7.0 * self.least_error() } else { largest_of(&exact[i]) * 0.5f64.powi(20) };
                 for (row, (got, expected)) in shared[i].chunks(DIM).zip(exact[i].chunks(DIM)).enumerate() {
-                    let of_row = |grads: &[Vec<f64>; 3]| largest(&grads[i][row * DIM..(row + 1) * DIM]);
+                    let of_row = |grads: &[Vec<f64>; 3]| largest_of(&grads[i][row * DIM..(row + 1) * DIM]);
                     let of_delta = if i == 0 { self.delta_error(row) } else { 0.0 };
                     let most = branches.iter().map(of_row).sum::<f64>() / 64.0 + floor + of_delta;
                     let fits = |(x, y): (&f64, &f64)| (x - y).abs() <= most || !x.is_finite() && !y.is_finite();

@@ -9,7 +9,7 @@ use std::fmt;
 
 /// Chunks under way: one is attended while the one before is reduced.
 pub(crate) const MAX_BUFFERS: usize = 2;
-/// Rows of a full unit: long enough to hide the load of its block, short enough to balance popular blocks.
+/// Rows of a full unit, at least: long enough to hide the load of its block, short enough to balance popular blocks.
 const UNIT_ENTRIES: usize = 1024;
 
 /// Chunks and workspace of a forward.
