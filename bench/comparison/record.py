@@ -18,6 +18,8 @@ Rows = list[dict[str, Any]]
 OURS = "fsa_rs"
 #: What the name of an implementation ends with if a replay of a CUDA graph was timed.
 GRAPH_SUFFIX = "-graph"
+#: What it ends with if a backward was timed through autograd where its peers' are timed by themselves.
+AUTOGRAD_SUFFIX = "-autograd"
 #: A call that takes longer is timed once: what a clock and a launch add is nothing beside it.
 LONG_S = 0.5
 

@@ -116,19 +116,18 @@ class Comparison(Session):
             self.record.note(text) if finding.holds else self.record.fail(text)
         result = named(out.detach(), *grads)
         del grads
-        self.row(shape, records.OURS, "fwd", lambda: forward(case.q, case.k, case.v))
-        self.row(shape, records.OURS, "bwd", backward)
-        self.graphs(shape, case, cu, out.detach(), lse.detach())
-        return result
-
-    def graphs(self, shape: Shape, case: Case, cu: Tensor, out: Tensor, lse: Tensor) -> None:
-        operators = torch.ops.fsa_rs
+        operators, saved = torch.ops.fsa_rs, (out.detach(), lse.detach())
         inputs = (case.q, case.k, case.v, cu, cu, None, case.ids, [case.block_size, 0], False)
-        calls = {
+        calls: dict[str, Callable[[], Any]] = {
             "fwd": lambda: operators.attention(*inputs),
-            "bwd": lambda: operators.attention_backward(*inputs, out, lse, case.grad_out, None),
+            "bwd": lambda: operators.attention_backward(*inputs, *saved, case.grad_out, None),
         }
+        self.row(shape, records.OURS, "fwd", lambda: forward(case.q, case.k, case.v))
+        # As the peers', by the function that computes it, and as autograd calls it.
+        self.row(shape, records.OURS, "bwd", calls["bwd"])
+        self.row(shape, records.OURS + records.AUTOGRAD_SUFFIX, "bwd", backward)
         self.replay({"section": "sel", **shape.words()}, records.OURS, calls)
+        return result
 
     def peer(self, shape: Shape, case: Case, cu: Tensor, peer: public.Peer, ours: dict[str, Tensor] | None) -> None:
         state = peer.forward(case, cu)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .record import GRAPH_SUFFIX, OURS, Rows
+from .record import AUTOGRAD_SUFFIX, GRAPH_SUFFIX, OURS, Rows
 from .work import DENSE
 
 GRAPH = OURS + GRAPH_SUFFIX
+AUTOGRAD = OURS + AUTOGRAD_SUFFIX
 PEERS = ("FSA", "NSA-ref", "SFNSA", "FA2")
 Row = dict[str, Any]
 
@@ -26,7 +27,7 @@ def heads(row: Row) -> str:
 def selected(rows: Rows) -> str:
     """One line per shape and pass: times in ms, the best peer over ours, dense over ours."""
     names = ("selection", "N", "heads", "block", "top", "pass")
-    sections, columns = ("sel",), ("FSA", "NSA-ref", "SFNSA", "dense", OURS, GRAPH)
+    sections, columns = ("sel",), ("FSA", "NSA-ref", "SFNSA", "dense", OURS, AUTOGRAD, GRAPH)
     return _times(
         rows,
         sections,

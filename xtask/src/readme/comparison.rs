@@ -29,6 +29,7 @@ const KINDS: [Kind; 3] = [
             ("SFNSA", "SFNSA"),
             (DENSE, "dense"),
             (OURS, "fsa"),
+            ("fsa_rs-autograd", "fsa by autograd"),
             ("fsa_rs-graph", "fsa in a graph"),
         ],
     },
@@ -197,6 +198,7 @@ mod tests {
             row("FSA", "fwd", 36.1),
             row("SFNSA", "fwd", 27.0),
             row(OURS, "bwd", 16.0),
+            row("fsa_rs-autograd", "bwd", 16.5),
             row("FSA", "bwd", 40.0),
             failed,
             dense,
@@ -211,10 +213,10 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         let head = "NVIDIA H200, torch 2.11.0, CUDA 13.0, Triton 3.6.0; 2026-02-01 10:00 UTC, commit abc; ms:";
         assert_eq!(lines[0], head);
-        let forward = "| 65536 | 32/8 | 16 x 64 | random | forward | 36.10 |  | 27.00 | 60.00 | 10.00 | 9.50 | 2.70 |";
+        let forward = "| 65536 | 32/8 | 16 x 64 | random | forward | 36.10 |  | 27.00 | 60.00 | 10.00 |  | 9.50 | 2.70 |";
         assert_eq!(lines[4], forward);
-        assert_eq!(lines[5], "| 65536 | 32/8 | 16 x 64 | random | backward | 40.00 |  |  |  | 16.00 |  | 2.50 |");
-        assert_eq!(lines[6], "| 65536 | 40/8 | 16 x 64 | random | forward |  |  |  |  | 20.00 |  |  |");
+        assert_eq!(lines[5], "| 65536 | 32/8 | 16 x 64 | random | backward | 40.00 |  |  |  | 16.00 | 16.50 |  | 2.50 |");
+        assert_eq!(lines[6], "| 65536 | 40/8 | 16 x 64 | random | forward |  |  |  |  | 20.00 |  |  |  |");
         let columns = |line: &str| line.matches('|').count();
         assert!(lines[2..].iter().all(|line| columns(line) == columns(lines[2])), "{text}");
     }
