@@ -145,6 +145,18 @@ def check():
         return q, k, v, ids.contiguous()
     ok &= check_case("NaN in unseen rows", [0, 700], [0, 700], 2, 1, topk=6, twist=unseen_nan)
 
+    def far_values(q, k, v, ids):                       # beyond and within what a packed partial takes without more ado, and none
+        for block, power in ((1, 2.0**9), (2, 2.0**100), (4, 2.0**-100), (6, 0.0), (8, 2.0**-130)):
+            v[block * 64:block * 64 + 64] *= power
+        v[320:384, :, ::7] *= 2.0**20
+        return q, k, v, ids
+    ok &= check_case("values of all sizes", [0, 1500], [0, 1500], 2, 1, topk=8, twist=far_values)
+
+    def seen_nan(q, k, v, ids):
+        v[70, :, 5] = float("nan"); v[200, :, 7] = float("inf"); v[201, :, 9] = -float("inf"); v[400, :, ::2] = float("inf"); v[500:510] *= 2.0**120
+        return q, k, v, ids
+    ok &= check_case("NaN and infinity in values of listed blocks", [0, 1500], [0, 1500], 2, 1, topk=8, twist=seen_nan)
+
     def one_block(q, k, v, ids):
         ids = torch.where(ids == 2, -1, ids)
         ids[:, 256:, 0] = 2                             # everyone's block 2, no sink

@@ -25,7 +25,7 @@ class Plan:
         return self.entries_bytes + self.plane_bytes + self.units_bytes + self.buffers * self.partial_bytes
 
 
-def make_plan(total_q, total_kv, batch, num_q_heads, num_kv_heads, topk, block_size, head_dim, budget=256 * MIB, buffers=2, unit_entries=1024, has_dense=1,
+def make_plan(total_q, total_kv, batch, num_q_heads, num_kv_heads, topk, block_size, partial, budget=256 * MIB, buffers=2, unit_entries=1024, has_dense=1,
               chunk_tokens=None, units_grow=True):
     bound = lambda total, size: ceil_div(total, size) if batch == 1 else total // size + batch
     max_tiles, max_blocks = bound(total_q, TILE), bound(total_kv, block_size)
@@ -37,7 +37,7 @@ def make_plan(total_q, total_kv, batch, num_q_heads, num_kv_heads, topk, block_s
         heads, partial_bytes = 1, 0
         chunk_tiles = min(ceil_div(max_tiles, sub_tiles), max(1, chunk_tokens // TILE // sub_tiles)) * sub_tiles
     else:
-        row_bytes = slots * (head_dim * 2 + 4)
+        row_bytes = slots * sum(partial)
         limit = (budget - 10 * MIB) // buffers // (TILE * row_bytes)
         sub_tiles = min(sub_tiles, 1 << int(math.log2(max(limit, 1))))
         heads, chunk_tiles = num_q_heads, ceil_div(max_tiles, sub_tiles) * sub_tiles
@@ -70,7 +70,8 @@ class Selected:
         self.q, self.k, self.v, self.topk = query, key, value, topk_indices
         self.d, self.block_size, self.total_q = d, block_size, total_q
         self.scale = d ** -0.5 if softmax_scale is None else softmax_scale
-        self.plan = p = make_plan(total_q, total_kv, self.batch, self.hq, self.hk, topk, block_size, d, **plan_options)
+        self.partial_size = sets.partial_bytes(block_size, d, query.dtype == torch.bfloat16)
+        self.plan = p = make_plan(total_q, total_kv, self.batch, self.hq, self.hk, topk, block_size, self.partial_size, **plan_options)
         self.defines = dict(FSA_HEAD_DIM=d, FSA_BLOCK_SIZE=block_size, FSA_IS_BF16=int(query.dtype == torch.bfloat16), **(defines or {}))
         i32 = lambda n: torch.empty(max(n, 1), dtype=torch.int32, device=dev)
         self.scratch = s = dict(tile_base=i32(self.batch + 1), block_base=i32(self.batch + 1), chunk_token=i32(p.num_chunks + 1),
@@ -131,13 +132,13 @@ class Selected:
         maps = [tensor_map(x, min(self.block_size, 64), 1) for x in (self.k, self.v)]
         launches = []
         attend_bytes = sets.attend_bytes(self.block_size, self.d, d.get("FSA_QUERY_STAGES", 2))
-        reduce_bytes = sets.reduce_tiles_bytes(self.block_size, self.d) + TILE * p.slots * 4
+        reduce_bytes = sets.reduce_tiles_bytes(self.block_size, self.d) + TILE * p.slots * self.partial_size[1]
         for head in range(0, self.hq, p.heads):
             heads = min(p.heads, self.hq - head)
             for chunk in range(p.num_chunks):
                 buffer = len(launches) % p.buffers
                 partial = self.partials[buffer].data_ptr()
-                partial_lse = partial + p.heads * p.chunk_tiles * TILE * p.slots * self.d * 2
+                partial_lse = partial + p.heads * p.chunk_tiles * TILE * p.slots * self.partial_size[0]
                 a = P.AttendParams(self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), partial, partial_lse, scale_log2, group, chunk, head)
                 r = P.aligned(P.ReduceParams)
                 r.layout, r.index, r.query, r.key, r.value, r.out = self.layout, self.index, tensor(self.q), tensor(self.k), tensor(self.v), tensor(out)

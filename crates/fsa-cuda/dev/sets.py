@@ -22,7 +22,7 @@ def tile_bytes(rows, head_dim):
 
 def attend_bytes(block_size, head_dim, query_stages=2):
     if SET == "sm90":
-        return 2 * tile_bytes(block_size, head_dim) + query_stages * tile_bytes(TILE, head_dim)
+        return 2 * tile_bytes(block_size, head_dim) + query_stages * tile_bytes(TILE, head_dim) + (16 if head_dim == 128 and block_size <= 64 else 0)
     resident = 2 * tile_bytes(block_size, head_dim) + tile_bytes(TILE, head_dim)
     step_keys = 64 if head_dim <= 128 else 32
     return resident if resident <= MAX_SM80_BYTES else 2 * tile_bytes(step_keys, head_dim) + tile_bytes(TILE, head_dim)
@@ -31,6 +31,12 @@ def attend_bytes(block_size, head_dim, query_stages=2):
 def reduce_tiles_bytes(block_size, head_dim):
     step_keys = 32 if SET == "sm80" and head_dim > 128 else 64
     return tile_bytes(TILE, head_dim) + 2 * tile_bytes(min(block_size, step_keys), head_dim)
+
+
+def partial_bytes(block_size, head_dim, is_bf16):
+    """Bytes of a partial's elements, and of the numbers beside them: see block/partial_rows.cuh."""
+    packs = SET == "sm90" and is_bf16 and head_dim == 128 and block_size <= 64
+    return (head_dim * 12 // 8, 8) if packs else (head_dim * 2, 4)
 
 
 def has_partials(block_size, head_dim):

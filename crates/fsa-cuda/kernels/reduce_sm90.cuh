@@ -3,10 +3,11 @@
 //        log2-sum-exp; writes out and the natural-log lse. A row without a key gets 0 and -inf.
 // GRID   (tiles of the chunk, query heads of the launch).
 // ROLES  One warpgroup. The accumulators of the dense part are in the layout of the partials, which stream through registers.
-// SMEM   query tile, key tile, value tile of at most 64 keys; log2-sum-exps of the tile's partials [64, slots], which become weights.
+// SMEM   query tile, key tile, value tile of at most 64 keys; log2-sum-exps of the tile's partials [64, slots], which become weights, with factors if they are packed.
 // SYNC   The copy engine brings keys and values, each to an mbarrier: the next keys load under softmax and second product, the next
 //        values under the next first product. A barrier after each product, before its tile is written again; the merge needs none.
 #include "block/branch_rows.cuh"
+#include "block/partial_rows.cuh"
 #include "block/sequence.cuh"
 #include "block/softmax.cuh"
 #include "ptx/barrier.cuh"
@@ -135,36 +136,30 @@ FSA_DEVICE int count_steps(const i32* ids, int count, int last_position) {
 // What the powers of two of a row are relative to.
 FSA_DEVICE f32 reference(const RowState& state) { return state.max == neg_inf() ? 0.0f : state.max; }
 
-// Turns a row's log2-sum-exps into weights, in place, and adds them to its state; returns the factor for what was summed before.
-FSA_DEVICE f32 merge_weights(RowState& state, f32* lse, int count) {
+// Turns a row's log2-sum-exps into weights, in place, and adds them to its state; returns the factor for what was summed before. The weights of packed
+// partials take in their factors; `far` is set if one is not plain.
+FSA_DEVICE f32 merge_weights(RowState& state, f32* lse, int count, bool& far) {
     const int t = threadIdx.x & 3;
     const f32 before = state.max;
-    FSA_NO_UNROLL for (int slot = t; slot < count; slot += 4) state.max = fmaxf(state.max, lse[slot]);
+    FSA_NO_UNROLL for (int slot = t; slot < count; slot += 4) state.max = fmaxf(state.max, lse[slot * PARTIAL_NUMBERS]);
     state.max = quad_max(state.max);
     const f32 zero = reference(state), carry = exp2_fast(before - zero);
     state.sum *= carry;
     FSA_NO_UNROLL for (int slot = t; slot < count; slot += 4) {
-        lse[slot] = exp2_fast(lse[slot] - zero);
-        state.sum += lse[slot];
+        f32& weight = lse[slot * PARTIAL_NUMBERS];
+        weight = exp2_fast(weight - zero);
+        state.sum += weight;
+        if (PACKS_PARTIALS) {
+            const f32 factor = lse[slot * PARTIAL_NUMBERS + 1];
+            weight *= fabsf(factor);
+            far |= is_far(factor);
+        }
     }
     return carry;
 }
 
-template <bool HIGH>
-FSA_DEVICE void merge_partial(Piece (&out)[PIECES], const Vec4 (&v)[HEAD_DIM / 32], f32 weight) {
-    FSA_UNROLL for (int group = 0; group < HEAD_DIM / 32; ++group) {
-        Piece& acc = out[group / PIECE_GROUPS];
-        const int first = group % PIECE_GROUPS * 16 + (HIGH ? 2 : 0);
-        const u32 word[4] = {v[group].x, v[group].y, v[group].z, v[group].w};
-        FSA_UNROLL for (int j = 0; j < 4; ++j) {
-            acc[first + 4 * j] = fmaf(weight, unpack_lo(word[j]), acc[first + 4 * j]);
-            acc[first + 4 * j + 1] = fmaf(weight, unpack_hi(word[j]), acc[first + 4 * j + 1]);
-        }
-    }
-}
-
 // Slots whose partials are in flight at a time: as many as there are registers for.
-constexpr int SLOTS_AHEAD = HEAD_DIM <= 128 ? 2 : 1;
+constexpr int SLOTS_AHEAD = HEAD_DIM > 128 ? 1 : PACKS_PARTIALS ? 3 : 2;
 
 // Adds all partials of the thread's two rows; a warp runs as long as its longest row.
 FSA_DEVICE void merge_partials(Piece (&out)[PIECES], const char* low, const char* high, int count_low, int count_high, const f32* weights_low,
@@ -175,41 +170,67 @@ FSA_DEVICE void merge_partials(Piece (&out)[PIECES], const char* low, const char
     FSA_NO_UNROLL for (int slot = 0; slot < count; slot += SLOTS_AHEAD) {
         keep(low);
         keep(high);
-        Vec4 v[2 * SLOTS_AHEAD][HEAD_DIM / 32];
+        PartialRow v[2 * SLOTS_AHEAD];
         FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
-            load_pieces(v[2 * a], low + a * ROW_BYTES, slot + a < count_low);
-            load_pieces(v[2 * a + 1], high + a * ROW_BYTES, slot + a < count_high);
+            load_partial(v[2 * a], low + a * PARTIAL_BYTES, slot + a < count_low);
+            load_partial(v[2 * a + 1], high + a * PARTIAL_BYTES, slot + a < count_high);
         }
-        low += SLOTS_AHEAD * ROW_BYTES;
-        high += SLOTS_AHEAD * ROW_BYTES;
+        low += SLOTS_AHEAD * PARTIAL_BYTES;
+        high += SLOTS_AHEAD * PARTIAL_BYTES;
         FSA_UNROLL for (int a = 0; a < SLOTS_AHEAD; ++a) {
-            merge_partial<false>(out, v[2 * a], slot + a < count_low ? weights_low[slot + a] : 0.0f);
-            merge_partial<true>(out, v[2 * a + 1], slot + a < count_high ? weights_high[slot + a] : 0.0f);
+            merge_partial<false>(out, v[2 * a], slot + a < count_low ? weights_low[(slot + a) * PARTIAL_NUMBERS] : 0.0f);
+            merge_partial<true>(out, v[2 * a + 1], slot + a < count_high ? weights_high[(slot + a) * PARTIAL_NUMBERS] : 0.0f);
         }
     }
 }
 
-// Adds the partials of the tile's rows, which start at row `chunk_row` of the buffer. `lse` has room for [64, slots].
+// The same where a row of the warp has a packed partial that is not plain. Rare.
+FSA_DEVICE void merge_far_partials(Piece (&out)[PIECES], const char* low, const char* high, int count_low, int count_high, const f32* weights_low,
+                                   const f32* weights_high) {
+    const int count = max_i(count_low, count_high), offset = (threadIdx.x & 3) * 16;
+    const auto weight_of = [](const f32* numbers) { return is_far(numbers[PARTIAL_NUMBERS - 1]) ? numbers[0] : numbers[0] * 0x1p-126f; };
+    FSA_NO_UNROLL for (int slot = 0; slot < count; ++slot) {
+        PartialRow v;
+        if (slot < count_low) {
+            load_partial(v, low + slot * PARTIAL_BYTES + offset, true);
+            merge_far<false>(out, v, weight_of(weights_low + slot * PARTIAL_NUMBERS));
+        }
+        if (slot < count_high) {
+            load_partial(v, high + slot * PARTIAL_BYTES + offset, true);
+            merge_far<true>(out, v, weight_of(weights_high + slot * PARTIAL_NUMBERS));
+        }
+    }
+}
+
+// Adds the partials of the tile's rows, which start at row `chunk_row` of the buffer. `lse` has room for [64, slots] log-sum-exps, and factors.
 FSA_DEVICE void merge(TileState& state, const ReduceParams& p, const DenseContext& c, f32* lse, i64 chunk_row) {
     const int slots = p.index.slots, low = c.row_low(), high = low + 8;
     const int count_low = c.info_low().partials(), count_high = c.info_high().partials();
-    f32 *lse_low = lse + low * slots, *lse_high = lse + high * slots;
+    f32 *lse_low = lse + low * slots * PARTIAL_NUMBERS, *lse_high = lse + high * slots * PARTIAL_NUMBERS;
     // A quad copies the log2-sum-exps of its own rows.
     auto copy_lse = [&](f32* to, int row, int count) {
         const i64 first = (chunk_row + row) * slots;
-        FSA_NO_UNROLL for (int slot = threadIdx.x & 3; slot < count; slot += 4) copy_async4(shared_address(to + slot), p.partial_lse + first + slot);
+        FSA_NO_UNROLL for (int slot = threadIdx.x & 3; slot < count; slot += 4) {
+            const u32 at = shared_address(to + slot * PARTIAL_NUMBERS);
+            const f32* from = p.partial_lse + (first + slot) * PARTIAL_NUMBERS;
+            if (PACKS_PARTIALS) copy_async8(at, from); else copy_async4(at, from);
+        }
     };
     copy_lse(lse_low, low, count_low);
     copy_lse(lse_high, high, count_high);
     copy_commit();
     copy_wait<0>();
     __syncwarp();
-    const f32 carry_low = merge_weights(state.low, lse_low, count_low), carry_high = merge_weights(state.high, lse_high, count_high);
+    bool far = false;
+    const f32 carry_low = merge_weights(state.low, lse_low, count_low, far), carry_high = merge_weights(state.high, lse_high, count_high, far);
     FSA_UNROLL for (int piece = 0; piece < PIECES; ++piece) scale_piece(state.out[piece], carry_low, carry_high);
     __syncwarp();
-    const char* partials_low = (const char*)p.partial + (chunk_row + low) * slots * ROW_BYTES;
-    const char* partials_high = partials_low + 8 * slots * ROW_BYTES;
-    merge_partials(state.out, partials_low, partials_high, count_low, count_high, lse_low, lse_high);
+    const char* partials_low = (const char*)p.partial + (chunk_row + low) * slots * PARTIAL_BYTES;
+    const char* partials_high = partials_low + 8 * slots * PARTIAL_BYTES;
+    if (PACKS_PARTIALS && __any_sync(0xffffffffu, far))
+        merge_far_partials(state.out, partials_low, partials_high, count_low, count_high, lse_low, lse_high);
+    else
+        merge_partials(state.out, partials_low, partials_high, count_low, count_high, lse_low, lse_high);
 }
 
 // Rows whose id found no slot: their blocks one at a time, lowest first. Rare.

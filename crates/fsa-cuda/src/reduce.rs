@@ -3,6 +3,7 @@
 //! Kernel files: `kernels/reduce_sm90.cuh`, `kernels/reduce_sm80.cuh`.
 
 use crate::arch::KernelSet;
+use crate::attend::{PartialBytes, partial_constants};
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::{ReduceParams, TILE_ROWS};
@@ -28,18 +29,20 @@ fn tiles_bytes(specialisation: &Specialisation) -> usize {
     tile_bytes(TILE_ROWS, head_dim) + 2 * tile_bytes(step_keys(specialisation), head_dim)
 }
 
-/// Shared memory of a CTA: the tiles, and a log-sum-exp per row and slot.
+/// Shared memory of a CTA: the tiles, and the numbers per row and slot.
 pub(crate) fn smem_bytes(specialisation: &Specialisation, slots: usize) -> usize {
-    tiles_bytes(specialisation) + TILE_ROWS * slots * size_of::<f32>()
+    tiles_bytes(specialisation) + TILE_ROWS * slots * PartialBytes::of(specialisation).numbers
 }
 
 /// What the kernel file must agree with.
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
-    vec![
+    let mut constants = vec![
         ("QueryTile::BYTES + 2 * KeyTile::BYTES", tiles_bytes(specialisation)),
         ("STEP_KEYS", step_keys(specialisation)),
         ("WARPGROUP", THREADS as usize),
-    ]
+    ];
+    constants.extend(partial_constants(specialisation));
+    constants
 }
 
 /// The loaded kernel.

@@ -213,9 +213,13 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         let head = "NVIDIA H200, torch 2.11.0, CUDA 13.0, Triton 3.6.0; 2026-02-01 10:00 UTC, commit abc; ms:";
         assert_eq!(lines[0], head);
-        let forward = "| 65536 | 32/8 | 16 x 64 | random | forward | 36.10 |  | 27.00 | 60.00 | 10.00 |  | 9.50 | 2.70 |";
+        let forward =
+            "| 65536 | 32/8 | 16 x 64 | random | forward | 36.10 |  | 27.00 | 60.00 | 10.00 |  | 9.50 | 2.70 |";
         assert_eq!(lines[4], forward);
-        assert_eq!(lines[5], "| 65536 | 32/8 | 16 x 64 | random | backward | 40.00 |  |  |  | 16.00 | 16.50 |  | 2.50 |");
+        assert_eq!(
+            lines[5],
+            "| 65536 | 32/8 | 16 x 64 | random | backward | 40.00 |  |  |  | 16.00 | 16.50 |  | 2.50 |"
+        );
         assert_eq!(lines[6], "| 65536 | 40/8 | 16 x 64 | random | forward |  |  |  |  | 20.00 |  |  |  |");
         let columns = |line: &str| line.matches('|').count();
         assert!(lines[2..].iter().all(|line| columns(line) == columns(lines[2])), "{text}");

@@ -107,8 +107,8 @@ struct AttendParams {
     Layout layout;
     Index index;
     Tensor query, key, value;   // key and value by kv head
-    void* partial;              // [heads in launch, rows in chunk, slots, HEAD_DIM]
-    f32* partial_lse;           // [heads in launch, rows in chunk, slots], log2
+    void* partial;              // [heads in launch, rows in chunk, slots, HEAD_DIM], as block/partial_rows.cuh has them
+    f32* partial_lse;           // [heads in launch, rows in chunk, slots], log2; beside each a factor if partials are packed
     f32 scale_log2;             // softmax_scale * log2(e), >= 0
     i32 group_size;             // query heads per kv head
     i32 chunk;

@@ -30,10 +30,15 @@ FSA_DEVICE void store_global(void* pointer, Vec4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 FSA_DEVICE void store_global8(void* pointer, u32 x, u32 y) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(pointer), "r"(x), "r"(y) : "memory"); }
-// A word that stands alone in its sector and that a kernel after this one reads: kept in L2, because a sector that leaves it half written costs
+// A word, or two, that stands alone in its sector and that a kernel after this one reads: kept in L2, because a sector that leaves it half written costs
 // memory a read and two writes.
 FSA_DEVICE void store_kept(f32* pointer, f32 v) {
     asm volatile("{ .reg .b64 keep; createpolicy.fractional.L2::evict_last.b64 keep, 1.0; st.global.L2::cache_hint.f32 [%0], %1, keep; }" ::"l"(pointer), "f"(v)
+                 : "memory");
+}
+FSA_DEVICE void store_kept(f32* pointer, f32 x, f32 y) {
+    asm volatile("{ .reg .b64 keep; createpolicy.fractional.L2::evict_last.b64 keep, 1.0; st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, keep; }"
+                 ::"l"(pointer), "f"(x), "f"(y)
                  : "memory");
 }
 FSA_DEVICE Vec4 as_words(f32 x, f32 y, f32 z, f32 w) { return {__float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w)}; }

@@ -2,6 +2,8 @@
 
 use super::index::{IndexInput, max_tiles, slots, sub_tiles};
 use super::{IndexPlan, PlanOptions, Problem, Slot, Workspace, choose, kv_heads_per_pass, most_bytes};
+use crate::arch::KernelSet;
+use crate::attend::PartialBytes;
 use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
 use serde::Serialize;
@@ -33,25 +35,33 @@ pub struct ForwardPlan {
 
 impl ForwardPlan {
     /// Plans a checked problem.
-    pub fn new(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions) -> Self {
+    pub fn new(problem: &Problem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions) -> Self {
         let most = most_bytes(problem, options);
         // Chunks that overlap first: one buffer is for what has no room for two.
         let mut plans = (1..=MAX_BUFFERS).rev().filter_map(|buffers| {
             let candidates = kv_heads_per_pass(problem.num_kv_heads)
-                .map(|kv_heads| Self::with(problem, facts, options, kv_heads, buffers));
+                .map(|kv_heads| Self::with(problem, set, facts, options, (kv_heads, buffers)));
             choose(most, candidates, |plan| plan.workspace.size_bytes(), Self::launches)
         });
         let fits = |plan: &Self| plan.workspace.size_bytes() <= most;
-        plans.find(fits).unwrap_or_else(|| Self::with(problem, facts, options, 1, 1))
+        plans.find(fits).unwrap_or_else(|| Self::with(problem, set, facts, options, (1, 1)))
     }
 
     /// The plan for a number of kv heads per pass. How much memory the tables leave for partials depends on the
     /// number of chunks, and that on the memory: two rounds settle it.
-    fn with(problem: &Problem, facts: &DeviceFacts, options: &PlanOptions, kv_heads: usize, buffers: usize) -> Self {
-        let mut plan = Self::for_partials(problem, facts, options.budget_bytes, kv_heads, buffers);
+    fn with(
+        problem: &Problem,
+        set: KernelSet,
+        facts: &DeviceFacts,
+        options: &PlanOptions,
+        (kv_heads, buffers): (usize, usize),
+    ) -> Self {
+        let partial = PartialBytes::of(&problem.forward_kernels(set)[1]);
+        let with = |bytes| Self::for_partials(problem, partial, facts, bytes, (kv_heads, buffers));
+        let mut plan = with(options.budget_bytes);
         for _ in 0..2 {
             let left = options.budget_bytes.saturating_sub(plan.tables_bytes());
-            plan = Self::for_partials(problem, facts, left, kv_heads, buffers);
+            plan = with(left);
         }
         plan
     }
@@ -64,8 +74,14 @@ impl ForwardPlan {
         regions.map(|(_, slot)| slot.bytes).sum::<usize>() + 256 * self.workspace.regions().len()
     }
 
-    fn for_partials(problem: &Problem, facts: &DeviceFacts, bytes: usize, kv_heads: usize, buffers: usize) -> Self {
-        let row_bytes = slots(problem, true) * (problem.head_dim * problem.dtype.size_bytes() + size_of::<f32>());
+    fn for_partials(
+        problem: &Problem,
+        size: PartialBytes,
+        facts: &DeviceFacts,
+        bytes: usize,
+        (kv_heads, buffers): (usize, usize),
+    ) -> Self {
+        let row_bytes = slots(problem, true) * (size.elements + size.numbers);
         let limit = (bytes / buffers / (TILE_ROWS * row_bytes)).max(1);
         let sub_tiles = sub_tiles(problem, kv_heads).min(1 << limit.ilog2());
         let (tiles, limit) = (max_tiles(problem), limit / sub_tiles * sub_tiles);
@@ -91,13 +107,13 @@ impl ForwardPlan {
         let rows = heads * index.chunk_tiles * TILE_ROWS * index.slots;
         let (mut partial, mut partial_lse) = ([Slot::default(); MAX_BUFFERS], [Slot::default(); MAX_BUFFERS]);
         for buffer in 0..buffers {
-            partial[buffer] = workspace.add("partial", rows * problem.head_dim * problem.dtype.size_bytes());
-            partial_lse[buffer] = workspace.add("partial_lse", rows * size_of::<f32>());
+            partial[buffer] = workspace.add("partial", rows * size.elements);
+            partial_lse[buffer] = workspace.add("partial_lse", rows * size.numbers);
         }
         Self { problem: *problem, kv_heads, index, heads, buffers, partial, partial_lse, workspace }
     }
 
-    /// Where the partials of a buffer lie, and their log-sum-exps.
+    /// Where the partials of a buffer lie, and the numbers beside them.
     pub(crate) fn buffer(&self, buffer: usize) -> (Slot, Slot) {
         (self.partial[buffer], self.partial_lse[buffer])
     }

@@ -38,7 +38,7 @@ impl SelectedPlan {
     ) -> Self {
         let chosen = options.route.unwrap_or_else(|| route::faster(problem, facts, lists));
         let dense = (chosen == Route::DenseMasked).then(|| DensePlan::new(problem, set, options, lists)).flatten();
-        dense.map_or_else(|| Self::KvOuter(ForwardPlan::new(problem, facts, options)), Self::DenseMasked)
+        dense.map_or_else(|| Self::KvOuter(ForwardPlan::new(problem, set, facts, options)), Self::DenseMasked)
     }
 
     /// Which it is.

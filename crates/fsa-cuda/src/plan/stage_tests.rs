@@ -254,7 +254,8 @@ fn a_forward_that_saves_nothing_is_one_pass_unless_rotated_queries_are_long() {
     for heads in [(32, 32), (32, 8), (32, 2)] {
         let plan = of(65_536, heads, false);
         assert_eq!(plan.kv_heads, heads.1, "{plan}");
-        let selected = |options| ForwardPlan::new(&plan.problem.selected(), &DeviceFacts::h200(), &options);
+        let selected =
+            |options| ForwardPlan::new(&plan.problem.selected(), KernelSet::Sm90, &DeviceFacts::h200(), &options);
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..PlanOptions::default() };
         let [inside, alone] = [options, PlanOptions::default()].map(|options| selected(options).index.num_chunks);
         assert_eq!(inside, alone, "chunks of stage `selected`: {plan}");

@@ -20,7 +20,7 @@ fn problem(tokens: usize, heads: (usize, usize), (block_size, topk): (usize, usi
 }
 
 fn forward(problem: &Problem) -> ForwardPlan {
-    ForwardPlan::new(problem, &DeviceFacts::h200(), &PlanOptions::default())
+    ForwardPlan::new(problem, KernelSet::Sm90, &DeviceFacts::h200(), &PlanOptions::default())
 }
 
 fn backward(problem: &Problem) -> BackwardPlan {
@@ -283,7 +283,7 @@ proptest! {
             topk,
             dtype,
         };
-        let plan = ForwardPlan::new(&problem, &facts, &PlanOptions::default());
+        let plan = ForwardPlan::new(&problem, facts.arch.kernels(), &facts, &PlanOptions::default());
         check_workspace(&plan.workspace)?;
         check_index(&problem, &plan.index, &facts)?;
         prop_assert!(plan.heads > 0 && plan.heads <= plan.kv_heads * group);
