@@ -56,14 +56,14 @@ fn run(kernels: Option<KernelSet>, value: &Tensor) -> Vec<f64> {
     out.view().to_f64()
 }
 
-/// Both sets give the same but for roundings, of which each is relative to the largest element of its row.
+/// Both sets give the same but for three roundings to bf16 each, of weights, partials and results, of which none is more than 2^-8 of the largest element of a row.
 fn assert_sets_agree(value: &Tensor) {
     let [packed, wide] = [None, Some(KernelSet::Sm80)].map(|set| run(set, value));
     for (row, (packed, wide)) in packed.chunks(DIM).zip(wide.chunks(DIM)).enumerate() {
         let largest = wide.iter().filter(|x| x.is_finite()).fold(0.0_f64, |most, x| most.max(x.abs()));
         for (column, (a, b)) in packed.iter().zip(wide).enumerate() {
             let same = if b.is_finite() {
-                (a - b).abs() <= 0.01 * largest
+                (a - b).abs() <= 6.0 / 256.0 * largest
             } else {
                 a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan()
             };

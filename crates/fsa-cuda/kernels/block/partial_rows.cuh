@@ -2,7 +2,7 @@
 //
 // A row is multiplied by a power of two that brings it below 2^-113 and rounded to bf16: numbers of a sign, 4 bits of exponent and 7 of mantissa. The
 // power follows from a bound of its elements, the largest value of the block times the sum of the row's weights. What is above 2^-13 of the bound has all 8
-// bits, the rest one less per factor of two, as any float below its normal range: no element is off by more than 2^-20 of the block's largest value. The
+// bits, the rest one less per factor of two, as any float below its normal range: what that adds is below 2^-19 of the block's largest value. The
 // exponent 15 is left for infinity and NaN. The bits of two elements in a word leave two gaps of 4 bits, which the fourth word of a group fills.
 //
 // In fragment order (block/rows.cuh) a thread of a quad has 12 words, three of every 32 columns; piece j of thread t is at 64 j + 16 t. Beside its
