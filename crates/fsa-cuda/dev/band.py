@@ -9,7 +9,7 @@ import torch
 import sets
 from driver import Module, tensor_map
 from band_params import Band, BandBackwardParams, BandParams, BandSelectParams, BatchTables, PrepareParams, SelectParams
-from params import SumBounds, Tensor, aligned
+from params import Branch, SumBounds, Tensor, aligned
 
 DEVICE = "cuda"
 HOPPER = sets.SET == "sm90"
@@ -75,8 +75,9 @@ def defines(d, dtype=torch.bfloat16, block_size=64):
 LOG2_E = 1.4426950408889634
 
 
-def fill_forward(p, s, q, k, v, out, lse, scale, step, every=1):
+def fill_forward(p, s, q, k, v, out, lse, scale, step, every=1, branch=None):
     p.band, p.query, p.key, p.value, p.out, p.lse = s.band(), tensor(q), tensor(k), tensor(v), tensor(out), lse.data_ptr()
+    p.branch = branch or Branch()
     p.scale_log2, p.num_tiles, p.num_kv_heads = scale * LOG2_E, s.num_tiles, s.hk
     p.query_map, p.key_map, p.value_map = tensor_map(q, s.tile_tokens, s.tile_heads), tensor_map(k, step, 1, every), tensor_map(v, step, 1, every)
 
@@ -106,11 +107,11 @@ def step_keys(s, d):
     return int(os.environ.get("FSA_DEV_STEP_KEYS", min((128, 112, 144), key=lambda keys: -(-seen // keys) * (keys + 4))))
 
 
-def forward(s, q, k, v, out, lse, scale):
+def forward(s, q, k, v, out, lse, scale, branch=None):
     d = q.shape[2]
     step = step_keys(s, d)
     p = aligned(BandParams)
-    fill_forward(p, s, q, k, v, out, lse, scale, step)
+    fill_forward(p, s, q, k, v, out, lse, scale, step, branch=branch)
     halves = -(-d // 64)
     shared = halves * 128 * (128 + 4 * step) if HOPPER else (64 + 2 * (64 if d <= 128 else 32)) * halves * 128
     chosen = dict(FSA_STEP_KEYS=step) if HOPPER else {}

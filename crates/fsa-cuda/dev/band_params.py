@@ -14,7 +14,7 @@ class Band(ctypes.Structure):
 
 
 class BlockMaskParams(ctypes.Structure):
-    _fields_ = [("band", Band), ("value", Tensor), ("topk_indices", ptr), ("topk", i32), ("step_keys", i32)]
+    _fields_ = [("band", Band), ("value", Tensor), ("topk_indices", ptr), ("topk", i32), ("step_keys", i32), ("window", i32)]
 
 
 class BatchTables(ctypes.Structure):
@@ -34,6 +34,12 @@ class BandParams(ctypes.Structure):
     _pack_ = 1
     _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out")] + [("lse", ptr), ("branch", Branch), ("scale_log2", f32), ("num_tiles", i32), ("num_kv_heads", i32)] + [
         (n, TensorMap) for n in ("query_map", "key_map", "value_map")])
+
+
+class BandPairParams(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("attention", BandParams), ("out", Tensor), ("lse", ptr), ("branch", Branch), ("window", i32)]
+    _fields_.append(("_end", ctypes.c_char * (-sum(ctypes.sizeof(kind) for _, kind in _fields_) % 64)))
 
 
 class BlockChoice(ctypes.Structure):

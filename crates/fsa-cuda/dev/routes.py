@@ -2,17 +2,18 @@
 
 check     attention to all blocks with a mask, against float64 and with the hostile lists of run.py
 bench     both routes at the shapes of bench/records/h200/*-routes.json, medians of graph replays, one JSON object a line
+check_pair, bench_pair: the forward of selected blocks and window in one walk, and one after the other
 check_both, bench_whole: the backward of selected blocks and window in one pass, and beside KV-outer and window apart
 FSA_DEV_SET=sm80: the portable kernels
 """
-import json, math, sys
+import json, math, random, statistics, sys
 import torch
 import band, cases
 from band import Shape, HOPPER
 from band_bench import time_graph
-from band_params import BlockMask, BlockMaskParams
+from band_params import BandPairParams, BlockMask, BlockMaskParams
 from driver import Module
-from params import Tensor
+from params import Branch, Gates, Tensor, aligned
 from selected import Selected, SelectedBackward
 
 DEVICE = "cuda"
@@ -40,8 +41,8 @@ class Masked(Shape):
     def defines(self, d, dtype):
         return dict(band.defines(d, dtype, self.block_size), FSA_BLOCK_MASK=1)
 
-    def build(self, v):
-        p = BlockMaskParams(self.band(), band.tensor(v) if HOPPER else Tensor(), self.ids.data_ptr(), self.ids.shape[2], self.step)
+    def build(self, v, window=-1):
+        p = BlockMaskParams(self.band(), band.tensor(v) if HOPPER else Tensor(), self.ids.data_ptr(), self.ids.shape[2], self.step, window)
         Module.get("block_mask.cuh", band.defines(v.shape[2], v.dtype, self.block_size)).launch("block_mask", (self.num_tiles, self.hk, 1), 128, 0, p)
 
     def forward(self, q, k, v, out, lse, scale):
@@ -169,6 +170,149 @@ def both_case(name, cu_q, cu_kv, hq, hk, topk, window, block_size=64, kind="rand
             w = band.reference(near, q, k, v, scale, grad_out.float() * gate[:, :, None])
         want = [a + b.cpu() for a, b in zip(want, w)]
     return all([cases.compare(f"both {name} grad_{which}", got, w.numpy(), 1e-2) for which, got, w in zip("qkv", grads, want)])
+
+
+def branch_of(total, gates, number, discards):
+    """What becomes of a branch of the whole: `total` is added to."""
+    return Branch(band.tensor(total), Gates(gates.data_ptr(), gates.stride(0), gates.stride(1)), number, 1, discards)
+
+
+def forward_pair(s, window, tensors, rows, total, gates, scale, discards=0):
+    """Selected blocks and window in one walk; `s` is Masked with the steps of the window; `rows` are out and lse of both branches."""
+    p, (out, lse, near_out, near_lse) = aligned(BandPairParams), rows
+    band.fill_forward(p.attention, s, *tensors, out, lse, scale, 128, branch=branch_of(total, gates, 1, discards))
+    p.out, p.lse, p.branch, p.window = band.tensor(near_out), near_lse.data_ptr(), branch_of(total, gates, 2, discards), window
+    d = out.shape[2]
+    Module.get("band_pair_sm90.cuh", band.defines(d, out.dtype, s.block_size)).launch("band_pair", s.persistent(s.hk), 384, -(-d // 64) * 128 * 5 * 128, p)
+
+
+def pair_case(name, cu_q, cu_kv, hq, hk, topk, window, d=128, dtype=torch.bfloat16, block_size=64, kind="random", twist=None, rows=40):
+    """Both branches and their sum against float64; a call that discards its rows gives the same sum."""
+    q, k, v = band.make(Shape(cu_q, cu_kv, hq, hk), d, dtype)
+    ids, scale = cases.select(cu_q, cu_kv, hk, topk, block_size, kind), d ** -0.5
+    if twist:
+        q, k, v, ids = twist(q, k, v, ids)
+    s, n = Masked(cu_q, cu_kv, hq, hk, d, ids, block_size), cu_q[-1]
+    gates, before = torch.randn(n, hq, 3, device=DEVICE).to(dtype), torch.randn_like(q)
+    results = []
+    for discards in (0, 1):
+        outs, lses, total = [torch.full_like(q, 7.0) for _ in range(2)], [torch.full((hq, n), 7.0, device=DEVICE) for _ in range(2)], before.clone()
+        s.prepare()
+        s.build(v, window)
+        forward_pair(s, window, (q, k, v), (outs[0], lses[0], outs[1], lses[1]), total, gates, scale, discards)
+        torch.cuda.synchronize()
+        results.append((outs, lses, total))
+    same = torch.equal(results[0][2].view(torch.int16), results[1][2].view(torch.int16)) and all(bool((x == 7.0).all()) for x in results[1][0])
+    picked = torch.tensor(sorted({int(x) for x in torch.randint(0, n, (rows,))} | {0, 1, n - 1}))
+    position = cases.positions(cu_q, cu_kv)[1].to(DEVICE)
+    reach = min(window, int(position.max()))
+    seen = (position[:, None] - torch.arange(reach + 1, device=DEVICE)[None]).clamp(min=-1).int().expand(hk, n, reach + 1).contiguous()
+    ok, want_sum = same, before[picked.to(DEVICE)].double().cpu().numpy()
+    if not same:
+        print(f"FAIL {name}: sums of calls that save and discard differ")
+    for number, (lists, size) in enumerate(((ids, block_size), (seen, 1))):
+        want, want_lse = cases.reference_rows(q, k, v, lists, size, cu_q, cu_kv, picked, scale)
+        label, tolerance = f"pair {name} {('selected', 'window')[number]}", 6e-3 if dtype == torch.bfloat16 else 1e-3
+        ok &= cases.compare(f"{label} out", results[0][0][number][picked.to(DEVICE)], want, tolerance)
+        ok &= cases.compare(f"{label} lse", results[0][1][number].T[picked.to(DEVICE)], want_lse, 1e-4)
+        want_sum = want_sum + gates[picked.to(DEVICE), :, 1 + number].double().cpu().numpy()[:, :, None] * want
+    return cases.compare(f"pair {name} sum", results[0][2][picked.to(DEVICE)], want_sum, tolerance) & ok
+
+
+def check_pair():
+    hostile = lambda q, k, v, ids: (q, k, v, cases.hostile(ids))
+    packed_q, packed_kv = [0, 1, 1, 130, 391, 456, 777], [0, 1, 1, 190, 451, 516, 1016]
+
+    def nothing(q, k, v, ids):                          # rows without blocks, whole tiles of them
+        ids[:, 200:600] = -1
+        ids[:, 700] = 2**31 - 1
+        return q, k, v, ids
+
+    def unseen(value):                                  # of keys that neither branch of most rows sees, that one does, that later rows do
+        def twist(q, k, v, ids):
+            ids = torch.where((ids == 3) | (ids == 9), -1, ids)
+            k[192:256] = value; v[192:256] = value
+            v[600, :, 5] = value; k[650] = value; v[610, :, 7] = float("inf")
+            return q, k, v, ids.contiguous()
+        return twist
+
+    def some(q, k, v, ids):                             # a block that half of the rows list
+        ids[:, ::2] = torch.where(ids[:, ::2] == 5, -1, ids[:, ::2])
+        v[330:340] = float("nan"); v[350, :, 3] = float("inf"); k[360] = float("nan")
+        return q, k, v, ids.contiguous()
+
+    def loud(first, end, factor, unlisted):             # logits of some keys far above the others; blocks that nobody lists
+        def twist(q, k, v, ids):
+            k[first:end] *= factor
+            for block in unlisted:
+                ids = torch.where(ids == block, -1, ids)
+            return q, k, v, ids.contiguous()
+        return twist
+    ok = pair_case("tiny", [0, 40], [0, 40], 2, 1, 2, 10)
+    ok &= pair_case("700 g 2", [0, 700], [0, 700], 4, 2, 6, 200)
+    ok &= pair_case("g 1 window 130", [0, 900], [0, 900], 2, 2, 5, 130)
+    ok &= pair_case("g 1 window 0", [0, 600], [0, 600], 2, 2, 5, 0)
+    ok &= pair_case("g 16 window 512", [0, 1300], [0, 1300], 16, 1, 8, 512)
+    ok &= pair_case("g 4 window 512", [0, 2000], [0, 2000], 4, 1, 8, 512)
+    ok &= pair_case("long window", [0, 500], [0, 500], 4, 1, 3, 2**31 - 1)
+    ok &= pair_case("packed hostile", packed_q, packed_kv, 5, 1, 5, 100, twist=hostile)
+    ok &= pair_case("packed, block 32", packed_q, packed_kv, 2, 1, 9, 77, block_size=32, twist=hostile)
+    ok &= pair_case("block 16, topk 40", [0, 900], [0, 900], 2, 1, 40, 77, block_size=16)
+    ok &= pair_case("block 128 f16", [0, 1500], [0, 1500], 4, 2, 4, 300, block_size=128, dtype=torch.float16)
+    ok &= pair_case("block 256", [0, 2000], [0, 2000], 2, 1, 4, 300, block_size=256)
+    ok &= pair_case("rows without blocks", [0, 900], [0, 900], 2, 1, 6, 64, twist=nothing)
+    ok &= pair_case("unseen NaN", [0, 700], [0, 700], 2, 1, 6, 100, twist=unseen(float("nan")))
+    ok &= pair_case("unseen infinity", [0, 700], [0, 700], 4, 2, 6, 100, twist=unseen(float("inf")))
+    ok &= pair_case("NaN seen by some", [0, 700], [0, 700], 2, 1, 16, 100, twist=some)
+    for dtype in (torch.bfloat16, torch.float16):
+        ok &= pair_case(f"window far above {dtype}", [0, 700], [0, 700], 4, 1, 4, 150, dtype=dtype, twist=loud(448, 560, 40, (7, 8)))
+        ok &= pair_case(f"window above {dtype}", [0, 700], [0, 700], 4, 1, 4, 150, dtype=dtype, twist=loud(448, 560, 4, (7, 8)))
+        ok &= pair_case(f"blocks far above {dtype}", [0, 700], [0, 700], 4, 1, 4, 100, dtype=dtype, twist=loud(0, 64, 60, ()))
+    for d in (64, 96):
+        ok &= pair_case(f"head_dim {d}", [0, 700], [0, 700], 2, 1, 6, 100, d=d)
+    ok &= pair_case("group of 160", [0, 300], [0, 300], 160, 1, 3, 30, rows=8)
+    print("pair all ok" if ok else "PAIR SOME FAILED", flush=True)
+
+
+def bench_pair(shapes=[(n, g) for n in (1536, 2048, 4096) for g in (4, 1, 16)], window=512, hq=32, d=128, block_size=64, topk=16, kind="random", saves=True):
+    """Microseconds of the forward of selected blocks and window as branches of the whole, without the mask: medians of shuffled rounds."""
+    for n, g in shapes:
+        hk, cu, scale = hq // g, [0, n], d ** -0.5
+        q, k, v = band.make(Shape(cu, cu, hq, hk), d, torch.bfloat16)
+        ids, near = cases.select(cu, cu, hk, topk, block_size, kind), Shape(cu, cu, hq, hk, window=window)
+        s, both = (Masked(cu, cu, hq, hk, d, ids, block_size) for _ in range(2))
+        s.build(v)
+        both.build(v, window)
+        rows = [torch.empty_like(q), torch.empty(hq, n, device=DEVICE), torch.empty_like(q), torch.empty(hq, n, device=DEVICE)]
+        gates, totals = torch.rand(n, hq, 3, device=DEVICE).to(q.dtype), [torch.zeros_like(q) for _ in range(2)]
+        selected = lambda: band.forward(s, q, k, v, *rows[:2], scale, branch_of(totals[0], gates, 1, not saves))
+        local = lambda: band.forward(near, q, k, v, *rows[2:], scale, branch_of(totals[0], gates, 2, not saves))
+        pair = lambda: forward_pair(both, window, (q, k, v), rows, totals[1], gates, scale, not saves)
+        selected(), local()
+        apart = [x.clone() for x in rows]
+        pair()
+        worst = max(float((a - b).abs().max()) for a, b in zip(apart + totals[:1], rows + totals[1:])) if saves else 0.0
+        ways = {"selected": selected, "window": local, "apart": lambda: (selected(), local()), "pair": pair}
+        us = time_rounds(ways)
+        print(f"{n} g {g} {kind}: " + ", ".join(f"{name} {us[name]:.1f}" for name in ways) + f"; pair / apart {us['pair'] / us['apart']:.3f}; differ by {worst:.1e}", flush=True)
+
+
+def time_rounds(ways, rounds=9):
+    """Microseconds of a replay: medians of shuffled rounds."""
+    graphs, times = {}, {name: [] for name in ways}
+    for name, way in ways.items():
+        way()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            way()
+    for _ in range(rounds):
+        for name in random.sample(list(ways), len(ways)):
+            a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            graphs[name].replay()
+            a.record(); graphs[name].replay(); b.record(); torch.cuda.synchronize()
+            times[name].append(1e3 * a.elapsed_time(b))
+    return {name: statistics.median(x) for name, x in times.items()}
 
 
 def every_block(cu_q, cu_kv, hk, block_size):

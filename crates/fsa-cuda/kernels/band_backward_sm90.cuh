@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_backward_queries(c
     if (group == CONSUMERS) {
         registers_shrink<PRODUCER_REGISTERS>();
         if (threadIdx.x == CONSUMER_THREADS) produce_keys(p, m, total);
-        if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(p.band, p.band, p.num_kv_heads, total, m.key_ring, [&](u32 step) { return m.key(step); });
+        if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(OneWalk{p.band, p.num_kv_heads}, total, m.key_ring, [&](u32 step) { return m.key(step); });
         return;
     }
     registers_grow<CONSUMER_REGISTERS>();
@@ -269,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_backward_keys(cons
     const u32 key = shared_address(shared), value = key + KeyTile::BYTES, key_barrier = shared_address(barriers);
     const KeyRowRing ring = KeyRowRing::at(value + KeyTile::BYTES, records, key_barrier + 8);
     if (threadIdx.x == 0) {
-        barrier_init(key_barrier, 1);
+        barrier_init(key_barrier, 2);
         ring.open();
         barriers_ready();
     }
@@ -278,7 +278,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_backward_keys(cons
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
         registers_shrink<24>();
-        if (threadIdx.x == CONSUMER_THREADS) load_keys(p, key, value, key_barrier, w);
+        if (threadIdx.x == CONSUMER_THREADS) {
+            load_keys(p.key_map, key, key_barrier, w);
+            load_keys(p.value_map, value, key_barrier, w);
+        }
         ring.bring(p, w);
         return;
     }

@@ -1,38 +1,47 @@
 // WHAT   Attention of rows to an interval of keys (window, compressed, dense) on Hopper: online softmax over steps of keys, out and the natural-log
 //        lse. A row without a key gets 0 and -inf. With FSA_BLOCK_MASK to those keys of blocks that the row lists; steps that no row of a tile lists are
-//        left out. With FSA_WINDOW_TOO to a window, and then, with the sums of the window, to the keys before it: the rows of both attentions from one walk
-//        of all keys. With FSA_BLOCK_SCORES of compressed attention: chooses blocks by the way (stage select), where all heads of a group vote, 1, 2, 4, 8 or
+//        left out. With FSA_WINDOW_TOO three branches of the whole, tile by tile: a window, with its sums the keys before it, and compressed keys
+//        (block/band_walks.cuh). With FSA_BLOCK_SCORES of compressed attention: chooses blocks by the way (stage select), where all heads of a group vote, 1, 2, 4, 8 or
 //        16 of them, kernel_size is kernel_stride or twice that, and a block has four compressed keys.
 // GRID   As many ctas as there are multiprocessors, at most one per tile; each takes one of every gridDim.x tiles of all heads, those with the most keys first.
-// ROLES  Two warpgroups of 64 rows consume, a thread of a third produces, its other warps check values. A consumer computes the next scores beside the
+// ROLES  Two warpgroups of 64 rows consume, a thread of a third produces, its other warps check values. It finds the tiles ahead, too. A consumer computes the next scores beside the
 //        current values' product, and the two consumers take turns to start products, so that the softmax of one runs under the products of the other.
 //        With FSA_BLOCK_SCORES keys and values come every fourth at a time, first steps first; consumers pool the probabilities of a step and leave the sums
 //        in memory (block/score_slots.cuh), and the warps of a fourth warpgroup choose for a tile's tokens (block/choice.cuh) while the next is attended to. Of
 //        one head there are too many lists for these: the consumers' warps choose for their own rows at the end of a tile (block/pair_choice.cuh,
 //        block/row_choice.cuh).
 // SMEM   Query tile of 128 rows, two stages of keys and of values (128 rows each; 64 above head_dim 128). Boxes land swizzled as wgmma reads them. Behind
-//        them what the warps that choose need.
-// SYNC   An mbarrier pair per stage and for the queries, another barrier per stage for values that were checked; named barriers for the turns. An mbarrier
-//        pair per slot of scores.
+//        them what the warps that choose need; with FSA_WINDOW_TOO two tiles of rows on their way out.
+// SYNC   An mbarrier pair per stage, for the queries and per tile found ahead, another barrier per stage for values that were checked; named barriers for the
+//        turns. An mbarrier pair per slot of scores. With FSA_WINDOW_TOO it may start before compressed keys are there: only the copies of these wait for them.
 #ifndef FSA_WINDOW_TOO
 #define FSA_WINDOW_TOO 0
 #endif
-#define FSA_WALKS (1 + FSA_WINDOW_TOO)
+#ifndef FSA_BAND_PARTS      // another kernel takes the parts of this one
+#define FSA_BAND_PARTS 0
+#endif
 #include "block/band_pipeline.cuh"
-#include "block/branch_rows.cuh"
 #include "block/softmax.cuh"
 #include "tile/fragments.cuh"
+#if FSA_WINDOW_TOO
+#include "block/band_walks.cuh"
+#else
+#include "block/stored_rows.cuh"
+#endif
 #if FSA_BLOCK_SCORES == 1
 #include "block/choice.cuh"
 #elif FSA_BLOCK_SCORES == 2
 #include "block/pair_choice.cuh"
 #endif
 
-constexpr int STAGES = 2;
-constexpr int SMEM_BYTES = RowTile::BYTES + 2 * STAGES * KeyTile::BYTES;
+constexpr int STAGES = 2, TILES_AHEAD = 2, LAST_WALK = 2;
+constexpr bool WINDOW_TOO = FSA_WINDOW_TOO;
+constexpr int TILE_BYTES = RowTile::BYTES + 2 * STAGES * KeyTile::BYTES;
+constexpr int SMEM_BYTES = TILE_BYTES + (WINDOW_TOO ? 2 * RowTile::BYTES : 0);
 
 struct BandMemory {
     u32 query, keys, values;    // tiles
+    Ring<TILES_AHEAD> tile_ring;
     Ring<1> query_ring;
     Ring<STAGES> key_ring, value_ring;
     Checked<STAGES, BLOCK_MASK> checked;
@@ -56,52 +65,62 @@ FSA_DEVICE const BandParams& attention_of(const KernelParams& p) { return p; }
 FSA_DEVICE void load_step(u32 tile, const TensorMap* map, u32 barrier, int head, int row) { load_tile<STEP_KEYS>(tile, map, barrier, head, row); }
 #endif
 
-// Keys that a tile goes on to.
-FSA_DEVICE const Band& next_band(const KernelParams& all) {
+// The tiles, and what the keys and values of a walk are read from.
 #if FSA_WINDOW_TOO
-    return all.before;
+FSA_DEVICE Walks walks_of(const KernelParams& all) { return {all}; }
+FSA_DEVICE const BandParams& source_of(const KernelParams& all, int walk) { return walks_of(all).source_of(walk); }
 #else
-    return attention_of(all).band;
+FSA_DEVICE OneWalk walks_of(const KernelParams& all) { return {attention_of(all).band, attention_of(all).num_kv_heads}; }
+FSA_DEVICE const BandParams& source_of(const KernelParams& all, int) { return attention_of(all); }
 #endif
-}
-
-// Where an attention's rows go.
-struct Results {
-    const Tensor& out;
-    const Branch& branch;
-    f32* lse;
-};
-// Those of a tile that goes on are its first.
-FSA_DEVICE Results results_of(const KernelParams& all, bool first) {
-    const BandParams& p = attention_of(all);
-#if FSA_WINDOW_TOO
-    if (!first) return {all.out, all.branch, all.lse};
-#endif
-    return {p.out, p.branch, p.lse};
-}
 
 // Numbers of tiles end here.
 FSA_DEVICE int total_tiles(const BandParams& p) { return p.num_tiles * p.band.head_tiles * p.num_kv_heads; }
 
-FSA_DEVICE void produce(const BandParams& p, const Band& next, const BandMemory& m) {
-    u32 step = 0, tile = 0;
+// Whether those who attend get their tiles, found ahead, from the thread that loads. Beside warps that choose it has no registers for that; with scores of one
+// head it was not measured.
+constexpr bool HANDS_TILES = !BLOCK_SCORES;
+// Hands a tile over to them; one without tokens is the end.
+FSA_DEVICE void hand_over(const BandMemory& m, BandWork* works, u32 number, const BandWork& w) {
+    if (!HANDS_TILES) return;
+    m.tile_ring.wait_free(number);
+    works[m.tile_ring.place(number)] = w;
+    barrier_arrive(m.tile_ring.full + 8 * m.tile_ring.place(number));
+}
+// The tile number `number` of the cta, which one that attends takes.
+FSA_DEVICE BandWork take_tile(const BandMemory& m, const BandWork* works, u32 number) {
+    m.tile_ring.wait(number);
+    const BandWork w = works[m.tile_ring.place(number)];
+    m.tile_ring.release(number);
+    return w;
+}
+
+FSA_DEVICE void produce(const KernelParams& all, const BandMemory& m, BandWork* works) {
+    const BandParams& p = attention_of(all);
+    const auto walks = walks_of(all);
+    u32 step = 0, tile = 0, handed = 0;
     prefetch_map(&p.query_map);
     prefetch_map(&p.key_map);
     prefetch_map(&p.value_map);
     FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number = next_tile(number)) {
-        BandWork w = BandWork::find(p.band, next, number, p.num_kv_heads);
+        BandWork w = walks.find(number);
+        if (HANDS_TILES && w.tile.tokens == 0) break;
+        hand_over(m, works, handed++, w);
         if (w.steps == 0) continue;
         load_tile<CTA_ROWS>(m.query, &p.query_map, m.query_ring.start(tile++, row_tile_bytes(p.band)), w.tile.first_head, w.tile.token);
-        FSA_NO_UNROLL for (bool more = true; more;) {
+        FSA_NO_UNROLL do {
+            const BandParams& source = source_of(all, w.walk);
+            if (WINDOW_TOO && w.walk == LAST_WALK) wait_for_previous();     // which makes compressed keys
             FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
                 const int row = w.tile.key_row + w.key(n);
-                load_step(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, row);
-                load_step(m.value(step), &p.value_map, m.value_ring.start(step, KeyTile::BYTES), w.kv_head, row);
+                load_step(m.key(step), &source.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, row);
+                load_step(m.value(step), &source.value_map, m.value_ring.start(step, KeyTile::BYTES), w.kv_head, row);
             }
-            more = WALKS == 2 && w.goes_on;
-            if (more) w.go_on(next);
-        }
+        } while (walks.go_on(w));
     }
+    if (WINDOW_TOO) wait_for_previous();
+    BandWork none = {};
+    hand_over(m, works, handed, none);
 }
 
 // Sets the bits of the kv heads, modulo 32, that have values which are not finite.
@@ -114,9 +133,9 @@ FSA_DEVICE void find_nonfinite_heads(const BandParams& p, u32* bits) {
 }
 
 // Adds the NaN and infinite elements of the values that a row sees, which clean_step removed from the tile.
-FSA_DEVICE void add_nonfinite(Columns& out, const BandParams& p, const BandWork& w, int first, const RowLimits& limits, ListedBlocks blocks) {
-    FSA_NO_UNROLL for (int key = first; key < min_i(first + STEP_KEYS, w.tile.keys); ++key) {
-        const char* row = tensor_row(p.value, w.tile.key_row + key, w.kv_head);
+FSA_DEVICE void add_nonfinite(Columns& out, const Tensor& value, const BandWork& w, int first, const RowLimits& limits, ListedBlocks blocks, int count = STEP_KEYS) {
+    FSA_NO_UNROLL for (int key = first; key < min_i(first + count, w.tile.keys); ++key) {
+        const char* row = tensor_row(value, w.tile.key_row + key, w.kv_head);
         FSA_UNROLL for (int i = 0; i < HEAD_DIM / 8; ++i) {
             const u32 word = *(const u32*)(row + (8 * i + 2 * (threadIdx.x & 3)) * ELEMENT_BYTES), bad = word ^ finite_or_zero(word);
             if (limits.sees_low(key) && blocks.low_lists(key - first)) { out[4 * i] += unpack_lo(bad); out[4 * i + 1] += unpack_hi(bad); }
@@ -132,29 +151,12 @@ FSA_DEVICE void scale_rows(Columns& out, f32 low, f32 high) {
     }
 }
 
-// Whether what is read for a tile's results is on its way while the last product runs: not where registers or L1 are short.
-constexpr bool OPENS_EARLY = HEAD_DIM <= 128 && FSA_BLOCK_SCORES != 2;
-
 // Whether a step's probabilities are relative to the maximum of the steps before while that will do. Not where it is no faster (scores of blocks,
-// a second interval), needs registers that there are not (144 keys) or was not measured.
-constexpr bool KEEPS_MAXIMA = HEAD_DIM <= 128 && STEP_KEYS <= 128 && WALKS == 1 && !BLOCK_SCORES;
-
-// Where a thread's two rows go, and what is there already.
-struct StoredRows {
-    BranchRow low, high;
-    HeldGroups held;
-
-    FSA_DEVICE static BranchRow row_of(const Results& to, const BandTile& t, int row) {
-        return t.exists(row) ? open_branch_row(to.out, to.branch, t.token + t.token_of(row), t.first_head + t.head_of(row)) : no_row();
-    }
-    FSA_DEVICE void open(const Results& to, const BandTile& t, int row) {
-        low = row_of(to, t, row);
-        high = row_of(to, t, row + 8);
-        load_held(held, to.branch, low.sum, high.sum, low.exists, high.exists, 0);
-    }
-};
+// several intervals), needs registers that there are not (144 keys) or was not measured.
+constexpr bool KEEPS_MAXIMA = HEAD_DIM <= 128 && STEP_KEYS <= 128 && !WINDOW_TOO && !BLOCK_SCORES;
 
 struct Consumer {
+    const KernelParams& all;
     const BandParams& p;
     const BandMemory& m;
     int group;                  // which half of the rows
@@ -167,6 +169,10 @@ struct Consumer {
     i32 differing;              // the step in which a maximum of the warp's rows was raised last
 #endif
 
+    FSA_DEVICE void begin() {
+        clear(out);
+        low = high = {neg_inf(), 0.0f};
+    }
     FSA_DEVICE void take_turn() const { named_sync(TURN + group, CONSUMER_THREADS); }
     FSA_DEVICE void give_turn() const { named_arrive(TURN + (group ^ 1), CONSUMER_THREADS); }
 
@@ -186,14 +192,15 @@ struct Consumer {
         return true;
 #endif
     }
-    // The scores of a step once more, by the warp alone.
-    FSA_DEVICE void score_again(Scores& s, u32 keys) const {
+    // The scores of some keys of a step once more, by the warp alone.
+    template <int COUNT>
+    FSA_DEVICE void score_again(f32 (&s)[COUNT], u32 keys) const {
         const u32 a = tall_address(m.query, thread_number() / 32 * 16), b = wide_address(keys, 0);
         clear(s);
         FSA_NO_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k) {
             u32 rows[4];
             load_matrices(rows, unit_address<CTA_ROWS>(a, k));
-            multiply_rows<STEP_KEYS>(s, rows, unit_address<STEP_KEYS>(b, k));
+            multiply_rows<2 * COUNT>(s, rows, unit_address<STEP_KEYS>(b, k));
         }
     }
     // As softmax, of a step after the first, but relative to the maximum of the steps before: any reference will do that is not far below the step's own, which then
@@ -224,15 +231,13 @@ struct Consumer {
     // The keys of step n, and after the last one the queries, are not read again.
     FSA_DEVICE void release_scored(const BandWork& w, int n, u32 number) {
         m.key_ring.release(number);
-        if (n + 1 == w.steps && !w.goes_on) m.query_ring.release(tile++);
+        if (n + 1 == w.steps && (!WINDOW_TOO || w.walk == LAST_WALK)) m.query_ring.release(tile++);
     }
 
-    // `meanwhile` is done while the last product runs: nothing changes the rows' sums any more.
-    template <typename F>
-    FSA_DEVICE void attend(const BandWork& w, const RowLimits& limits, const RowLists& lists, F meanwhile) {
+    // The first `steps` steps of a tile, but for the product with the values of the last, whose probabilities are left. `lists` says what the rows list.
+    FSA_DEVICE void walk(const BandWork& w, int steps, const RowLimits& limits, const RowLists& lists, Fragments& a) {
         const u32 query = m.query + group * 64 * 128;
         Scores s;
-        Fragments a;
         f32 carry_low, carry_high;
         ListedBlocks blocks = lists.from(w.key(0));
         m.query_ring.wait(tile);
@@ -244,9 +249,9 @@ struct Consumer {
         wgmma_pin(s);
         release_scored(w, 0, step);
         softmax(s, w, limits, blocks, 0, carry_low, carry_high);
-        if (WALKS == 2) scale_rows(out, carry_low, carry_high);     // the sums of the interval before, if there was one
+        if (WINDOW_TOO) scale_rows(out, carry_low, carry_high);     // the sums of the interval before, if there was one
         FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
-        FSA_NO_UNROLL for (int n = 1; n < w.steps; ++n) {
+        FSA_NO_UNROLL for (int n = 1; n < steps; ++n) {
             blocks = lists.from(w.key(n));
             const bool dirty = wait_for_values(w, n - 1);
             m.key_ring.wait(step + 1);
@@ -271,11 +276,17 @@ struct Consumer {
             wgmma_wait<0>();
             wgmma_pin(out);
             m.value_ring.release(step);
-            if (dirty) add_nonfinite(out, p, w, w.key(n - 1), limits, lists.from(w.key(n - 1)));
+            if (dirty) add_nonfinite(out, source_of(all, w.walk).value, w, w.key(n - 1), limits, lists.from(w.key(n - 1)));
             if (scales) scale_rows(out, carry_low, carry_high);
             FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
             ++step;
         }
+    }
+    // `meanwhile` is done while the last product runs: nothing changes the rows' sums any more.
+    template <typename F>
+    FSA_DEVICE void attend(const BandWork& w, const RowLimits& limits, const RowLists& lists, F meanwhile) {
+        Fragments a;
+        walk(w, w.steps, limits, lists, a);
         const bool dirty = wait_for_values(w, w.steps - 1);
         wgmma_pin(out);
         wgmma_fence();
@@ -285,11 +296,30 @@ struct Consumer {
         wgmma_wait<0>();
         wgmma_pin(out);
         m.value_ring.release(step++);
-        if (dirty) add_nonfinite(out, p, w, w.key(w.steps - 1), limits, lists.from(w.key(w.steps - 1)));
+        if (dirty) add_nonfinite(out, source_of(all, w.walk).value, w, w.key(w.steps - 1), limits, lists.from(w.key(w.steps - 1)));
     }
 
     // Log2-sum-exp of a row.
     FSA_DEVICE static f32 log2_of(const RowState& state, f32 sum) { return (state.max == neg_inf() ? 0.0f : state.max) + log2_fast(sum); }
+#if FSA_WINDOW_TOO
+    // One over the sum of a row, whose log-sum-exp is written for each of two branches that want it.
+    FSA_DEVICE f32 finish(const StoredRows& target, int i, const RowState& state, f32* lse, f32* lse_too) const {
+        const f32 sum = quad_sum(state.sum);
+        if ((threadIdx.x & 3) == 0 && target.tokens[i] >= 0) {
+            const f32 natural = log2_of(state, sum) * LN_2;
+            const i64 place = (i64)target.heads[i] * p.band.total_q + target.tokens[i];
+            if (lse != nullptr) lse[place] = natural;
+            if (lse_too != nullptr) lse_too[place] = natural;
+        }
+        return sum == 0.0f ? 0.0f : reciprocal_fast(sum);
+    }
+    // `twice`: the next walk adds no keys.
+    FSA_DEVICE void store(int walk, bool twice, const StoredRows& target) const {
+        f32 *lse = walk == WINDOW ? p.lse : walk == BEFORE ? all.lse : all.compressed.lse, *lse_too = twice ? all.lse : nullptr;
+        const f32 of_low = finish(target, 0, low, lse, lse_too), of_high = finish(target, 1, high, lse, lse_too);
+        target.store(all, walk, twice, out, of_low, of_high);
+    }
+#else
     // Scales a row that is stored; writes its lse.
     FSA_DEVICE void finish(const Results& to, const BandTile& t, int row, const RowState& state, BranchRow& target) const {
         const f32 sum = quad_sum(state.sum);
@@ -302,6 +332,7 @@ struct Consumer {
         finish(to, t, row + 8, high, target.high);
         store_branch(to.branch, target.low, target.high, out, target.held);
     }
+#endif
 };
 
 #if FSA_BLOCK_SCORES
@@ -364,25 +395,28 @@ FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const Sco
 }
 #endif
 
+#if !FSA_BAND_PARTS
 extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_constant__ KernelParams all) {
     const BandParams& p = attention_of(all);
     extern __shared__ __align__(1024) char shared[];
-    __shared__ __align__(8) u64 barriers[2 + 6 * STAGES];
+    __shared__ __align__(8) u64 barriers[2 + 6 * STAGES + 2 * TILES_AHEAD * HANDS_TILES];
+    __shared__ BandWork works[TILES_AHEAD];
     __shared__ i32 dirty[STAGES];
     __shared__ u32 nonfinite_heads;
 #if FSA_BLOCK_SCORES
     __shared__ HandOver handover;
 #endif
-    BandMemory m;
-    m.query = shared_address(shared);
+    BandMemory m = {shared_address(shared)};
     m.keys = m.query + RowTile::BYTES;
     m.values = m.keys + STAGES * KeyTile::BYTES;
+    m.tile_ring = Ring<TILES_AHEAD>::at(shared_address(barriers + 2 + 6 * STAGES));
     m.query_ring = Ring<1>::at(shared_address(barriers));
     m.key_ring = Ring<STAGES>::at(shared_address(barriers + 2));
     m.value_ring = Ring<STAGES>::at(shared_address(barriers + 2 + 2 * STAGES));
     m.checked = {Ring<STAGES>::at(shared_address(barriers + 2 + 4 * STAGES)), dirty, &nonfinite_heads};
     if (threadIdx.x == 0) {
         if (BLOCK_MASK) nonfinite_heads = 0;
+        if (HANDS_TILES) m.tile_ring.open();
         m.query_ring.open();
         m.key_ring.open();
         m.value_ring.open(CHECKED_READERS);
@@ -400,8 +434,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
         registers_shrink<PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMER_THREADS) produce(p, next_band(all), m);
-        if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(p.band, next_band(all), p.num_kv_heads, total_tiles(p), m.value_ring, [&](u32 step) { return m.value(step); });
+        if (threadIdx.x == CONSUMER_THREADS) produce(all, m, works);
+        if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(walks_of(all), total_tiles(p), m.value_ring, [&](u32 step) { return m.value(step); });
         return;
     }
 #if FSA_BLOCK_SCORES == 1
@@ -415,38 +449,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
     u32 slot = 0;
 #endif
     registers_grow<CONSUMER_REGISTERS>();
-    Consumer c = {p, m, group, 0, 0, 0};
+    Consumer c = {all, p, m, group, 0, 0, 0};
+    const auto walks = walks_of(all);
     if (group == 1) c.give_turn();      // the first goes first
-    FSA_NO_UNROLL for (int number = blockIdx.x; number < total_tiles(p); number = next_tile(number)) {
-        BandWork w = BandWork::find(p.band, next_band(all), number, p.num_kv_heads);
+#if FSA_WINDOW_TOO
+    StoredRows target;
+    target.open(m.query + TILE_BYTES);
+#endif
+    int number = blockIdx.x;
+    FSA_NO_UNROLL for (u32 taken = 0;; ++taken, number = next_tile(number)) {
+        if (!HANDS_TILES && number >= total_tiles(p)) break;
+        BandWork w = HANDS_TILES ? take_tile(m, works, taken) : walks.find(number);
         if (w.tile.tokens == 0) break;
-        clear(c.out);
-        c.low = c.high = {neg_inf(), 0.0f};
+        c.begin();
 #if FSA_BLOCK_SCORES
         const ScoreSlots slots = handover.slots(all.choice);
         if (HAS_CHOOSERS) slots.ring.wait_free(slot);
         c.scores.open(slots, slot, first_row_of_thread());
         c.differing = 0;
 #endif
-        FSA_NO_UNROLL for (int walk = 0; walk < WALKS; ++walk) {
-            if (walk > 0) w.go_on(next_band(all));
-            const Results to = results_of(all, walk == 0);
-            StoredRows target;
+#if FSA_WINDOW_TOO
+        FSA_NO_UNROLL do {
+            if (w.walk == COMPRESSED) c.begin();
             const auto meanwhile = [&] {
-                const int row = first_row_of_thread();
-#if FSA_BLOCK_SCORES
-                c.scores.close(c.low, c.high, p.band.kernel_size != p.band.kernel_stride);
-                leave_references(slots, slot, row, c.low, c.high, c.differing);
-                if (HAS_CHOOSERS) hand_over(slots, slot++, {w.tile.position, w.tile.tokens, w.steps, w.tile.token, w.kv_head});
-#endif
-                if (OPENS_EARLY) target.open(to, w.tile, row);
+                if (w.walk == WINDOW) target.find(p.branch, w.tile);
             };
-            const Band& band = walk == 0 ? p.band : next_band(all);
-            if (w.steps > 0) c.attend(w, RowLimits::of(band, w.tile, first_row_of_thread()), RowLists::of(band, w.tile, w.kv_head, first_row_of_thread()), meanwhile);
-            else meanwhile();
-            if (!OPENS_EARLY) target.open(to, w.tile, first_row_of_thread());
-            c.store(to, w.tile, first_row_of_thread(), target);
-        }
+            if (w.steps > 0) c.attend(w, RowLimits::of(walks.band_of(w.walk), w.tile, first_row_of_thread()), {}, meanwhile);
+            const bool twice = w.walk == WINDOW && walks.sees_all(w);
+            c.store(w.walk, twice, target);
+            if (twice) ++w.walk;
+        } while (walks.go_on(w));
+        if (w.steps == 0) m.query_ring.release(c.tile++);
+#else
+        const Results to = Results::of(p);
+        StoredRows target;
+        const auto meanwhile = [&] {
+            const int row = first_row_of_thread();
+#if FSA_BLOCK_SCORES
+            c.scores.close(c.low, c.high, p.band.kernel_size != p.band.kernel_stride);
+            leave_references(slots, slot, row, c.low, c.high, c.differing);
+            if (HAS_CHOOSERS) hand_over(slots, slot++, {w.tile.position, w.tile.tokens, w.steps, w.tile.token, w.kv_head});
+#endif
+            if (OPENS_EARLY) target.open(to, w.tile, row);
+        };
+        if (w.steps > 0) c.attend(w, RowLimits::of(p.band, w.tile, first_row_of_thread()), RowLists::of(p.band, w.tile, w.kv_head, first_row_of_thread()), meanwhile);
+        else meanwhile();
+        if (!OPENS_EARLY) target.open(to, w.tile, first_row_of_thread());
+        c.store(to, w.tile, first_row_of_thread(), target);
+#endif
 #if FSA_BLOCK_SCORES == 2
         choose(p, all.choice, slots, (PairMemory*)(shared + SMEM_BYTES), w);
 #endif
@@ -457,3 +507,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
     hand_over(slots, slot, {});
 #endif
 }
+#endif

@@ -12,7 +12,7 @@
 //        rows, and two threads of the last send a warpgroup's half of grad_query each on its way.
 // SMEM   128 keys and values, three stages of 64 or two of 80 rows of query and gradient, two of dS, sums of 64 columns of each warpgroup; of every stage's
 //        rows the statistics, and for each key the rows that see it, as bits.
-// SYNC   mbarriers: keys loaded, scaled; rows loaded, checked, free; dS full, free; sums full, free. dS of a tile is multiplied beside the products of the
+// SYNC   mbarriers: keys, values loaded; rows loaded, checked, free; dS full, free; sums full, free. dS of a tile is multiplied beside the products of the
 //        next.
 #include "block/key_walk.cuh"
 #include "ptx/bulk.cuh"
@@ -177,7 +177,7 @@ struct KeyScale {
 
 struct SumMemory {
     u32 key, value, ds, sums;
-    u32 loaded_keys, scaled_keys;       // barriers
+    u32 loaded_keys, loaded_values;     // barriers
     const KeyScale* scale;
     SumRowRing rows;
     Ring<DS_STAGES> ds_ring;
@@ -187,18 +187,18 @@ struct SumMemory {
     FSA_DEVICE u32 sum_tile(int group) const { return sums + group * SUM_BYTES; }
 };
 
-// The producing warpgroup. An exact zero of dS must not meet NaN or infinity; keys that are not finite have made so the statistics of the rows that see them.
+// The consumers. An exact zero of dS must not meet NaN or infinity; keys that are not finite have made so the statistics of the rows that see them.
 FSA_DEVICE void scale_keys(const SumMemory& m) {
-    const int thread = threadIdx.x - CONSUMER_THREADS;
     const f32 scale = m.scale->of_keys;
     const auto scaled = [&](u32 word) { return finite_or_zero(pack2(unpack_lo(word) * scale, unpack_hi(word) * scale)); };
+    constexpr int COPIES = KeyTile::BYTES / 16 / CONSUMER_THREADS;
+    const u32 own = m.key + threadIdx.x * 16;
+    Vec4 v[COPIES];
     barrier_wait(m.loaded_keys, 0);
-    FSA_NO_UNROLL for (u32 at = m.key + thread * 16; at < m.key + KeyTile::BYTES; at += WARPGROUP * 16) {
-        const Vec4 v = load_shared(at);
-        store_shared(at, Vec4{scaled(v.x), scaled(v.y), scaled(v.z), scaled(v.w)});
-    }
+    FSA_UNROLL for (int i = 0; i < COPIES; ++i) v[i] = load_shared(own + i * CONSUMER_THREADS * 16);
+    FSA_UNROLL for (int i = 0; i < COPIES; ++i) store_shared(own + i * CONSUMER_THREADS * 16, Vec4{scaled(v[i].x), scaled(v[i].y), scaled(v[i].z), scaled(v[i].w)});
     fence_async_proxy();
-    barrier_arrive(m.scaled_keys);
+    named_sync(ALL_CONSUMERS, CONSUMER_THREADS);
 }
 
 // One thread for each consuming warpgroup: adds its sums of every tile to grad_query.
@@ -393,51 +393,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
     __shared__ __align__(8) u64 barriers[2 + SumRowRing::BARRIERS + 2 * DS_STAGES + 2 * CONSUMERS];
     __shared__ KeyWork w;       // no role has registers for it
     __shared__ KeyScale scale;
-    if (threadIdx.x == 0) {
-        w = KeyWork::find(p.band, p.num_kv_heads, p.resident);
-        if (BLOCK_MASK && w.rows.keys > 0) w.has_nonfinite_values = has_nonfinite_values(p.band, w.kv_head, w.tokens.key_row + w.rows.first_key, w.rows.keys);
-        const SumScale of_sums = sum_scale(p.sums);
-        scale = {of_sums.scale, p.scale_log2 * of_sums.inverse};
-    }
-    __syncthreads();
-    if (w.rows.keys <= 0) return;
     SumMemory m;
     m.key = shared_address(shared);
     m.value = m.key + KeyTile::BYTES;
     m.ds = m.value + KeyTile::BYTES;
     m.sums = m.ds + DS_STAGES * DS_BYTES;
     m.loaded_keys = shared_address(barriers);
-    m.scaled_keys = m.loaded_keys + 8;
+    m.loaded_values = m.loaded_keys + 8;
     m.scale = &scale;
-    m.rows = SumRowRing::at(m.sums + CONSUMERS * SUM_BYTES, records, m.scaled_keys + 8);
-    m.ds_ring = Ring<DS_STAGES>::at(m.scaled_keys + 8 + 8 * SumRowRing::BARRIERS);
+    m.rows = SumRowRing::at(m.sums + CONSUMERS * SUM_BYTES, records, m.loaded_values + 8);
+    m.ds_ring = Ring<DS_STAGES>::at(m.loaded_values + 8 + 8 * SumRowRing::BARRIERS);
     m.sum_rings = Ring<CONSUMERS>::at(m.ds_ring.full + Ring<DS_STAGES>::BYTES);
+    // What waits for memory, a warp each: a short call is mostly starts and ends of ctas.
     if (threadIdx.x == 0) {
         barrier_init(m.loaded_keys, 1);
-        barrier_init(m.scaled_keys, WARPGROUP);
+        barrier_init(m.loaded_values, 1);
+        barriers_ready();
+        w = KeyWork::find(p.band, p.num_kv_heads, p.resident);
+        if (w.rows.keys > 0) {
+            load_keys(p.key_map, m.key, m.loaded_keys, w);
+            load_keys(p.value_map, m.value, m.loaded_values, w);
+        }
+    } else if (threadIdx.x == 32) {
+        const SumScale of_sums = sum_scale(p.sums);
+        scale = {of_sums.scale, p.scale_log2 * of_sums.inverse};
+    } else if (threadIdx.x == 64) {
         m.rows.open();
         m.ds_ring.open(CONSUMER_THREADS / 32, CONSUMER_THREADS / 32);
         m.sum_rings.open(1, WARPGROUP / 32);
         barriers_ready();
+    } else if (threadIdx.x == 96) {
+        prefetch_map(&p.key_map), prefetch_map(&p.value_map), prefetch_map(&p.query_map), prefetch_map(&p.grad_out_map), prefetch_map(&p.sums_map);
     }
     m.rows.clear_uncovered(p.band);
     __syncthreads();
+    if (w.rows.keys <= 0) return;
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
         registers_shrink<24>();
-        if (threadIdx.x == CONSUMER_THREADS) load_keys(p, m.key, m.value, m.loaded_keys, w);
-        scale_keys(m);
         const int thread = threadIdx.x - CONSUMER_THREADS;
-        if (thread < 32 * SumRowRing::WARPS) m.rows.bring(p, w);
-        else if (thread == WARPGROUP - 32) send_sums(p, m, w, 0);
-        else if (thread == WARPGROUP - 16) send_sums(p, m, w, 1);
+        if (thread < 32 * SumRowRing::WARPS) {
+            if (BLOCK_MASK) {       // nobody else asks
+                if (thread == 0) w.has_nonfinite_values = has_nonfinite_values(p.band, w.kv_head, w.tokens.key_row + w.rows.first_key, w.rows.keys);
+                named_sync(ALL_CHECKERS, 32 * SumRowRing::WARPS);
+            }
+            m.rows.bring(p, w);
+        } else if (thread == WARPGROUP - 32) {
+            send_sums(p, m, w, 0);
+        } else if (thread == WARPGROUP - 16) {
+            send_sums(p, m, w, 1);
+        }
         return;
     }
     registers_grow<240>();
     SumConsumer c = {p, m, group, __shfl_sync(ALL_LANES, scale.of_scores, 0)};     // a plain load makes ptxas spill
     clear(c.grad_key);
     clear(c.grad_value);
-    barrier_wait(m.scaled_keys, 0);
+    scale_keys(m);
+    barrier_wait(m.loaded_values, 0);
     if (w.steps > 0) c.walk(w.steps);
     store_key_sums(p, c.grad_key, p.grad_key, p.scale, 0, w, c.key_low());
     store_key_sums(p, c.grad_value, p.grad_value, 1.0f, 1, w, c.key_low());

@@ -66,20 +66,25 @@ FSA_DEVICE void find_nonfinite(const BlockMaskParams& p, int kv_head) {
     }
 }
 
-// The first warp.
+// The first warp. Where the rows see a window, too (p.window >= 0), the steps from the window's first key on come behind the others, whoever lists them.
 FSA_DEVICE void find_steps(const BlockMaskParams& p, const BandTile& t, i64 list, const TileBlocks& tile) {
     const BlockMask& mask = p.band.mask;
-    const int lane = threadIdx.x & 31, blocks_of_step = max_i(1, p.step_keys / BLOCK_SIZE);
+    const int lane = threadIdx.x & 31, blocks_of_step = max_i(1, p.step_keys / BLOCK_SIZE), end = ceil_div(band_interval(p.band, t).end, p.step_keys);
+    const int near = p.window < 0 ? end : max_i(0, t.position - p.window) / p.step_keys;
     const u32 whole = (1u << blocks_of_step) - 1;
     int count = 0;
-    FSA_NO_UNROLL for (int last = ceil_div(band_interval(p.band, t).end, p.step_keys) - 1; last >= 0; last -= 32) {
-        const int key = max_i(last - lane, 0) * p.step_keys, block = key / BLOCK_SIZE;
-        const bool listed = lane <= last && (tile.any[block >> 5] >> (block & 31) & whole) != 0;
-        const bool by_all = (tile.all[block >> 5] >> (block & 31) & whole) == whole;
-        const u32 votes = __ballot_sync(ALL_LANES, listed);
-        if (listed) mask.steps[list * mask.max_steps + count + __popc(votes & ((1u << lane) - 1))] = key | !by_all;
-        count += __popc(votes);
-    }
+    auto find = [&](int first, int end, bool in_window) {
+        FSA_NO_UNROLL for (int last = end - 1; last >= first; last -= 32) {
+            const int step = last - lane, key = max_i(step, 0) * p.step_keys, block = key / BLOCK_SIZE;
+            const bool listed = step >= first && (in_window || (tile.any[block >> 5] >> (block & 31) & whole) != 0);
+            const bool by_all = (tile.all[block >> 5] >> (block & 31) & whole) == whole && !(in_window && key < t.last_position() - p.window);
+            const u32 votes = __ballot_sync(ALL_LANES, listed);
+            if (listed) mask.steps[list * mask.max_steps + count + __popc(votes & ((1u << lane) - 1))] = key | !by_all;
+            count += __popc(votes);
+        }
+    };
+    find(0, near, false);
+    find(near, end, true);
     if (lane == 0) mask.step_counts[list] = count;
 }
 

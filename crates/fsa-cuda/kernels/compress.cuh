@@ -131,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) compress_windows(co
     const int head = blockIdx.x % p.num_kv_heads, first = blockIdx.x / p.num_kv_heads * CTA_WINDOWS;
     const int row = threadIdx.x / PIECES_PER_ROW, piece = threadIdx.x % PIECES_PER_ROW, window = first + row;
     wait_for_previous();
+    let_next_start();       // behind what is ahead of this kernel, so that the next may read the tables
     const int windows = min_i(p.cu_compressed[p.batch] - first, CTA_WINDOWS);
     WindowCursor cursor;
     bool together = false;      // of one sequence, so that their tokens follow one another

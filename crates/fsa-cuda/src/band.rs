@@ -50,15 +50,21 @@ pub(crate) fn tile_rows(specialisation: &Specialisation) -> usize {
     Cta::of(specialisation).rows
 }
 
+/// Threads of a CTA.
+pub(crate) fn threads(specialisation: &Specialisation) -> usize {
+    Cta::of(specialisation).threads
+}
+
 /// Keys of a step.
 pub(crate) fn step_keys(specialisation: &Specialisation) -> usize {
     Cta::of(specialisation).keys
 }
 
-/// Shared memory of a CTA: queries, keys, values.
+/// Shared memory of a CTA: queries, keys, values; where a tile has three branches, rows on their way out, of one of them and of their sum.
 pub(crate) fn smem_bytes(specialisation: &Specialisation) -> usize {
     let (Cta { rows, keys, stages, .. }, head_dim) = (Cta::of(specialisation), specialisation.head_dim);
-    tile_bytes(rows, head_dim) + 2 * stages * tile_bytes(keys, head_dim)
+    let staged = if specialisation.window_too { 2 } else { 0 };
+    (1 + staged) * tile_bytes(rows, head_dim) + 2 * stages * tile_bytes(keys, head_dim)
 }
 
 /// What the kernel file must agree with.
@@ -100,16 +106,18 @@ impl BandKernel {
         self.band.launch(stream, self.dims(tiles, multiprocessors, params.num_kv_heads as usize), params)
     }
 
-    /// The same of a window and of all keys.
+    /// The same of a window, of all keys and of compressed keys. With `overlaps` from the end of the kernel ahead, which makes the compressed keys
+    /// and nothing else that is read.
     pub(crate) fn launch_both(
         &self,
         stream: &Stream,
         tiles: &RowTiles,
-        multiprocessors: usize,
+        (multiprocessors, overlaps): (usize, bool),
         params: &BandBothParams,
     ) -> Result<()> {
         let heads = params.attention.num_kv_heads as usize;
-        self.both.launch(stream, self.dims(tiles, multiprocessors, heads), params)
+        let dims = LaunchDims { overlaps, ..self.dims(tiles, multiprocessors, heads) };
+        self.both.launch(stream, dims, params)
     }
 
     fn dims(&self, tiles: &RowTiles, multiprocessors: usize, heads: usize) -> LaunchDims {

@@ -57,6 +57,9 @@ const DELTA_HEADS: usize = 8;
 /// looks at.
 const TARGET_BYTES: usize = 16 << 10;
 const OPEN_KEYS: usize = 64;
+/// Most splits whose sum does not go ahead of another attention: it takes places from CTAs that are as long as all that is left. The sum of
+/// more splits takes so long that it has to begin early.
+const FEW_SPLITS: usize = 4;
 /// Elements that a thread of `band_backward_merge` takes.
 const MERGE_ELEMENTS: usize = 4;
 /// Threads of the small kernels.
@@ -280,7 +283,7 @@ impl BandBackwardKernels {
         Ok(())
     }
 
-    /// Adds up what splits left; nothing where there is one. `ahead` is that of what left it.
+    /// Adds up what splits left; nothing where there is one. `ahead` is that of what left it, and holds for many splits.
     pub(crate) fn merge(&self, stream: &Stream, ahead: bool, params: &BandBackwardParams) -> Result<()> {
         if params.splits == 1 {
             return Ok(());
@@ -288,6 +291,7 @@ impl BandBackwardKernels {
         let (band, kv_heads) = (&params.band, params.num_kv_heads as usize);
         let threads = band.total_keys as usize * kv_heads * self.specialisation.head_dim / MERGE_ELEMENTS;
         let dims = dims([threads.div_ceil(SMALL_THREADS), 1, 1], SMALL_THREADS, 0);
+        let ahead = ahead && params.splits as usize > FEW_SPLITS;
         if ahead { self.merge.launch_ahead(stream, dims, params) } else { self.merge.launch(stream, dims, params) }
     }
 }

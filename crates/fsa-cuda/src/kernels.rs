@@ -5,6 +5,7 @@ use crate::attend::AttendKernel;
 use crate::backward::BackwardKernels;
 use crate::band::BandKernel;
 use crate::band_backward::BandBackwardKernels;
+use crate::band_pair::BandPairKernel;
 use crate::band_select::BandSelectKernel;
 use crate::block_mask::BlockMaskKernel;
 use crate::combine::CombineKernels;
@@ -66,6 +67,7 @@ loaded! {
     Backward(BackwardKernels),
     Prepare(PrepareKernel),
     Band(BandKernel),
+    BandPair(BandPairKernel),
     BandBackward(BandBackwardKernels),
     BlockMask(BlockMaskKernel),
     Select(SelectKernel),

@@ -11,8 +11,8 @@
 //! - [`jit`], [`cache`], [`source`]: from a specialisation to a cubin, for any architecture on any machine;
 //! - `params`: what Rust and the kernels must agree on, asserted in every translation unit;
 //! - `index`, `attend`, `reduce`, `backward` (Stage `index`, Stage `selected`), `band`, `band_backward` (Stage `dense`, Stage
-//!   `window`, Stage `compressed`; with `block_mask` the other route of Stage `selected`), `select`, `band_select` (both in one
-//!   pass), `compress`, `compress_linear`, `rope`, `combine`, `prepare`: one host file per kernel, its grid and its shared memory;
+//!   `window`, Stage `compressed`; with `block_mask` the other route of Stage `selected`; `band_pair` that and the
+//!   window in one walk), `select`, `band_select` (both in one pass), `compress`, `compress_linear`, `rope`, `combine`, `prepare`: one host file per kernel, its grid and its shared memory;
 //! - [`measured`]: times of the routes on this machine, on disk;
 //! - [`plan`]: tiles, chunks and workspace from shapes alone;
 //! - [`selected`] and [`stages`], the latter with Stage `nsa`: plan once, launch as often as wanted, on the caller's tensors,
@@ -26,6 +26,7 @@ mod backend;
 mod backward;
 mod band;
 mod band_backward;
+mod band_pair;
 mod band_select;
 mod block_mask;
 pub mod cache;

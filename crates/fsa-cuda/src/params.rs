@@ -267,6 +267,7 @@ device_structs! {
         topk_indices: Address,
         topk: i32,
         step_keys: i32,
+        window: i32,
     }
 
     /// What a CTA of `prepare` fills.
@@ -331,13 +332,22 @@ device_structs! {
         local_blocks: i32,
     }
 
-    /// Parameters of `band` where it goes from a window on to the keys before it.
+    /// Parameters of `band` where it goes from a window on to the keys before it, and to compressed keys.
     struct BandBothParams {
         attention: BandParams,
-        before: Band,
+        compressed: BandParams,
         out: Tensor,
         lse: Address,
         branch: Branch,
+    }
+
+    /// Parameters of `band_pair`.
+    struct BandPairParams {
+        attention: BandParams,
+        out: Tensor,
+        lse: Address,
+        branch: Branch,
+        window: i32,
     }
 
     /// Parameters of `band` where it chooses blocks.

@@ -4,7 +4,7 @@ use crate::arch::KernelSet;
 use crate::band::{BOTH_STEPS, MAX_WINDOW_STEPS_HEAD_DIM, WINDOW_STEPS};
 use crate::band_backward::{MAX_HOPPER_HEAD_DIM, SUMS_HEAD_DIM, WIDE_ROWS};
 use crate::plan::MAX_CTA_SMEM_BYTES;
-use crate::{band_select, params};
+use crate::{band_pair, band_select, params};
 use fsa_core::config::BLOCK_SIZES;
 use fsa_core::{DType, Error};
 use serde::Serialize;
@@ -37,7 +37,9 @@ pub enum Kernel {
     Prepare,
     /// Forward of the stages whose rows see an interval of keys: `dense`, `window`, `compressed`.
     Band,
-    /// Their backward.
+    /// Forward of stage `selected` with a mask and stage `window` in one walk of the keys.
+    BandPair,
+    /// Backward of the stages with an interval of keys.
     BandBackward,
     /// Lists of blocks as masks, with which the two above do stage `selected`.
     BlockMask,
@@ -90,13 +92,14 @@ struct Depends {
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Kernel; 14] = [
+    pub const ALL: [Kernel; 15] = [
         Kernel::Index,
         Kernel::Attend,
         Kernel::Reduce,
         Kernel::Backward,
         Kernel::Prepare,
         Kernel::Band,
+        Kernel::BandPair,
         Kernel::BandBackward,
         Kernel::BlockMask,
         Kernel::Select,
@@ -116,6 +119,7 @@ impl Kernel {
             Kernel::Backward => "backward",
             Kernel::Prepare => "prepare",
             Kernel::Band => "band",
+            Kernel::BandPair => "band_pair",
             Kernel::BandBackward => "band_backward",
             Kernel::BlockMask => "block_mask",
             Kernel::Select => "select",
@@ -129,9 +133,10 @@ impl Kernel {
 
     /// What is not in it would only compile the same kernel again.
     fn depends(self) -> Depends {
-        use Kernel::{Attend, Backward, BandSelect, BlockMask, Index, Prepare, Reduce, Select};
+        use Kernel::{Attend, Backward, BandPair, BandSelect, BlockMask, Index, Prepare, Reduce, Select};
         let rows = !matches!(self, Index | Prepare);
-        let block_size = matches!(self, Index | Attend | Reduce | Backward | BlockMask | Select | BandSelect);
+        let block_size =
+            matches!(self, Index | Attend | Reduce | Backward | BandPair | BlockMask | Select | BandSelect);
         Depends { rows, block_size }
     }
 }
@@ -264,7 +269,7 @@ impl Specialisation {
             Kernel::Attend => crate::attend::smem_bytes(self),
             Kernel::Reduce => crate::reduce::smem_bytes(self, topk),
             Kernel::Backward => crate::backward::smem_bytes(self),
-            Kernel::Band => crate::band::smem_bytes(self),
+            Kernel::Band | Kernel::BandPair => crate::band::smem_bytes(self),
             Kernel::BandBackward => crate::band_backward::smem_bytes(self),
             Kernel::Select => crate::select::usual_smem_bytes(self, topk),
             Kernel::BandSelect => crate::band_select::smem_bytes(self),
@@ -285,6 +290,7 @@ impl Specialisation {
         };
         let fits = match self.kernel {
             Kernel::BandBackward => portable || self.head_dim <= MAX_HOPPER_HEAD_DIM,
+            Kernel::BandPair => self.head_dim <= band_pair::MAX_HEAD_DIM,
             Kernel::BandSelect => self.head_dim <= band_select::MAX_HEAD_DIM,
             Kernel::Band => self.step_keys.is_none() || (!portable && self.head_dim <= MAX_WINDOW_STEPS_HEAD_DIM),
             _ => true,
@@ -301,6 +307,7 @@ impl Specialisation {
             Kernel::Backward => crate::backward::ENTRY_POINTS,
             Kernel::Prepare => crate::prepare::ENTRY_POINTS,
             Kernel::Band => crate::band::entry_points(self),
+            Kernel::BandPair => band_pair::ENTRY_POINTS,
             Kernel::BandBackward => crate::band_backward::entry_points(self),
             Kernel::BlockMask => crate::block_mask::ENTRY_POINTS,
             Kernel::Select => crate::select::ENTRY_POINTS,
@@ -320,7 +327,7 @@ impl Specialisation {
             Kernel::Attend => crate::attend::constants(self),
             Kernel::Reduce => crate::reduce::constants(self),
             Kernel::Backward => crate::backward::constants(self),
-            Kernel::Band => crate::band::constants(self),
+            Kernel::Band | Kernel::BandPair => crate::band::constants(self),
             Kernel::BandBackward => crate::band_backward::constants(self),
             Kernel::BlockMask => crate::block_mask::constants(),
             Kernel::Select => crate::select::constants(self),

@@ -39,6 +39,11 @@ fn few_blocks() -> NsaProblem {
     NsaProblem { topk: 11, ..problem() }
 }
 
+/// The same without rotation and parameters: attention starts under the compression.
+fn few_blocks_of_means() -> NsaProblem {
+    NsaProblem { compressions: [CompressionKind::Mean; 2], rope: false, ..few_blocks() }
+}
+
 /// What a call takes besides its plan.
 struct Call {
     problem: NsaProblem,
@@ -139,8 +144,9 @@ impl Call {
     }
 
     fn plan_forward_with(&self, options: &PlanOptions, saves: bool) -> NsaForward {
-        NsaForward::plan(self.backend.kernels(), &self.problem, Some((&Rope::default(), DIM)), options, saves)
-            .expect("plans")
+        let rope = Rope::default();
+        let rope = self.problem.rope.then_some((&rope, DIM));
+        NsaForward::plan(self.backend.kernels(), &self.problem, rope, options, saves).expect("plans")
     }
 
     /// Bits of `out` and `topk_indices`.
@@ -172,6 +178,7 @@ fn spans(parameters: &[[Option<DeviceBuffer>; 2]; 2]) -> [NsaParameters<'_>; 2] 
 
 /// Memory for what the backward needs.
 struct Saved {
+    rope: bool,
     rotated: [DeviceBuffer; 2],
     compressed: [DeviceBuffer; 2],
     branches: [DeviceBuffer; 3],
@@ -182,6 +189,7 @@ impl Saved {
     fn new(call: &Call) -> Self {
         let (query, key) = (call.query.span().size_bytes(), call.key.span().size_bytes());
         Self {
+            rope: call.problem.rope,
             rotated: [call.memory(query), call.memory(key)],
             compressed: [(); 2].map(|()| call.memory(problem().total_compressed() * HEADS[1] * DIM * 2)),
             branches: [(); 3].map(|()| call.memory(query)),
@@ -191,7 +199,7 @@ impl Saved {
 
     fn tensors(&self) -> NsaSavedTensors<'_> {
         NsaSavedTensors {
-            rotated: Some([of_q(&self.rotated[0]), of_kv(&self.rotated[1])]),
+            rotated: self.rope.then(|| [of_q(&self.rotated[0]), of_kv(&self.rotated[1])]),
             compressed: self.compressed.each_ref().map(of_kv),
             branches: self.branches.each_ref().map(of_q),
             lse: self.lse.each_ref().map(DeviceBuffer::span),
@@ -216,8 +224,8 @@ fn branches_that_share_the_device_give_the_same_bits() {
 }
 
 /// Lists that are made in one pass with compressed attention, where there is such a kernel, in their own, or without scores.
-fn ways_to_list() -> [(NsaProblem, Option<bool>); 3] {
-    [(problem(), Some(true)), (problem(), Some(false)), (few_blocks(), None)]
+fn ways_to_list() -> [(NsaProblem, Option<bool>); 4] {
+    [(problem(), Some(true)), (problem(), Some(false)), (few_blocks(), None), (few_blocks_of_means(), None)]
 }
 
 fn same_bits(problem: NsaProblem, beside_rows: usize, one_pass: Option<bool>) {
@@ -251,7 +259,10 @@ fn same_bits(problem: NsaProblem, beside_rows: usize, one_pass: Option<bool>) {
     // All heads at once, one a pass, and few a pass after the compression of all.
     let compressed = problem.total_compressed() * HEADS[1] * DIM * 2;
     let all = HEADS[1];
-    for (budget_bytes, heads, at_once) in [(256 << 20, all..=all, all), (0, 1..=1, 1), (16 * compressed, 1..=2, all)] {
+    // Where nothing is rotated all fit.
+    let few = if problem.rope { 2 } else { all };
+    for (budget_bytes, heads, at_once) in [(256 << 20, all..=all, all), (0, 1..=1, 1), (16 * compressed, 1..=few, all)]
+    {
         let part = plan(budget_bytes, false);
         assert!(heads.contains(&part.plan_value().kv_heads), "{}", part.plan_value());
         assert_eq!(part.plan_value().compress_heads, at_once, "{}", part.plan_value());

@@ -62,3 +62,22 @@ fn windows_and_lists_of_any_length_conform() {
     };
     check([(0, 2), (1000, 2), (40, 20), (128, 5), (usize::MAX >> 1, 3)].map(of));
 }
+
+/// Tiles of keys in one split and in several: all blocks listed and few, groups of one and of all heads.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn any_number_of_splits_conforms() {
+    let of = |(query, keys, num_q_heads, num_kv_heads, topk): (usize, usize, usize, usize, usize)| Case {
+        query_lens: vec![query],
+        kv_lens: vec![keys],
+        num_q_heads,
+        num_kv_heads,
+        head_dim: 128,
+        value_dim: 128,
+        config: NsaConfig { block_size: 32, topk, local_blocks: 1, window_size: 150, ..NsaConfig::default() },
+        ..Case::new(Stage::Nsa, Pass::Backward, DType::Bf16)
+    };
+    let calls =
+        [(700, 700, 4, 1, 30), (700, 700, 4, 1, 5), (300, 900, 2, 2, 6), (513, 513, 16, 1, 4), (290, 290, 5, 1, 9)];
+    check(calls.map(of));
+}

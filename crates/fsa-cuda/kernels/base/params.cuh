@@ -193,7 +193,7 @@ struct BackwardParams {
 struct BlockMask {
     u32* rows;                  // [num_kv_heads, total_q, words]: bit i of a row is set iff it lists block i of its sequence
     i32* steps;                 // [num_kv_heads, num_tiles, max_steps] steps of which some row of the tile lists a block, the last keys first: first key, odd
-                                // where not every row lists all of the step's blocks
+                                // where not every row lists all of the step's blocks; where there is a window, too, its steps behind the others
     i32* step_counts;           // [num_kv_heads, num_tiles]
     u32* nonfinite;             // [num_kv_heads, value_groups] not 0 where some value of VALUE_ROWS rows is not finite; for Hopper's kernels
     i32 words;                  // bound on the blocks of a sequence / 32
@@ -264,6 +264,7 @@ struct BlockMaskParams {
     const i32* topk_indices;    // [num_kv_heads, total_q, topk]
     i32 topk;
     i32 step_keys;              // keys of a step of the kernel that reads the mask
+    i32 window;                 // earlier keys that the same kernel attends to, too; -1: it does not
 };
 
 struct BandParams {
@@ -279,13 +280,23 @@ struct BandParams {
     TensorMap value_map;        // the same
 };
 
-// Attention to the window that goes on to all keys before it: two attentions of a row, the second to all keys.
+// Attention to the window that goes on to all keys before it, and to compressed keys: three branches of the whole, whose sums, gates and `discards` are those of
+// the first.
 struct BandBothParams {
     BandParams attention;       // to the window
-    Band before;                // the keys before it
-    Tensor out;                 // of the second
+    BandParams compressed;
+    Tensor out;                 // of all keys
     f32* lse;
     Branch branch;
+};
+
+// Attention to the blocks that a row lists and to its window: two attentions from one walk of all steps that either needs.
+struct BandPairParams {
+    BandParams attention;       // to the blocks; the mask has the steps of the window, too
+    Tensor out;                 // of the window
+    f32* lse;
+    Branch branch;              // the same sum and gates
+    i32 window;                 // earlier keys that it shows
 };
 
 // Compressed attention that also chooses blocks: its probabilities, pooled to scores, and what is chosen by them.

@@ -205,15 +205,14 @@ struct KeyTileRows {
 // Tile `number` of `tile_keys` keys of a kv head; without keys where there is none.
 FSA_DEVICE KeyTileRows find_key_tile(const Band& band, int number, int kv_head, int tile_keys) {
     KeyTileRows t = {};
-    if (number >= band.key_tile_base[band.batch]) return t;
     const int s = find_sequence(band.key_tile_base, band.batch, number);
-    t.sequence = band_sequence(band, s);
+    t.sequence = band_sequence(band, s);    // beside the question whether there is such a tile: loads wait for each other otherwise
     t.first_key = (number - band.key_tile_base[s]) * tile_keys;
-    t.keys = min_i(tile_keys, t.sequence.keys - t.first_key);
+    t.keys = number < band.key_tile_base[band.batch] ? min_i(tile_keys, t.sequence.keys - t.first_key) : 0;
     t.first_token = max_i(first_position(band, t.first_key) - t.sequence.position, 0);
     const int end_token = min_i(end_position(band, t.first_key + t.keys - 1) - t.sequence.position, t.sequence.tokens);
     t.group_size = band.group_size;
-    t.rows = (u32)max_i(end_token - t.first_token, 0) * t.group_size;
+    t.rows = t.keys > 0 ? (u32)max_i(end_token - t.first_token, 0) * t.group_size : 0;
     t.first_head = kv_head * band.group_size;
     return t;
 }

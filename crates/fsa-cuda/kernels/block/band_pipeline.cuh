@@ -15,10 +15,6 @@
 #ifndef FSA_BLOCK_SCORES    // an attention leaves the scores of blocks, and chooses by them: 1: one more warpgroup does; 2: the warps that attend do, for their rows
 #define FSA_BLOCK_SCORES 0
 #endif
-#ifndef FSA_WALKS           // 2: a tile of rows goes on to the keys of a second interval, which lie before those of the first
-#define FSA_WALKS 1
-#endif
-constexpr int WALKS = FSA_WALKS;
 constexpr bool BLOCK_SCORES = FSA_BLOCK_SCORES != 0, HAS_CHOOSERS = FSA_BLOCK_SCORES == 1;
 constexpr int CONSUMERS = FSA_CONSUMERS, CTA_ROWS = CONSUMERS * TILE_ROWS, CONSUMER_THREADS = CONSUMERS * WARPGROUP;
 constexpr int WARPGROUPS = CONSUMERS + 1 + HAS_CHOOSERS, THREADS = WARPGROUPS * WARPGROUP;
@@ -52,7 +48,8 @@ struct BandWork {
     BandInterval keys;
     i32 kv_head;
     i32 steps;
-    bool goes_on;               // to keys of a second interval
+    i32 walk;                   // number of the interval, where a tile has several (block/band_walks.cuh)
+    i32 last_row, last_keys;    // of the last of these: the sequence's key 0, and its keys
     const i32* listed;          // with a mask of blocks: the steps, of which there are gaps between
 
     // Number `number` of all heads' tiles, those with the most keys first; steps = 0 where there is no tile or it sees no key.
@@ -60,8 +57,8 @@ struct BandWork {
         BandWork w;
         w.kv_head = number % num_kv_heads;
         w.tile = find_band_tile(band, number / num_kv_heads, w.kv_head);
-        w.walk(band);
-        w.goes_on = false;
+        w.walk = 0;
+        w.meet(band);
         if constexpr (BLOCK_MASK) {
             const i64 list = listed_steps(band, number / num_kv_heads, w.kv_head);
             w.listed = band.mask.steps + list * band.mask.max_steps;
@@ -69,20 +66,10 @@ struct BandWork {
         }
         return w;
     }
-    // The same of a tile that goes on to the keys of `next`.
-    FSA_DEVICE static BandWork find(const Band& band, const Band& next, int number, int num_kv_heads) {
-        BandWork w = find(band, number, num_kv_heads);
-        if constexpr (WALKS == 2) w.goes_on = w.tile.tokens > 0 && end_key(next, w.tile.last_position(), w.tile.keys) > 0;
-        return w;
-    }
-    // Takes the keys of another interval.
-    FSA_DEVICE void walk(const Band& band) {
+    // Takes the keys of an interval.
+    FSA_DEVICE void meet(const Band& band) {
         keys = band_interval(band, tile);
         steps = tile.tokens == 0 ? 0 : ceil_div(max_i(0, keys.end - keys.first), STEP_KEYS);
-    }
-    FSA_DEVICE void go_on(const Band& next) {
-        walk(next);
-        goes_on = false;
     }
     // First key of step n, counted from the last. Scores of blocks are pooled from the first on; they belong to rows that see all keys up to one.
     FSA_DEVICE int key(int n) const { return BLOCK_MASK ? listed[n] & ~1 : BLOCK_SCORES ? n * STEP_KEYS : keys.first + (steps - 1 - n) * STEP_KEYS; }
@@ -90,6 +77,15 @@ struct BandWork {
     FSA_DEVICE bool has_end(int n) const { return BLOCK_SCORES ? key(n) + STEP_KEYS > keys.end_common : keys.needs_mask(key(n), STEP_KEYS); }
     FSA_DEVICE bool has_gaps(int n) const { return BLOCK_MASK && (listed[n] & 1); }
     FSA_DEVICE bool needs_mask(int n) const { return has_end(n) || has_gaps(n); }
+};
+
+// The tiles of a cta, each with the keys of one interval. A kernel whose tiles go on to others has its own of these.
+struct OneWalk {
+    const Band& band;
+    int num_kv_heads;
+
+    FSA_DEVICE BandWork find(int number) const { return BandWork::find(band, number, num_kv_heads); }
+    FSA_DEVICE bool go_on(BandWork&) const { return false; }
 };
 
 // Barriers of a ring of STAGES places in shared memory: `full` counts bytes or arrivals, `empty` one arrival per warp that reads. Who waits for a ring
@@ -139,15 +135,15 @@ struct Checked {
     volatile i32* dirty;        // [STAGES] whether something was cleared
     const u32* nonfinite;       // FLAGGED: bit i % 32 is set if something of kv head i is not finite; steps of other heads are not checked
 
-    FSA_DEVICE bool checks(const BandWork& w, int n) const { return w.needs_mask(n) && (!FLAGGED || *nonfinite >> (w.kv_head & 31) & 1); }
+    FSA_DEVICE bool checks(const BandWork& w, int n) const { return (!FLAGGED || *nonfinite >> (w.kv_head & 31) & 1) && w.needs_mask(n); }
 
     // Checker: goes through all steps of a cta in order. `tile(step)` is the place of a step.
-    template <typename F>
-    FSA_DEVICE void check(const Band& band, const Band& next, int num_kv_heads, int total, const Ring<STAGES>& loaded, F tile) const {
+    template <typename Walks, typename F>
+    FSA_DEVICE void check(const Walks& walks, int total, const Ring<STAGES>& loaded, F tile) const {
         u32 step = 0, count = 0;
         FSA_NO_UNROLL for (int number = blockIdx.x; number < total; number = next_tile(number)) {
-            BandWork w = BandWork::find(band, next, number, num_kv_heads);
-            FSA_NO_UNROLL for (bool more = true; more;) {
+            BandWork w = walks.find(number);
+            FSA_NO_UNROLL do {
                 FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
                     loaded.wait(step);
                     if (checks(w, n)) {
@@ -160,9 +156,7 @@ struct Checked {
                     }
                     loaded.release(step);
                 }
-                more = WALKS == 2 && w.goes_on;
-                if (more) w.go_on(next);
-            }
+            } while (walks.go_on(w));
         }
     }
     // Consumer: waits for the count-th of the steps that are checked.

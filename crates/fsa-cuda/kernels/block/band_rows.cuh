@@ -22,6 +22,7 @@ struct BandSequence {
     i32 position;       // of the first row
     i32 key_row;        // row of key 0 in key and value
     i32 keys;
+    i32 number;
 };
 FSA_DEVICE BandSequence band_sequence(const Band& band, int number) {
     BandSequence s;
@@ -30,6 +31,7 @@ FSA_DEVICE BandSequence band_sequence(const Band& band, int number) {
     s.position = band.cu_seqlens_kv[number + 1] - band.cu_seqlens_kv[number] - s.tokens;
     s.key_row = band.cu_keys[number];
     s.keys = band.cu_keys[number + 1] - s.key_row;
+    s.number = number;
     return s;
 }
 
@@ -41,6 +43,7 @@ struct BandTile {
     i32 position;       // of the first token
     i32 key_row;        // row of the sequence's key 0
     i32 keys;           // of the sequence
+    i32 sequence;
     i32 first_head;     // query head of row 0
     i32 heads;          // that exist
     i32 tile_heads;
@@ -65,6 +68,7 @@ FSA_DEVICE BandTile band_tile(const Band& band, const BandSequence& s, int tile,
     t.position = s.position + first;
     t.key_row = s.key_row;
     t.keys = s.keys;
+    t.sequence = s.number;
     t.first_head = kv_head * band.group_size + first_head;
     t.heads = min_i(band.tile_heads, band.group_size - first_head);
     t.tile_heads = band.tile_heads;

@@ -149,12 +149,10 @@ struct RowRing {
     }
 };
 
-// One thread: the keys and values of the tile.
-FSA_DEVICE void load_keys(const BandBackwardParams& p, u32 key, u32 value, u32 barrier, const KeyWork& w) {
-    barrier_expect(barrier, 2 * KeyTile::BYTES);
-    const int row = w.tokens.key_row + w.rows.first_key;
-    load_tile<CTA_KEYS>(key, &p.key_map, barrier, w.kv_head, row);
-    load_tile<CTA_KEYS>(value, &p.value_map, barrier, w.kv_head, row);
+// One thread: the keys, or values, of the tile.
+FSA_DEVICE void load_keys(const TensorMap& map, u32 tile, u32 barrier, const KeyWork& w) {
+    barrier_expect(barrier, KeyTile::BYTES);
+    load_tile<CTA_KEYS>(tile, &map, barrier, w.kv_head, w.tokens.key_row + w.rows.first_key);
 }
 
 // Sums of 64 keys, of which the thread has key_low and + 8: to the storage type, or to the split's own.

@@ -41,7 +41,7 @@ struct RowLists {
     FSA_DEVICE ListedBlocks from(int key) const {
         if constexpr (!BLOCK_MASK) return {};
         const int block = key / BLOCK_SIZE;
-        return {low[block >> 5] >> (block & 31), high[block >> 5] >> (block & 31)};
+        return {__ldg(low + (block >> 5)) >> (block & 31), __ldg(high + (block >> 5)) >> (block & 31)};
     }
 };
 

@@ -14,6 +14,9 @@ use std::fmt;
 const STEP_COST: usize = 4;
 /// Parts into which the rows of a tile of keys are cut, at most.
 const MAX_SPLITS: usize = 32;
+/// Up to so many splits selected blocks and window in one pass have as many as are nearest to what is wanted: more CTAs, which are shorter,
+/// cost more than they even out. Beyond, as all others, powers of two, of which one too many does less harm.
+const MAX_EXACT_SPLITS: usize = 3;
 /// Splits of compressed attention beside another attention for one of that: so a walk is over long before the longest of the other.
 const BESIDE_SPLITS: usize = 2;
 /// Rows that a split should walk of those that meet a tile of keys, on average.
@@ -240,16 +243,18 @@ impl BandBackwardPlan {
         let kv_heads = options.budget_bytes.checked_div(head_bytes).map_or(all, |heads| heads.clamp(1, all));
         let split_bytes = 2 * problem.total_keys() * kv_heads * sizes.head_dim * size_of::<f32>();
         let left = options.budget_bytes.saturating_sub(kv_heads * head_bytes);
-        let wanted = (3 * facts.multiprocessors / 2).div_ceil((num_key_tiles * kv_heads).max(1));
+        let (ctas, tiles) = (3 * facts.multiprocessors / 2, (num_key_tiles * kv_heads).max(1));
+        let (wanted, nearest) = (ctas.div_ceil(tiles), (2 * ctas + tiles) / (2 * tiles));
         let fits = |splits: &usize| *splits == 1 || splits * split_bytes <= left;
-        let powers = std::iter::successors(Some(1), |splits| Some(2 * splits).filter(|next| *next <= MAX_SPLITS));
+        let is_exact = kernel.window_too && nearest <= MAX_EXACT_SPLITS;
+        let exists = |splits: &usize| splits.is_power_of_two() || is_exact;
         // The largest that fits of those before enough, and before walks are too short: half of the rows meet a tile of keys, all the only one.
         let seen = problem.keys.window_size().map_or(usize::MAX, |window| window.saturating_add(tile_keys));
         let tokens = seen.min(sizes.total_q * (num_key_tiles + 1) / (2 * num_key_tiles).max(1));
         let walks = (tokens * sizes.gqa_group_size() / MIN_SPLIT_ROWS).max(1);
-        let wanted = wanted.next_power_of_two();
+        let wanted = if is_exact { nearest.max(wanted.min(2)) } else { wanted.next_power_of_two() };
         let enough = wanted.min(1 << walks.ilog2()).min(most_splits);
-        let splits = powers.take_while(|splits| *splits <= enough).filter(fits).last().unwrap_or(1);
+        let splits = (1..=enough.min(MAX_SPLITS)).rfind(|splits| exists(splits) && fits(splits)).unwrap_or(1);
         let scaled = kernel_of(kernel, sizes, QuerySums::Scaled);
         let adds_up = options.query_sums.map_or(wanted <= MAX_SUMS_SPLITS, |sums| sums == QuerySums::Scaled);
         let row_key_tiles =

@@ -92,7 +92,7 @@ impl NsaProblem {
         BandProblem { sizes: self.sizes, keys: Keys::Window { window_size: self.window_size } }
     }
 
-    /// The kernel of attention to the window that goes on to all keys.
+    /// The kernel of attention to the window that goes on to all keys, and to compressed keys.
     pub(crate) fn window_too_kernel(&self, set: KernelSet) -> Specialisation {
         self.specialisation(Kernel::Band, set).with_window_too()
     }
@@ -214,8 +214,10 @@ pub struct NsaForwardPlan {
     /// Multiprocessors for the window, where it is attended to beside the selected blocks of the other half of the heads: in a call of
     /// one pass. In one of several, too, the window comes first in the second half, so that sums are rounded in the same order.
     pub window_multiprocessors: Option<usize>,
-    /// Attention to the window goes on to all keys, where rows list all blocks that they see: one walk for both branches.
+    /// Attention to the window goes on to all keys, where rows list all blocks that they see, and to compressed keys: one kernel for all branches.
     pub window_goes_on: bool,
+    /// Selected blocks, by the dense route with a mask, and window are attended to in one walk.
+    pub window_beside: bool,
     /// kv heads that are compressed at a time: those of a pass, or all before the first one.
     pub compress_heads: usize,
     /// Tiles of compressed and of window attention.
@@ -291,8 +293,9 @@ impl NsaForwardPlan {
         let parts = problem.parts(kv_heads, window_multiprocessors);
         let part = problem.with_kv_heads(kv_heads / parts);
         let plan = SelectedPlan::with_lists(&part.selected(), set, facts, &options, Lists::Selected);
-        let window_goes_on =
-            plan.is_unmasked() && window_multiprocessors.is_none() && pass.window_too_kernel(set).exists(1);
+        let one_walk = |kernel: Specialisation| window_multiprocessors.is_none() && kernel.exists(1);
+        let window_goes_on = lists.is_all_blocks() && plan.is_unmasked() && one_walk(pass.window_too_kernel(set));
+        let window_beside = plan.masked().is_some() && one_walk(pass.specialisation(Kernel::BandPair, set));
         let scratch = workspace.add("scratch", plan.workspace().size_bytes().max(before.size_bytes()));
         Ok(Self {
             problem: *problem,
@@ -300,6 +303,7 @@ impl NsaForwardPlan {
             kv_heads,
             window_multiprocessors,
             window_goes_on,
+            window_beside,
             compress_heads,
             attention,
             tables,
@@ -359,8 +363,9 @@ impl fmt::Display for NsaForwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { problem, kv_heads, workspace, .. } = self;
         let saves = if self.saves { ", saves" } else { "" };
-        let goes_on = if self.window_goes_on { ", the window goes on to all keys" } else { "" };
-        write!(f, "nsa forward{saves}: {problem}; {kv_heads} kv heads a pass{goes_on}; {workspace}")
+        let goes_on = if self.window_goes_on { ", one walk of window, all keys and compressed keys" } else { "" };
+        let beside = if self.window_beside { ", selected blocks and window in one walk" } else { "" };
+        write!(f, "nsa forward{saves}: {problem}; {kv_heads} kv heads a pass{goes_on}{beside}; {workspace}")
     }
 }
 
@@ -489,9 +494,7 @@ impl fmt::Display for NsaBackwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { problem, kv_heads, key_ranges, workspace, .. } = self;
         let shares = if self.shares_query_sums { ", one sum of gradients of queries" } else { "" };
-        write!(
-            f,
-            "nsa backward: {problem}; {kv_heads} kv heads a pass, {key_ranges} ranges of keys{shares}; {workspace}"
-        )
+        let passes = format!("{kv_heads} kv heads a pass, {key_ranges} ranges of keys{shares}");
+        write!(f, "nsa backward: {problem}; {passes}; {workspace}")
     }
 }

@@ -54,6 +54,14 @@ impl SelectedPlan {
         matches!(self, Self::DenseMasked(plan) if plan.mask.is_none())
     }
 
+    /// The plan of attention to all keys with a mask, if it is that.
+    pub(crate) fn masked(&self) -> Option<&DensePlan> {
+        match self {
+            Self::DenseMasked(plan) if plan.mask.is_some() => Some(plan),
+            _ => None,
+        }
+    }
+
     /// The kernels that it launches.
     pub(crate) fn kernels(&self, set: KernelSet) -> Vec<Specialisation> {
         match self {

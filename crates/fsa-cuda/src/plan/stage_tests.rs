@@ -169,6 +169,23 @@ fn a_window_goes_on_to_all_keys_where_rows_list_all_blocks() {
 }
 
 #[test]
+fn selected_blocks_and_window_take_one_walk_where_a_mask_is_made() {
+    let (facts, options) = (DeviceFacts::h200(), PlanOptions::default());
+    for saves in [false, true] {
+        for (tokens, beside) in [(1024, false), (1025, true), (2048, true), (65_536, false)] {
+            let plan = forward(&nsa(tokens, (32, 8), false), saves);
+            assert_eq!(plan.window_beside, beside, "{plan}");
+            assert!(!(plan.window_beside && plan.window_goes_on));
+        }
+        let mut long_vectors = nsa(2048, (32, 8), false);
+        long_vectors.sizes.head_dim = 192;
+        assert!(!forward(&long_vectors, saves).window_beside);
+        let portable = NsaForwardPlan::new(&nsa(2048, (32, 8), false), KernelSet::Sm80, &facts, &options, saves);
+        assert!(!portable.expect("fits").window_beside);
+    }
+}
+
+#[test]
 fn lists_are_made_without_scores_where_rows_list_all_blocks() {
     let facts = DeviceFacts::h200();
     let lists = |problem: &NsaProblem, set, options: &PlanOptions| {
@@ -196,13 +213,28 @@ fn lists_are_made_without_scores_where_rows_list_all_blocks() {
 
 #[test]
 fn compressed_attention_runs_beside_selected_blocks_and_window_in_scratch_of_its_own() {
-    for (tokens, splits) in [(1024, 8), (2048, 4), (4096, 2)] {
+    for (tokens, splits) in [(512, 8), (1024, 4), (2048, 4), (4096, 2)] {
         let plan = backward(&nsa(tokens, (32, 8), false));
         assert_eq!(plan.compressed.splits, splits, "{plan}");
         assert!(plan.compressed_scratch.offset >= plan.scratch.offset + plan.scratch.bytes, "{plan}");
     }
     let long = backward(&nsa(65_536, (32, 8), false));
     assert_eq!(long.compressed_scratch, long.scratch, "{long}");
+}
+
+#[test]
+fn selected_blocks_and_window_have_about_three_ctas_for_two_multiprocessors() {
+    let (facts, options) = (DeviceFacts::h200(), PlanOptions::default());
+    let splits = |tokens, kv_heads| {
+        let problem = nsa(tokens, (32, kv_heads), false);
+        let device = (KernelSet::Sm90, &facts);
+        let plan = SelectedBackwardPlan::of_branch(&problem.selected(), device, &options, problem.window_size);
+        plan.attention().expect("one pass").splits
+    };
+    let lengths = [512, 768, 1024, 1280, 1536, 2048, 3072, 3584, 4096];
+    assert_eq!(lengths.map(|tokens| splits(tokens, 8)), [4, 4, 3, 2, 2, 2, 2, 1, 1]);
+    assert_eq!([1024, 2048, 4096].map(|tokens| splits(tokens, 32)), [1, 1, 1]);
+    assert_eq!([1024, 2048, 4096].map(|tokens| splits(tokens, 2)), [16, 8, 3]);
 }
 
 #[test]

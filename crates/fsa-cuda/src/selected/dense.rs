@@ -16,22 +16,29 @@ use std::sync::Arc;
 
 /// What makes masks; nothing where every row lists all its blocks.
 #[derive(Debug)]
-struct MaskStep {
+pub(crate) struct MaskStep {
     kernel: Option<(Arc<BlockMaskKernel>, MaskPlan)>,
     problem: BandProblem,
     topk: usize,
+    /// Earlier keys that the kernel attends to, too; -1 if it does not.
+    window: i32,
     is_portable: bool,
 }
 
 impl MaskStep {
-    fn new(kernels: &Kernels, problem: &Problem, band: BandProblem, mask: Option<MaskPlan>) -> Result<Self> {
+    pub(crate) fn new(kernels: &Kernels, problem: &Problem, band: BandProblem, mask: Option<MaskPlan>) -> Result<Self> {
         let specialisation = problem.sizes().specialisation(Kernel::BlockMask, kernels.set(), problem.block_size);
         let kernel = match mask {
             None => None,
             Some(mask) => Some((kernels.one(&specialisation)?, mask)),
         };
         let is_portable = kernels.set() == KernelSet::Sm80;
-        Ok(Self { kernel, problem: band, topk: problem.topk, is_portable })
+        Ok(Self { kernel, problem: band, topk: problem.topk, window: -1, is_portable })
+    }
+
+    /// The same for a kernel that attends to a window, too.
+    pub(crate) fn with_window(self, window: i32) -> Self {
+        Self { window, ..self }
     }
 
     /// The mask in its workspace.
@@ -40,7 +47,7 @@ impl MaskStep {
     }
 
     /// Fills the mask.
-    fn launch(
+    pub(crate) fn launch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
@@ -57,6 +64,7 @@ impl MaskStep {
             topk_indices: tensors.topk_indices.address(),
             topk: self.topk as i32,
             step_keys: plan.step_keys as i32,
+            window: self.window,
         };
         kernel.launch(context.stream, self.problem.sizes.num_kv_heads, &params)?;
         Ok(mask)

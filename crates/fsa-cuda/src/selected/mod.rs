@@ -11,6 +11,8 @@ mod forward;
 mod route;
 mod tensors;
 
+pub(crate) use dense::MaskStep;
+
 pub use crate::launch::{LaunchContext, TensorSpan};
 pub use route::{SelectedBackward, SelectedForward};
 pub(crate) use tensors::WholeGrads;

@@ -17,6 +17,7 @@
 mod band;
 mod band_both;
 mod band_calls;
+mod band_pair;
 mod combine;
 mod compress;
 mod nsa;

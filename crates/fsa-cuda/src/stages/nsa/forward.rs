@@ -14,6 +14,7 @@ use crate::selected::SelectedForward;
 use crate::source::Kernel;
 use crate::stages::band::BandStep;
 use crate::stages::band_both::BandBothStep;
+use crate::stages::band_pair::BandPairStep;
 use crate::stages::compress::CompressStep;
 use crate::stages::select::{SelectMemory, SelectStep};
 use crate::stages::tensors::passes;
@@ -38,7 +39,8 @@ pub struct NsaForward {
     prepare: Arc<PrepareKernel>,
     compress: [CompressStep; 2],
     rope: Option<RopeTurn>,
-    select: SelectStep,
+    /// None where the other branches come with it.
+    select: Option<SelectStep>,
     local: Local,
     replays: Replays,
 }
@@ -46,8 +48,10 @@ pub struct NsaForward {
 /// Attention to the selected blocks and to the window.
 #[derive(Debug)]
 enum Local {
-    /// In one walk of all keys.
+    /// In one walk of all keys, and to the compressed keys, too.
     Both(BandBothStep),
+    /// In one walk of the blocks that some row lists and the window.
+    Pair(Box<BandPairStep>),
     Apart(Box<SelectedForward>, BandStep),
 }
 
@@ -83,24 +87,31 @@ impl NsaForward {
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
         let selected = SelectedPlan::with_lists(&plan.part().selected(), set, facts, &options, Lists::Selected);
         let mut all = pass.kernels(set, &[]);
-        all.extend(pass.select().kernels(set, &plan.lists));
+        if !plan.window_goes_on {
+            all.extend(pass.select().kernels(set, &plan.lists));
+        }
         if plan.window_goes_on {
             all.push(pass.window_too_kernel(set));
+        } else if plan.window_beside {
+            all.extend([Kernel::BlockMask, Kernel::BandPair].map(|kernel| pass.specialisation(kernel, set)));
         } else {
             all.push(plan.part().window().kernel(set, &plan.attention));
             all.extend(selected.kernels(set));
         }
         kernels.get(&all)?;
         let [key, value] = problem.with_kv_heads(plan.compress_heads).compress();
-        let local = if plan.window_goes_on {
-            let kernel = pass.window_too_kernel(set);
-            Local::Both(BandBothStep::new(kernels, &pass.window(), plan.attention, kernel)?)
+        let select = || SelectStep::new(kernels, &pass.select(), plan.attention, &plan.lists);
+        let (select, local) = if plan.window_goes_on {
+            (None, Local::Both(BandBothStep::new(kernels, &plan)?))
+        } else if let (true, Some(dense)) = (plan.window_beside, selected.masked()) {
+            let (dense, kernel) = (dense.clone(), pass.specialisation(Kernel::BandPair, set));
+            (Some(select()?), Local::Pair(Box::new(BandPairStep::new(kernels, dense, pass.window_size, kernel)?)))
         } else {
             let mut window = BandStep::new(kernels, &plan.part().window(), plan.attention)?;
             if let (true, Some(multiprocessors)) = (plan.is_halved(), plan.window_multiprocessors) {
                 window.multiprocessors = multiprocessors;
             }
-            Local::Apart(Box::new(SelectedForward::of(kernels, selected)?), window)
+            (Some(select()?), Local::Apart(Box::new(SelectedForward::of(kernels, selected)?), window))
         };
         Ok(Self {
             kernels: Arc::clone(kernels),
@@ -110,7 +121,7 @@ impl NsaForward {
                 CompressStep::new(kernels, &value, plan.compress[1])?,
             ],
             rope: rope.map(|(rope, dim)| RopeTurn::plan(kernels, &pass.sizes, rope, dim)).transpose()?,
-            select: SelectStep::new(kernels, &pass.select(), plan.attention, &plan.lists)?,
+            select,
             local,
             replays: Replays::default(),
             plan,
@@ -220,6 +231,16 @@ impl NsaForward {
         })
     }
 
+    /// Whether the kernel ahead of a pass's attention makes compressed keys and values and waits for the tables, and nothing else that attention
+    /// reads is made behind these.
+    fn follows_compression(&self) -> bool {
+        let [key, value] = &self.compress;
+        self.rope.is_none()
+            && !self.compresses_first()
+            && self.plan.problem.total_compressed() > 0
+            && key.goes_with(value)
+    }
+
     /// Whether all heads are compressed before the first of several passes.
     fn compresses_first(&self) -> bool {
         self.plan.compress_heads > self.plan.kv_heads
@@ -311,12 +332,20 @@ impl NsaForward {
         let lists = recompute.is_none().then_some(&tensors.topk_indices);
         let memory = SelectMemory { tables, workspace: &workspace, scratch: &self.plan.scratch.span(&workspace) };
         let branch = self.branch(0, tensors);
-        self.select.launch(stream, batch, memory, (&compressed, branch, lists), softmax_scale)?;
+        if let Some(select) = &self.select {
+            select.launch(stream, batch, memory, (&compressed, branch, lists), softmax_scale)?;
+        }
         let (selected, window) = match &self.local {
             Local::Both(both) => {
-                let works = [2, 1].map(|branch| (local_attention(branch, tensors, state), branch));
+                let local = |number| (local_attention(number, tensors, state), self.branch(number as i32, tensors));
+                let (works, on) = ([(compressed, branch), local(1), local(2)], (stream, self.follows_compression()));
+                return both.launch(on, batch, (&self.plan.attention, tables), works, softmax_scale);
+            }
+            Local::Pair(pair) => {
+                let works = [1, 2].map(|branch| (local_attention(branch, tensors, state), branch));
                 let works = works.each_ref().map(|(work, branch)| (work, self.branch(*branch as i32, tensors)));
-                return both.launch(stream, batch, tables, works, softmax_scale);
+                let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
+                return pair.launch(&context, batch, (tables, tensors.topk_indices), works, softmax_scale);
             }
             Local::Apart(selected, window) => (selected, window),
         };

@@ -1,0 +1,66 @@
+//! Stage `selected` by the dense route and Stage `window` in one walk of the keys, inside the whole operation.
+
+use super::AttentionTensors;
+use super::band::attention_params;
+use crate::band::step_keys;
+use crate::band_pair::BandPairKernel;
+use crate::driver::{DeviceBatch, DeviceSpan};
+use crate::kernels::Kernels;
+use crate::launch::LaunchContext;
+use crate::params::{BandPairParams, Branch};
+use crate::plan::{DensePlan, Tables};
+use crate::selected::MaskStep;
+use crate::source::Specialisation;
+use fsa_core::Result;
+use std::sync::Arc;
+
+/// Attention to the blocks that rows list and to their window, for calls that fill the tables themselves.
+#[derive(Debug)]
+pub(super) struct BandPairStep {
+    plan: DensePlan,
+    window_size: i32,
+    mask: MaskStep,
+    kernel: Arc<BandPairKernel>,
+    specialisation: Specialisation,
+    multiprocessors: usize,
+}
+
+impl BandPairStep {
+    /// `plan` has a mask.
+    pub(super) fn new(
+        kernels: &Kernels,
+        plan: DensePlan,
+        window_size: usize,
+        specialisation: Specialisation,
+    ) -> Result<Self> {
+        let (kernel, multiprocessors) = (kernels.one(&specialisation)?, kernels.device().facts().multiprocessors);
+        let window_size = i32::try_from(window_size).unwrap_or(i32::MAX);
+        let mask = MaskStep::new(kernels, &plan.problem, plan.band(), plan.mask)?.with_window(window_size);
+        Ok(Self { plan, window_size, mask, kernel, specialisation, multiprocessors })
+    }
+
+    /// What becomes of the blocks, then of the window: both add to one sum. The workspace is what the plan's scratch lies in.
+    pub(super) fn launch(
+        &self,
+        context: &LaunchContext<'_>,
+        batch: &DeviceBatch<'_>,
+        (tables, topk_indices): (&Tables, DeviceSpan<'_>),
+        [selected, (tensors, branch)]: [(&AttentionTensors<'_>, Branch); 2],
+        softmax_scale: f32,
+    ) -> Result<()> {
+        let DensePlan { problem, tiles, workspace, .. } = &self.plan;
+        workspace.check(&context.workspace)?;
+        if problem.total_q == 0 {
+            return Ok(());
+        }
+        let mask = self.mask.launch(context, batch, (tiles, tables), &selected.0.selected(topk_indices))?;
+        let band = self.plan.band();
+        let call = (&band, tiles, self.specialisation.set);
+        let boxes = (step_keys(&self.specialisation), 1);
+        let mut attention = attention_params(call, (batch, tables), selected, boxes, softmax_scale)?;
+        attention.band.mask = mask;
+        let (out, lse) = (tensors.out.device(), branch.lse(tensors.lse.address()));
+        let params = BandPairParams { attention, out, lse, branch, window: self.window_size };
+        Ok(self.kernel.launch(context.stream, tiles, self.multiprocessors, &params)?)
+    }
+}
