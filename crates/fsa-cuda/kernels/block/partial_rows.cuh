@@ -69,7 +69,8 @@ struct PackedRow {
         row = at;
         keep = kept;
         power = power_of_two(LARGEST_EXPONENT - exponent);
-        return reciprocal * power_of_two(exponent - LARGEST_EXPONENT);
+        // The power may be beyond f32 where the product is not: sums of weights are up to 64.
+        return reciprocal * power_of_two(exponent - LARGEST_EXPONENT - 32) * 0x1p32f;
     }
     // Stores what is complete with a piece. In a branch of its own: within one block of instructions ptxas moves the wait for the next piece up before it.
     template <typename Pack>
