@@ -23,8 +23,8 @@ fn check(cases: impl IntoIterator<Item = Case>) {
 /// Rows that see more blocks than they list, so that there is a mask.
 fn case(dtype: DType, config: NsaConfig) -> Case {
     Case {
-        query_lens: vec![150, 0, 33, 700],
-        kv_lens: vec![150, 40, 161, 900],
+        query_lens: vec![150, 0, 33, 210],
+        kv_lens: vec![150, 40, 161, 460],
         num_q_heads: 6,
         num_kv_heads: 2,
         head_dim: 128,
@@ -42,7 +42,7 @@ fn usual() -> NsaConfig {
 #[ignore = "needs a CUDA device"]
 fn generated_cases_conform() {
     for dtype in [DType::Bf16, DType::F16] {
-        check((0..40).map(|number| generate(Stage::Nsa, Pass::Forward, dtype, 3, number)));
+        check((0..16).map(|number| generate(Stage::Nsa, Pass::Forward, dtype, 3, number)));
     }
 }
 
