@@ -87,16 +87,16 @@ impl NsaForward {
         let options = PlanOptions { budget_bytes: plan.stage_budget_bytes, ..options };
         let selected = SelectedPlan::with_lists(&plan.part().selected(), set, facts, &options, Lists::Selected);
         let mut all = pass.kernels(set, &[]);
-        if !plan.window_goes_on {
-            all.extend(pass.select().kernels(set, &plan.lists));
-        }
         if plan.window_goes_on {
             all.push(pass.window_too_kernel(set));
-        } else if plan.window_beside {
-            all.extend([Kernel::BlockMask, Kernel::BandPair].map(|kernel| pass.specialisation(kernel, set)));
         } else {
-            all.push(plan.part().window().kernel(set, &plan.attention));
-            all.extend(selected.kernels(set));
+            all.extend(pass.select().kernels(set, &plan.lists));
+            if plan.window_beside {
+                all.extend([Kernel::BlockMask, Kernel::BandPair].map(|kernel| pass.specialisation(kernel, set)));
+            } else {
+                all.push(plan.part().window().kernel(set, &plan.attention));
+                all.extend(selected.kernels(set));
+            }
         }
         kernels.get(&all)?;
         let [key, value] = problem.with_kv_heads(plan.compress_heads).compress();
