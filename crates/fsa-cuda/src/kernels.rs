@@ -11,14 +11,14 @@ use crate::block_mask::BlockMaskKernel;
 use crate::combine::CombineKernels;
 use crate::compress::CompressKernels;
 use crate::compress_linear::CompressLinearKernels;
-use crate::driver::{Device, Module};
+use crate::driver::{Device, Module, ReplaysOf};
 use crate::environment::Environment;
 use crate::error::Result as CudaResult;
 use crate::index::IndexKernels;
 use crate::jit::Compiler;
 use crate::lanes::Lanes;
 use crate::measured::MeasuredRoutes;
-use crate::plan::{Pass, PlanOptions, Problem, Routing, Sizes};
+use crate::plan::{BackwardPlan, ForwardPlan, Pass, PlanOptions, Problem, Routing, Sizes};
 use crate::prepare::PrepareKernel;
 use crate::reduce::ReduceKernel;
 use crate::rope::RopeKernel;
@@ -78,6 +78,13 @@ loaded! {
     Combine(CombineKernels),
 }
 
+/// Calls of stage `selected` that are replayed.
+#[derive(Debug, Default)]
+pub(crate) struct SelectedCalls {
+    pub(crate) forward: ReplaysOf<ForwardPlan>,
+    pub(crate) backward: ReplaysOf<BackwardPlan>,
+}
+
 /// A device, its compiler, and what was loaded so far.
 #[derive(Debug)]
 pub struct Kernels {
@@ -87,6 +94,7 @@ pub struct Kernels {
     loaded: RwLock<HashMap<Specialisation, Loaded>>,
     lanes: Lanes,
     sides: Lanes,
+    selected_calls: SelectedCalls,
     routing: Routing,
     query_sums: Option<QuerySums>,
     one_pass: Option<bool>,
@@ -107,8 +115,19 @@ impl Kernels {
         let compiler = Compiler::new(environment);
         let measured = MeasuredRoutes::new(environment.cache_dir.clone(), &device.facts().name, set);
         let Environment { routing, query_sums, one_pass, .. } = *environment;
-        let loaded = RwLock::default();
-        Ok(Arc::new(Self { device, compiler, set, loaded, lanes, sides, routing, query_sums, one_pass, measured }))
+        Ok(Arc::new(Self {
+            device,
+            compiler,
+            set,
+            loaded: RwLock::default(),
+            lanes,
+            sides,
+            selected_calls: SelectedCalls::default(),
+            routing,
+            query_sums,
+            one_pass,
+            measured,
+        }))
     }
 
     /// The device.
@@ -168,6 +187,11 @@ impl Kernels {
     /// Streams beside those of [`lanes`](Self::lanes), for a stage that runs beside one that has these. A call takes them first.
     pub(crate) fn sides(&self) -> &Lanes {
         &self.sides
+    }
+
+    /// Calls of stage `selected`, by their plans.
+    pub(crate) fn selected_calls(&self) -> &SelectedCalls {
+        &self.selected_calls
     }
 
     fn find(&self, specialisation: &Specialisation) -> Option<Loaded> {

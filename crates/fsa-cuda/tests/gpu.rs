@@ -237,6 +237,14 @@ fn a_call_that_comes_again_is_replayed_on_the_data_of_the_day() {
     for workspace in [&workspaces[0]; 3].into_iter().chain(&workspaces).chain(&workspaces).chain([&workspaces[0]]) {
         assert_eq!(run(workspace), direct);
     }
+    // Planned anew, and with another plan in between.
+    let other = PlanOptions { budget_bytes: 1 << 30, ..options };
+    for options in [options, other, options, other, options, other] {
+        let again = Small::new(&backend, &stream, &options);
+        let workspace = DeviceBuffer::new(device, "workspace", again.forward.workspace_bytes()).expect("memory");
+        again.launch(&LaunchContext { stream: &stream, workspace: workspace.span() }).expect("launches");
+        assert_eq!(again.lse(&stream), direct);
+    }
     let none = vec![-1i32; 4 * small.problem.total_q];
     small.tensors[4].upload(&none, &stream).expect("uploads");
     assert!(run(&workspaces[0]).iter().all(|lse| *lse == f32::NEG_INFINITY), "rows that list nothing");

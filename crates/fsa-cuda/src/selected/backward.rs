@@ -20,7 +20,7 @@ pub(super) struct KvOuterBackward {
     plan: BackwardPlan,
     index: Arc<IndexKernels>,
     backward: Arc<BackwardKernels>,
-    replays: Replays,
+    replays: Arc<Replays>,
 }
 
 /// What the launches of one pass share.
@@ -50,10 +50,10 @@ impl KvOuterBackward {
         match &kernels.get(&specialisations)?[..] {
             [Loaded::Index(index), Loaded::Backward(backward)] => Ok(Self {
                 kernels: Arc::clone(kernels),
+                replays: kernels.selected_calls().backward.get(&plan),
                 plan,
                 index: Arc::clone(index),
                 backward: Arc::clone(backward),
-                replays: Replays::default(),
             }),
             other => unreachable!("kernels come in the order in which they were asked for: {other:?}"),
         }

@@ -22,7 +22,7 @@ pub(super) struct KvOuterForward {
     index: Arc<IndexKernels>,
     attend: Arc<AttendKernel>,
     reduce: Arc<ReduceKernel>,
-    replays: Replays,
+    replays: Arc<Replays>,
 }
 
 /// What the launches of one pass share.
@@ -47,11 +47,11 @@ impl KvOuterForward {
             [Loaded::Index(index), Loaded::Attend(attend), Loaded::Reduce(reduce)] => Ok(Self {
                 kernels: Arc::clone(kernels),
                 set: specialisations[1].set,
+                replays: kernels.selected_calls().forward.get(&plan),
                 plan,
                 index: Arc::clone(index),
                 attend: Arc::clone(attend),
                 reduce: Arc::clone(reduce),
-                replays: Replays::default(),
             }),
             other => unreachable!("kernels come in the order in which they were asked for: {other:?}"),
         }
