@@ -11,14 +11,17 @@ use crate::block_mask::BlockMaskKernel;
 use crate::combine::CombineKernels;
 use crate::compress::CompressKernels;
 use crate::compress_linear::CompressLinearKernels;
-use crate::driver::{Device, Module, ReplaysOf};
+use crate::driver::{Device, Module, Replays};
 use crate::environment::Environment;
 use crate::error::Result as CudaResult;
 use crate::index::IndexKernels;
 use crate::jit::Compiler;
+use crate::kept::Kept;
 use crate::lanes::Lanes;
 use crate::measured::MeasuredRoutes;
-use crate::plan::{BackwardPlan, ForwardPlan, Pass, PlanOptions, Problem, Routing, Sizes};
+use crate::plan::{
+    BackwardPlan, ForwardPlan, Pass, PlanOptions, Problem, Routing, SelectedBackwardPlan, SelectedPlan, Sizes,
+};
 use crate::prepare::PrepareKernel;
 use crate::reduce::ReduceKernel;
 use crate::rope::RopeKernel;
@@ -78,11 +81,13 @@ loaded! {
     Combine(CombineKernels),
 }
 
-/// Calls of stage `selected` that are replayed.
+/// Plans of stage `selected` and their calls, so that a call that comes again costs the host no more where it is planned anew.
 #[derive(Debug, Default)]
 pub(crate) struct SelectedCalls {
-    pub(crate) forward: ReplaysOf<ForwardPlan>,
-    pub(crate) backward: ReplaysOf<BackwardPlan>,
+    pub(crate) forward_plans: Kept<(Problem, PlanOptions), SelectedPlan>,
+    pub(crate) backward_plans: Kept<(Problem, PlanOptions), SelectedBackwardPlan>,
+    pub(crate) forward: Kept<ForwardPlan, Replays>,
+    pub(crate) backward: Kept<BackwardPlan, Replays>,
 }
 
 /// A device, its compiler, and what was loaded so far.
@@ -189,7 +194,7 @@ impl Kernels {
         &self.sides
     }
 
-    /// Calls of stage `selected`, by their plans.
+    /// Plans and calls of stage `selected`.
     pub(crate) fn selected_calls(&self) -> &SelectedCalls {
         &self.selected_calls
     }

@@ -39,6 +39,7 @@ mod environment;
 mod error;
 mod index;
 pub mod jit;
+mod kept;
 mod kernels;
 mod lanes;
 mod launch;

@@ -63,9 +63,13 @@ impl MeasuredRoutes {
     /// What was measured for the shapes of a call.
     pub fn get(&self, problem: &Problem, pass: Pass) -> Option<RouteTimes> {
         let class = class(problem, pass);
-        let path = self.path(&class)?;
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        *known.entry(class).or_insert_with(|| decode(&std::fs::read_to_string(path).ok()?))
+        if let Some(times) = known.get(&class) {
+            return *times;
+        }
+        let times = self.path(&class).and_then(|path| decode(&std::fs::read_to_string(path).ok()?));
+        known.insert(class, times);
+        times
     }
 
     /// Keeps a measurement; false if it could not be written, which is no error.

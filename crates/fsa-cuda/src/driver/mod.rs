@@ -23,7 +23,7 @@ pub use memory::{Address, DeviceBuffer, DeviceSpan};
 pub use module::Module;
 pub(crate) use module::{Function, KernelParams, LaunchDims};
 pub use nvrtc::{Compiled, Nvrtc};
-pub(crate) use replay::{Call, Replays, ReplaysOf};
+pub(crate) use replay::{Call, Replays};
 pub use stream::{Event, Stream};
 pub(crate) use tensor_map::{Boxes, MapWords};
 

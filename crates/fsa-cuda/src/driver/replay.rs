@@ -8,9 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Calls of one plan that are kept; of more, the one that was not used for longest is forgotten.
 const KEPT: usize = 16;
 
-/// Plans whose calls are kept when the plan is gone.
-const KEPT_PLANS: usize = 16;
-
 /// A call: every address, stride and number that it gives to the device.
 pub(crate) type Call = Vec<u64>;
 
@@ -40,37 +37,6 @@ struct State {
 #[derive(Debug, Default)]
 pub(crate) struct Replays {
     state: Mutex<State>,
-}
-
-/// The calls of the last plans, for callers who plan every call anew: equal plans share them.
-#[derive(Debug)]
-pub(crate) struct ReplaysOf<P> {
-    plans: Mutex<Vec<(P, Arc<Replays>)>>,
-}
-
-impl<P> Default for ReplaysOf<P> {
-    fn default() -> Self {
-        Self { plans: Mutex::default() }
-    }
-}
-
-impl<P: Clone + PartialEq> ReplaysOf<P> {
-    /// The calls of `plan`, from which everything follows that a call does not name.
-    pub(crate) fn get(&self, plan: &P) -> Arc<Replays> {
-        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = plans.iter().position(|(known, _)| known == plan);
-        // The last one was used last.
-        let found = match place {
-            Some(place) => plans.remove(place),
-            None => (plan.clone(), Arc::default()),
-        };
-        if plans.len() == KEPT_PLANS {
-            plans.remove(0);
-        }
-        let replays = Arc::clone(&found.1);
-        plans.push(found);
-        replays
-    }
 }
 
 impl Replays {
@@ -123,28 +89,5 @@ impl State {
         } else if let Some(oldest) = self.known.iter_mut().min_by_key(|known| known.used) {
             *oldest = known;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn equal_plans_share_their_calls_until_others_came() {
-        let kept = ReplaysOf::default();
-        let first = kept.get(&0);
-        for plan in 1..KEPT_PLANS {
-            assert!(!Arc::ptr_eq(&kept.get(&plan), &first), "another plan");
-        }
-        assert!(Arc::ptr_eq(&kept.get(&0), &first), "the same plan");
-        for plan in 1..KEPT_PLANS {
-            kept.get(&(KEPT_PLANS + plan));
-        }
-        assert!(Arc::ptr_eq(&kept.get(&0), &first), "the last one that was used before them");
-        for plan in 1..=KEPT_PLANS {
-            kept.get(&plan);
-        }
-        assert!(!Arc::ptr_eq(&kept.get(&0), &first), "no more than a number of plans is kept");
     }
 }

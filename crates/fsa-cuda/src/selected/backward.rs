@@ -50,7 +50,7 @@ impl KvOuterBackward {
         match &kernels.get(&specialisations)?[..] {
             [Loaded::Index(index), Loaded::Backward(backward)] => Ok(Self {
                 kernels: Arc::clone(kernels),
-                replays: kernels.selected_calls().backward.get(&plan),
+                replays: kernels.selected_calls().backward.get(&plan, Replays::default),
                 plan,
                 index: Arc::clone(index),
                 backward: Arc::clone(backward),

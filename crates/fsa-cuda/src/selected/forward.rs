@@ -47,7 +47,7 @@ impl KvOuterForward {
             [Loaded::Index(index), Loaded::Attend(attend), Loaded::Reduce(reduce)] => Ok(Self {
                 kernels: Arc::clone(kernels),
                 set: specialisations[1].set,
-                replays: kernels.selected_calls().forward.get(&plan),
+                replays: kernels.selected_calls().forward.get(&plan, Replays::default),
                 plan,
                 index: Arc::clone(index),
                 attend: Arc::clone(attend),

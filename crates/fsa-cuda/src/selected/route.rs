@@ -33,7 +33,9 @@ impl SelectedForward {
     pub fn plan(kernels: &Arc<Kernels>, problem: &Problem, options: &PlanOptions) -> Result<Self> {
         problem.check(kernels.device().facts(), &[])?;
         let options = kernels.routed(problem, Pass::Forward, options);
-        Self::of(kernels, SelectedPlan::new(problem, kernels.set(), kernels.device().facts(), &options))
+        let make = || SelectedPlan::new(problem, kernels.set(), kernels.device().facts(), &options);
+        let plan = kernels.selected_calls().forward_plans.get(&(*problem, options), make);
+        Self::of(kernels, (*plan).clone())
     }
 
     /// Makes the kernels of a plan ready.
@@ -110,7 +112,9 @@ impl SelectedBackward {
     pub fn plan(kernels: &Arc<Kernels>, problem: &Problem, options: &PlanOptions) -> Result<Self> {
         problem.check(kernels.device().facts(), &[])?;
         let options = kernels.routed(problem, Pass::Backward, options);
-        Self::of(kernels, SelectedBackwardPlan::new(problem, kernels.set(), kernels.device().facts(), &options))
+        let make = || SelectedBackwardPlan::new(problem, kernels.set(), kernels.device().facts(), &options);
+        let plan = kernels.selected_calls().backward_plans.get(&(*problem, options), make);
+        Self::of(kernels, (*plan).clone())
     }
 
     /// Makes the kernels of a plan ready.
