@@ -2,18 +2,16 @@
 //        of keys meets its rows once, for grad_key and grad_value and for its part of grad_query, which is added to the target itself, as f16 in the place of
 //        bf16 and scaled so that nothing overflows (block/query_sums.cuh). The order of these additions is that of time.
 //        The factor of the sums is that of the keys in shared memory, so that no sum is multiplied by it; scores give it back in the factor of their exponents.
-//        band_sums_open clears the target and takes the bounds of keys, band_delta those of rows where the caller has no statistics; band_sums_finish
-//        makes bf16 of f16 in place, band_backward_merge adds up splits. Several attentions may add to one target, side by side: it is opened for all
-//        before, and finished behind them. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO the
-//        rows also attend to their last keys in a softmax of its own: scores and dP are common, and for keys that a row sees in both what the two add up to is
-//        that of a third softmax, so five products and one exponential do both.
+//        band_sums_open clears the target and takes the bounds of keys, band_delta those of rows where the caller has no statistics, combine_statistics both in
+//        the whole; band_sums_finish makes bf16 of f16 in place and adds up splits, band_backward_merge these alone. Several attentions may add to one target side
+//        by side, between the two. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO they also attend to their last keys in a softmax of
+//        its own: scores and dP are common; what both add up to for keys that a row sees twice is of a third softmax: five products and one exponential do both.
 // GRID   (tiles of 128 keys, kv heads, splits) as the pass of keys: block/key_walk.cuh.
 // ROLES  Two warpgroups of 64 keys consume tiles of 64 or 80 rows, and multiply half the columns each of K^T dS^T. Of a third two or three warps bring the
 //        rows, and two threads of the last send a warpgroup's half of grad_query each on its way.
 // SMEM   128 keys and values, three stages of 64 or two of 80 rows of query and gradient, two of dS, sums of 64 columns of each warpgroup; of every stage's
 //        rows the statistics, and for each key the rows that see it, as bits.
-// SYNC   mbarriers: keys, values loaded; rows loaded, checked, free; dS full, free; sums full, free. dS of a tile is multiplied beside the products of the
-//        next.
+// SYNC   mbarriers: keys, values loaded; rows loaded, checked, free; dS full, free; sums full, free. dS is multiplied beside the next tile's products.
 #include "block/key_walk.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/thread.cuh"
@@ -32,8 +30,7 @@ constexpr int ROW_STAGES = IN_TURN ? 2 : 3, DS_STAGES = 2;
 typedef f32 RowScores[SUM_ROWS / 2];        // of 64 keys, or columns, and the rows of a tile
 typedef u32 RowFragments[SUM_ROWS / 16][4];
 constexpr u32 ALL_LANES = 0xffffffffu;
-// Keys of a block in a tile of keys, and blocks there.
-constexpr int LISTED_KEYS = BLOCK_MASK && BLOCK_SIZE < CTA_KEYS ? BLOCK_SIZE : CTA_KEYS, KEY_BLOCKS = CTA_KEYS / LISTED_KEYS;
+constexpr int LISTED_KEYS = BLOCK_MASK && BLOCK_SIZE < CTA_KEYS ? BLOCK_SIZE : CTA_KEYS, KEY_BLOCKS = CTA_KEYS / LISTED_KEYS;   // of a block in the tile; blocks there
 
 // What consumers have to mind of a tile of rows: some row sees a part of a block, or has a gate below zero.
 constexpr i32 MASKED = 1, NEGATIVE = 2;
@@ -462,10 +459,10 @@ constexpr int SMALL_THREADS = 256, TARGET_COPIES = 4, TARGET_BYTES = SMALL_THREA
 
 // Calls f with the address and number of every piece of grad_query that is this thread's.
 template <typename F>
-FSA_DEVICE void for_each_target(const BandBackwardParams& p, F f) {
+FSA_DEVICE void for_each_target(const BandBackwardParams& p, int cta, F f) {
     const u32 heads = (u32)(p.num_kv_heads * p.band.group_size);
     FSA_UNROLL for (int i = 0; i < TARGET_COPIES; ++i) {
-        const i64 n = ((i64)blockIdx.x * TARGET_COPIES + i) * SMALL_THREADS + threadIdx.x;
+        const i64 n = ((i64)cta * TARGET_COPIES + i) * SMALL_THREADS + threadIdx.x;
         const u32 row = (u32)(n / PIECES_PER_ROW), token = row / heads;     // 2^32 rows fit nowhere
         if (token < (u32)p.band.total_q) f((char*)tensor_row(p.grad_query, token, (int)(row % heads)) + n % PIECES_PER_ROW * 16, i);
     }
@@ -473,7 +470,7 @@ FSA_DEVICE void for_each_target(const BandBackwardParams& p, F f) {
 
 // Zeros in grad_query; the first ctas take the bounds of some keys of a head each, and of the other keys, of which there are no more.
 extern "C" __global__ void __launch_bounds__(SMALL_THREADS) band_sums_open(const __grid_constant__ BandBackwardParams p) {
-    for_each_target(p, [](char* at, int) { store_global(at, Vec4{0, 0, 0, 0}); });
+    for_each_target(p, blockIdx.x, [](char* at, int) { store_global(at, Vec4{0, 0, 0, 0}); });
     const int head = blockIdx.x % p.num_kv_heads, first = blockIdx.x / p.num_kv_heads * OPEN_KEYS;
     const auto raise = [&](const SumKeys& of) {
         const int keys = min_i(of.cu_keys[p.band.batch] - first, OPEN_KEYS);        // total_keys may be a bound
@@ -485,15 +482,19 @@ extern "C" __global__ void __launch_bounds__(SMALL_THREADS) band_sums_open(const
     raise(p.other);
 }
 
-// bf16 of the sums, in their place.
+// bf16 of the sums, in their place; ctas before those that this takes add up splits.
 extern "C" __global__ void __launch_bounds__(SMALL_THREADS) band_sums_finish(const __grid_constant__ BandBackwardParams p) {
+    static_assert(SMALL_THREADS == MERGE_THREADS, "both are parts of one launch");
+    const i64 bytes = (i64)p.band.total_q * (p.num_kv_heads * p.band.group_size) * ROW_BYTES;
+    const int cta = (int)(blockIdx.x - gridDim.x + (bytes + TARGET_BYTES - 1) / TARGET_BYTES);
+    if (cta < 0) return merge_splits(p, blockIdx.x);
+    Vec4 v[TARGET_COPIES];
+    for_each_target(p, cta, [&](char* at, int i) { v[i] = load_global_once(at); });
     const f32 scale = p.scale * sum_scale(p.sums).inverse;
     const auto finish = [&](u32 word) {
         f32 low, high;
         unpack_sums(word, low, high);
         return pack2(low * scale, high * scale);
     };
-    Vec4 v[TARGET_COPIES];
-    for_each_target(p, [&](char* at, int i) { v[i] = load_global_once(at); });
-    for_each_target(p, [&](char* at, int i) { store_global(at, Vec4{finish(v[i].x), finish(v[i].y), finish(v[i].z), finish(v[i].w)}); });
+    for_each_target(p, cta, [&](char* at, int i) { store_global(at, Vec4{finish(v[i].x), finish(v[i].y), finish(v[i].z), finish(v[i].w)}); });
 }

@@ -9,7 +9,8 @@
 //        after all threads have brought the tokens of the cta's windows, all loads under way together. Backward: of the tokens of a cell, from the gradients
 //        of the windows that they share. compress_factors: of every token that has the thread's place in its cell; threads meet at the end.
 // SMEM   The head's factors [kernel_size] f32; compress_windows: behind them the tokens of CTA_WINDOWS windows.
-// SYNC   compress_sum and compress_windows may start before the kernel ahead of them has ended, and wait for it. One barrier, when the factors are
+// SYNC   compress_sum and compress_windows may start before the kernel ahead of them has ended, and wait for it; the latter, where few sequences' lengths
+//        say what its tables say, with its tokens under way. One barrier, when the factors are
 //        there, and one when the tokens are. Sums are taken in one order whatever the grid; those of compress_factors per piece, then
 //        over the pieces.
 #include "block/windows.cuh"
@@ -130,15 +131,18 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) compress_windows(co
     char* tokens = shared + ceil_div(p.kernel_size, 4) * 16;
     const int head = blockIdx.x % p.num_kv_heads, first = blockIdx.x / p.num_kv_heads * CTA_WINDOWS;
     const int row = threadIdx.x / PIECES_PER_ROW, piece = threadIdx.x % PIECES_PER_ROW, window = first + row;
-    wait_for_previous();
-    let_next_start();       // behind what is ahead of this kernel, so that the next may read the tables
-    const int windows = min_i(p.cu_compressed[p.batch] - first, CTA_WINDOWS);
     WindowCursor cursor;
-    bool together = false;      // of one sequence, so that their tokens follow one another
-    if (windows > 0) {
-        cursor.open(p, first);
-        together = first + windows <= cursor.end;
+    const bool is_early = p.batch <= 32;    // the tokens are under way before the tables are there
+    int total;
+    if (is_early) {
+        total = cursor.open_by_lengths(p, first);
+    } else {
+        wait_for_previous();
+        total = p.cu_compressed[p.batch];
+        if (first < total) cursor.open(p, first);
     }
+    const int windows = min_i(total - first, CTA_WINDOWS);
+    const bool together = windows > 0 && first + windows <= cursor.end;     // of one sequence, so that their tokens follow one another
     if (together) {
         const char* input = tensor_row(p.input, cursor.token(p, first), head);
         const int pieces = ((windows - 1) * p.kernel_stride + p.kernel_size) * PIECES_PER_ROW;
@@ -146,6 +150,8 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) compress_windows(co
             copy_async(shared_address(tokens + i * 16), input + i / PIECES_PER_ROW * (p.input.row_stride * ELEMENT_BYTES) + i % PIECES_PER_ROW * 16);
         copy_commit();
     }
+    if (is_early) wait_for_previous();
+    let_next_start();       // behind what is ahead of this kernel, so that the next may read the tables
     load_factors(factors, p, head);
     copy_wait<0>();
     __syncthreads();

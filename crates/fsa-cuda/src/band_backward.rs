@@ -171,6 +171,7 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
             ("THREADS", threads),
             ("DELTA_TOKENS", DELTA_TOKENS),
             ("DELTA_HEADS", DELTA_HEADS),
+            ("MERGE_COLUMNS", MERGE_ELEMENTS),
             ("TARGET_BYTES", TARGET_BYTES),
             ("OPEN_KEYS", OPEN_KEYS),
         ];
@@ -248,10 +249,13 @@ impl BandBackwardKernels {
         (params.band.total_q as usize * query_heads(params) * row_bytes).div_ceil(TARGET_BYTES)
     }
 
-    /// Makes gradients of the sums of those of queries; nothing where there are no such sums.
-    pub(crate) fn finish(&self, stream: &Stream, params: &BandBackwardParams) -> Result<()> {
-        let Main::OnePass { finish, .. } = &self.main else { return Ok(()) };
-        finish.launch(stream, dims([self.targets(params), 1, 1], SMALL_THREADS, 0), params)
+    /// Makes gradients of the sums of those of queries, and with `merges` adds up what splits left: in one launch where there are such sums.
+    pub(crate) fn finish(&self, stream: &Stream, merges: bool, params: &BandBackwardParams) -> Result<()> {
+        let Main::OnePass { finish, .. } = &self.main else {
+            return if merges { self.merge(stream, false, params) } else { Ok(()) };
+        };
+        let ctas = self.targets(params) + if merges { self.merge_ctas(params) } else { 0 };
+        finish.launch(stream, dims([ctas, 1, 1], SMALL_THREADS, 0), params)
     }
 
     /// All gradients of the kv heads that `params` names, but what splits leave; of those of queries the sums, where there are such, which are
@@ -283,14 +287,18 @@ impl BandBackwardKernels {
         Ok(())
     }
 
+    /// CTAs that add up what splits left: none where there is one.
+    fn merge_ctas(&self, params: &BandBackwardParams) -> usize {
+        if params.splits == 1 {
+            return 0;
+        }
+        let elements = params.band.total_keys as usize * params.num_kv_heads as usize * self.specialisation.head_dim;
+        elements.div_ceil(MERGE_ELEMENTS * SMALL_THREADS)
+    }
+
     /// Adds up what splits left; nothing where there is one. `ahead` is that of what left it, and holds for many splits.
     pub(crate) fn merge(&self, stream: &Stream, ahead: bool, params: &BandBackwardParams) -> Result<()> {
-        if params.splits == 1 {
-            return Ok(());
-        }
-        let (band, kv_heads) = (&params.band, params.num_kv_heads as usize);
-        let threads = band.total_keys as usize * kv_heads * self.specialisation.head_dim / MERGE_ELEMENTS;
-        let dims = dims([threads.div_ceil(SMALL_THREADS), 1, 1], SMALL_THREADS, 0);
+        let dims = dims([self.merge_ctas(params), 1, 1], SMALL_THREADS, 0);
         let ahead = ahead && params.splits as usize > FEW_SPLITS;
         if ahead { self.merge.launch_ahead(stream, dims, params) } else { self.merge.launch(stream, dims, params) }
     }

@@ -4,9 +4,10 @@
 //! Kernel file: `kernels/combine.cuh`.
 
 use crate::arch::KernelSet;
+use crate::block_mask::VALUE_ROWS;
 use crate::driver::{Address, Function, LaunchDims, Module, Stream};
 use crate::error::Result;
-use crate::params::{Branch, CombineBackwardParams, CombineParams, CombineStatisticsParams};
+use crate::params::{Branch, CombineBackwardParams, CombineParams, CombineStatisticsParams, SumsOpening};
 use crate::source::Specialisation;
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ const THREADS: usize = 256;
 
 /// What the kernel file must agree with.
 pub(crate) fn constants(_: &Specialisation) -> Vec<(&'static str, usize)> {
-    vec![("CTA_ROWS", CTA_ROWS), ("CTA_THREADS", THREADS)]
+    vec![("CTA_ROWS", CTA_ROWS), ("CTA_THREADS", THREADS), ("VALUE_ROWS", VALUE_ROWS)]
 }
 
 /// The loaded kernels.
@@ -55,12 +56,21 @@ impl CombineKernels {
         self.backward.launch(stream, dims(&params.forward), params)
     }
 
-    /// The gradients of the gates, and the statistics of rows of every branch. Behind the kernel that clears their bounds, if there are
-    /// such, which on Hopper it may overlap.
+    /// The gradients of the gates, and the statistics of rows of every branch, and what is to be opened besides. Behind the kernel that
+    /// clears bounds and fills tables, if there are such, which on Hopper it may overlap.
     pub(crate) fn statistics(&self, stream: &Stream, params: &CombineStatisticsParams) -> Result<()> {
         let follows = params.row_bounds.iter().any(|bounds| *bounds != Address::default());
-        let dims = LaunchDims { overlaps: self.can_overlap && follows, ..dims(&params.forward) };
+        let mut dims = LaunchDims { overlaps: self.can_overlap && follows, ..dims(&params.forward) };
+        dims.grid[0] += params.opening.ctas as u32;
         self.statistics.launch(stream, dims, params)
+    }
+}
+
+impl SumsOpening {
+    /// The same with the CTAs that it takes for `total_kv` tokens and, if there is a mask, the lists of all rows.
+    pub(crate) fn with_ctas(self, total_kv: usize) -> Self {
+        let lists = if self.mask.rows == Address::default() { 0 } else { self.total_q as usize };
+        Self { ctas: self.num_kv_heads * total_kv.max(lists).div_ceil(VALUE_ROWS) as i32, ..self }
     }
 }
 

@@ -4,37 +4,15 @@
 //! around it asserts size and offsets of each against these, so a drift of either side does not compile.
 
 mod assertions;
+mod declare;
 
 pub(crate) use assertions::assertions;
 
 use crate::driver::{Address, KernelParams, MapWords};
+use declare::{Declared, device_structs};
 
 /// Query rows of a tile.
 pub(crate) const TILE_ROWS: usize = 64;
-
-/// A struct as the translation unit asserts it.
-struct Declared {
-    name: &'static str,
-    bytes: usize,
-    fields: &'static [(&'static str, usize, usize)],
-}
-
-macro_rules! device_structs {
-    ($($(#[$doc:meta])* struct $name:ident { $($field:ident: $type:ty,)* })*) => {
-        $(
-            $(#[$doc])*
-            #[derive(Debug, Clone, Copy, Default)]
-            #[repr(C)]
-            pub(crate) struct $name { $(pub $field: $type,)* }
-            impl KernelParams for $name {}
-        )*
-        const DECLARED: &[Declared] = &[$(Declared {
-            name: stringify!($name),
-            bytes: size_of::<$name>(),
-            fields: &[$((stringify!($field), std::mem::offset_of!($name, $field), size_of::<$type>()),)*],
-        },)*];
-    };
-}
 
 device_structs! {
     /// A `[tokens, heads, head_dim]` tensor; strides in elements.
@@ -481,6 +459,21 @@ device_structs! {
         grad_gates: Address,
     }
 
+    /// What comes besides statistics of rows before attentions that add to one gradient of queries in memory; by default nothing.
+    struct SumsOpening {
+        grad_query: Tensor,
+        keys: [SumKeys; 2],
+        mask: BlockMask,
+        topk_indices: Address,
+        cu_seqlens_q: Address,
+        batch: i32,
+        num_kv_heads: i32,
+        topk: i32,
+        block_size: i32,
+        total_q: i32,
+        ctas: i32,
+    }
+
     /// Parameters of `combine_statistics`.
     struct CombineStatisticsParams {
         forward: CombineParams,
@@ -489,6 +482,7 @@ device_structs! {
         row_stats: [Address; 3],
         row_bounds: [Address; 3],
         grad_gates: Address,
+        opening: SumsOpening,
     }
 }
 

@@ -46,11 +46,9 @@ fn what_a_row_does_not_see_does_not_reach_it() {
     check((0..10).map(hostile));
 }
 
-/// A window of nothing but the row itself, and one longer than the sequence; more blocks listed than there are, and one.
-#[test]
-#[ignore = "needs a CUDA device"]
-fn windows_and_lists_of_any_length_conform() {
-    let of = |(window_size, topk): (usize, usize)| Case {
+/// A backward of packed sequences, whose keys and values are several groups of 64 rows, none of which begins with a sequence.
+fn packed((window_size, topk): (usize, usize)) -> Case {
+    Case {
         query_lens: vec![150, 0, 33, 200],
         kv_lens: vec![150, 40, 161, 300],
         num_q_heads: 6,
@@ -59,8 +57,32 @@ fn windows_and_lists_of_any_length_conform() {
         value_dim: 128,
         config: NsaConfig { block_size: 16, topk, local_blocks: 1, window_size, ..NsaConfig::default() },
         ..Case::new(Stage::Nsa, Pass::Backward, DType::Bf16)
+    }
+}
+
+/// A window of nothing but the row itself, and one longer than the sequence; more blocks listed than there are, and one.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn windows_and_lists_of_any_length_conform() {
+    check([(0, 2), (1000, 2), (40, 20), (128, 5), (usize::MAX >> 1, 3)].map(packed));
+}
+
+/// Values that are not finite, which the launch that opens the sums finds, and lists of two words, with more ids than a warp has lanes.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn values_of_any_group_and_long_lists_conform() {
+    let hostile = |case: Case, hostile| Case {
+        hostile,
+        key_compression: CompressionKind::Mean,
+        value_compression: CompressionKind::Mean,
+        ..case
     };
-    check([(0, 2), (1000, 2), (40, 20), (128, 5), (usize::MAX >> 1, 3)].map(of));
+    let long = Case { query_lens: vec![90, 40], kv_lens: vec![700, 40], ..packed((64, 40)) };
+    let cases = [packed((40, 3)), packed((0, 20)), long.clone()];
+    check(
+        cases.into_iter().flat_map(|case| [Hostile::NanFuture, Hostile::NanUnseen].map(|of| hostile(case.clone(), of))),
+    );
+    check([long]);
 }
 
 /// Tiles of keys in one split and in several: all blocks listed and few, groups of one and of all heads.

@@ -202,6 +202,8 @@ struct BlockMask {
     i32 value_groups;           // total_keys / VALUE_ROWS, rounded up
 };
 
+constexpr int VALUE_ROWS = 64;      // that share a word of BlockMask::nonfinite
+
 // Which keys a row sees in the stages window, compressed and dense, and where the rows and keys of a sequence lie. A row at position p sees
 // key i of its sequence iff i * kernel_stride + kernel_size - 1 <= p and i >= p - window: an interval, whose ends do not decrease with p.
 // For tokens as keys, kernel_size = kernel_stride = 1; where no key is too far, window = 2^31 - 1.
@@ -425,6 +427,21 @@ struct CombineBackwardParams {
     void* grad_gates;           // contiguous, shape of gates
 };
 
+// What comes besides statistics of rows before attentions that add to one grad_query in memory.
+struct SumsOpening {
+    Tensor grad_query;          // becomes zeros; null: nothing is opened
+    SumKeys keys[2];            // of tokens, then of compressed keys, of which there are no more
+    BlockMask mask;             // its rows, and nonfinite of the tokens' values, are filled; rows null: nobody asks
+    const i32* topk_indices;    // [num_kv_heads, total_q, topk]
+    const i32* cu_seqlens_q;    // [batch + 1]
+    i32 batch;
+    i32 num_kv_heads;
+    i32 topk;
+    i32 block_size;
+    i32 total_q;
+    i32 ctas;                   // the first: for VALUE_ROWS tokens of a kv head each
+};
+
 struct CombineStatisticsParams {
     CombineParams forward;      // out unused
     Tensor grad_out;
@@ -432,4 +449,5 @@ struct CombineStatisticsParams {
     RowStats* row_stats[3];     // the same shape; null: not wanted
     RowBounds* row_bounds[3];   // of all of them, raised; null where row_stats are
     void* grad_gates;           // contiguous, shape of gates; null: not wanted
+    SumsOpening opening;
 };

@@ -191,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(256) backward_prepare(const __grid_
 extern "C" __global__ void __launch_bounds__(256) backward_bounds(const __grid_constant__ BackwardParams p) {
     const int kv_head = p.first_head / p.group_size + blockIdx.y, block = blockIdx.x;
     const KeyRows rows = block_rows(p.layout, block);
-    const KeyBounds mine = thread_key_bounds<256>(p.key, p.value, kv_head, rows.first, rows.count);
+    const KeyBounds mine = thread_largest<256>(p.key, p.value, kv_head, rows.first, rows.count).bounds();
     const u32 bits = cta_bound<256>(mine.key, mine.value);
     if (threadIdx.x < 2) (&p.block_bounds[(i64)kv_head * p.index.max_blocks + block].key)[threadIdx.x] = bits;
 }

@@ -50,26 +50,41 @@ extern "C" __global__ void __launch_bounds__(DELTA_TOKENS * 32) band_delta(const
 }
 
 // Sums of keys: the splits in order, to the storage type. Four columns of both gradients per thread.
-extern "C" __global__ void __launch_bounds__(256) band_backward_merge(const __grid_constant__ BandBackwardParams p) {
-    const i64 n = (i64)blockIdx.x * 256 + threadIdx.x, row = n / (HEAD_DIM / 4), rows = (i64)p.band.total_keys * p.num_kv_heads;
-    const int column = (int)(n % (HEAD_DIM / 4)) * 4;
+constexpr int MERGE_THREADS = 256, MERGE_COLUMNS = 4;
+FSA_DEVICE void merge_splits(const BandBackwardParams& p, int cta) {
+    constexpr int AHEAD = 4;        // splits whose loads are under way together
+    const i64 n = (i64)cta * MERGE_THREADS + threadIdx.x, row = n / (HEAD_DIM / MERGE_COLUMNS), rows = (i64)p.band.total_keys * p.num_kv_heads;
+    const int column = (int)(n % (HEAD_DIM / MERGE_COLUMNS)) * MERGE_COLUMNS;
     if (row >= rows) return;
     const u32 key = (u32)row / (u32)p.num_kv_heads, head = (u32)row % (u32)p.num_kv_heads;     // the partials of 2^32 rows fit nowhere
     if (key >= (u32)p.band.cu_keys[p.band.batch]) return;       // total_keys may be a bound: nothing was summed for such rows
+    u32 *target[2], held[2][2];
+    f32 sum[2][4] = {};
     FSA_UNROLL for (int which = 0; which < 2; ++which) {
-        const f32* source = p.partial_keys + (which * rows + row) * HEAD_DIM + column;
-        f32 sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (int split = 0; split < p.splits; ++split) {
-            const Vec4 v = load_global_once(source + 2 * split * rows * HEAD_DIM);
-            sum[0] += __uint_as_float(v.x); sum[1] += __uint_as_float(v.y); sum[2] += __uint_as_float(v.z); sum[3] += __uint_as_float(v.w);
-        }
+        target[which] = (u32*)((char*)tensor_row(which == 0 ? p.grad_key : p.grad_value, key, head) + column * ELEMENT_BYTES);
+        FSA_UNROLL for (int word = 0; word < 2; ++word) held[which][word] = p.accumulate_keys ? target[which][word] : 0;
+    }
+    FSA_NO_UNROLL for (int first = 0; first < p.splits; first += AHEAD) {
+        Vec4 v[AHEAD][2];
+        FSA_UNROLL for (int i = 0; i < AHEAD; ++i)
+            FSA_UNROLL for (int which = 0; which < 2; ++which)
+                if (first + i < p.splits) v[i][which] = load_global_once(p.partial_keys + ((2 * (first + i) + which) * rows + row) * HEAD_DIM + column);
+        FSA_UNROLL for (int i = 0; i < AHEAD; ++i)
+            FSA_UNROLL for (int which = 0; which < 2; ++which) {
+                if (first + i >= p.splits) continue;
+                const u32 word[4] = {v[i][which].x, v[i][which].y, v[i][which].z, v[i][which].w};
+                FSA_UNROLL for (int e = 0; e < 4; ++e) sum[which][e] += __uint_as_float(word[e]);
+            }
+    }
+    FSA_UNROLL for (int which = 0; which < 2; ++which) {
         const f32 scale = which == 0 ? p.scale : 1.0f;
-        u32* target = (u32*)((char*)tensor_row(which == 0 ? p.grad_key : p.grad_value, key, head) + column * ELEMENT_BYTES);
-        const u32 first = p.accumulate_keys ? target[0] : 0, second = p.accumulate_keys ? target[1] : 0;
-        store_global8(target, pack2(fmaf(sum[0], scale, unpack_lo(first)), fmaf(sum[1], scale, unpack_hi(first))),
-                      pack2(fmaf(sum[2], scale, unpack_lo(second)), fmaf(sum[3], scale, unpack_hi(second))));
+        const auto pair = [&](int word) {
+            return pack2(fmaf(sum[which][2 * word], scale, unpack_lo(held[which][word])), fmaf(sum[which][2 * word + 1], scale, unpack_hi(held[which][word])));
+        };
+        store_global8(target[which], pair(0), pair(1));
     }
 }
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS) band_backward_merge(const __grid_constant__ BandBackwardParams p) { merge_splits(p, blockIdx.x); }
 
 // acc = acc * scale + what memory holds of one of the thread's two rows (HIGH: the second), 2 N columns from `row` on. The whole quad takes part.
 template <bool HIGH, int N>

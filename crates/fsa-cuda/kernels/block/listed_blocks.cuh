@@ -8,8 +8,6 @@
 #endif
 constexpr bool BLOCK_MASK = FSA_BLOCK_MASK;
 
-constexpr int VALUE_ROWS = 64;      // that share a word of BlockMask::nonfinite
-
 // Whether some of `rows` rows of value from `row` on, or of their neighbours, is not finite.
 FSA_DEVICE bool has_nonfinite_values(const Band& band, int kv_head, int row, int rows) {
     u32 any = 0;

@@ -55,7 +55,9 @@ FSA_DEVICE f32 sum_sizes(Vec4 v) {
 // Largest finite element of what `add` was given.
 struct LargestElement {
     u32 low = 0, high = 0;      // the half that counts is the upper one of both
+    u32 tainted = 0;            // by what is not finite
     FSA_DEVICE void add(u32 word) {
+        tainted = taint(tainted, word);
         word = finite_or_zero(word) & 0x7fff7fffu;
         low = max_u(low, word << 16);
         high = max_u(high, word);
@@ -63,12 +65,17 @@ struct LargestElement {
     FSA_DEVICE void add(Vec4 v) { add(v.x), add(v.y), add(v.z), add(v.w); }
     FSA_DEVICE u32 bits() const { return __float_as_uint(unpack_hi(max_u(low, high))); }
 };
+// The same of keys and values.
+struct LargestElements {
+    LargestElement key, value;
+    FSA_DEVICE KeyBounds bounds() const { return {key.bits(), value.bits()}; }
+};
 
-// Bounds of what this thread of a cta of THREADS has of `rows` rows of key and value from `first` on.
+// Of what this thread of a cta of THREADS has of `rows` rows of key and value from `first` on.
 template <int THREADS>
-FSA_DEVICE KeyBounds thread_key_bounds(const Tensor& key, const Tensor& value, int head, i64 first, int rows) {
+FSA_DEVICE LargestElements thread_largest(const Tensor& key, const Tensor& value, int head, i64 first, int rows) {
     constexpr int PIECES_OF_ROW = HEAD_DIM / 8, AHEAD = 4;      // loads of each that are under way together
-    LargestElement of_key, of_value;
+    LargestElements all;
     for (int n = thread_number(); n < rows * PIECES_OF_ROW; n += AHEAD * THREADS) {
         Vec4 k[AHEAD], v[AHEAD];
         FSA_UNROLL for (int i = 0; i < AHEAD; ++i) {
@@ -79,14 +86,14 @@ FSA_DEVICE KeyBounds thread_key_bounds(const Tensor& key, const Tensor& value, i
             if (exists) k[i] = load_global_once(tensor_row(key, row, head) + at);
             if (exists) v[i] = load_global_once(tensor_row(value, row, head) + at);
         }
-        FSA_UNROLL for (int i = 0; i < AHEAD; ++i) of_key.add(k[i]), of_value.add(v[i]);
+        FSA_UNROLL for (int i = 0; i < AHEAD; ++i) all.key.add(k[i]), all.value.add(v[i]);
     }
-    return {of_key.bits(), of_value.bits()};
+    return all;
 }
 // Raises the bounds of a head by these rows. All threads of the cta.
 template <int THREADS>
 FSA_DEVICE void raise_key_bounds(KeyBounds* bounds, const Tensor& key, const Tensor& value, int head, i64 first, int rows) {
-    const KeyBounds most = thread_key_bounds<THREADS>(key, value, head, first, rows);
+    const KeyBounds most = thread_largest<THREADS>(key, value, head, first, rows).bounds();
     raise_bounds<THREADS>(&bounds->key, most.key, most.value);
 }
 

@@ -11,6 +11,20 @@ struct WindowCursor {
         sequence = find_sequence(p.cu_compressed, p.batch, window);
         load(p);
     }
+    // The same from the lengths of up to 32 sequences, for who is there before the table is; returns the number of all windows. A warp comes here together.
+    FSA_DEVICE int open_by_lengths(const CompressParams& p, int window) {
+        constexpr u32 ALL = 0xffffffffu;
+        const int lane = threadIdx.x & 31, begin = lane < p.batch ? p.cu_seqlens_kv[lane] : 0, tokens = lane < p.batch ? p.cu_seqlens_kv[lane + 1] - begin : 0;
+        const int windows = tokens < p.kernel_size ? 0 : (tokens - p.kernel_size) / p.kernel_stride + 1;
+        int sum = windows;      // of the sequences up to this lane's
+        FSA_UNROLL for (int delta = 1; delta < 32; delta *= 2) {
+            const int other = __shfl_up_sync(ALL, sum, delta);
+            if (lane >= delta) sum += other;
+        }
+        sequence = __popc(__ballot_sync(ALL, sum <= window)) & 31;      // where there is no such window, any
+        first = __shfl_sync(ALL, sum - windows, sequence), end = __shfl_sync(ALL, sum, sequence), kv_row = __shfl_sync(ALL, begin, sequence);
+        return __shfl_sync(ALL, sum, 31);
+    }
     FSA_DEVICE void load(const CompressParams& p) {
         first = p.cu_compressed[sequence];
         end = p.cu_compressed[sequence + 1];

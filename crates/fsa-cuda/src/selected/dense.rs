@@ -10,7 +10,9 @@ use crate::params::{Band, BatchTables, BlockMask, BlockMaskParams, Branch, Tenso
 use crate::plan::{BandProblem, DenseBackwardPlan, DensePlan, MaskPlan, Problem, RowTiles, Tables};
 use crate::prepare::PrepareKernel;
 use crate::source::Kernel;
-use crate::stages::{AttentionGradTensors, AttentionTensors, BandBackwardStep, BandStep, BranchGrads, band};
+use crate::stages::{
+    AttentionGradTensors, AttentionTensors, BandBackwardStep, BandStep, BranchGrads, SharedSums, band,
+};
 use fsa_core::{Error, Result};
 use std::sync::Arc;
 
@@ -208,7 +210,7 @@ impl DenseBackward {
         if !whole.is_prepared {
             let _bound = self.kernels.device().bind().map_err(Error::from)?;
             self.prepare.launch(context.stream, &self.tables(context, batch))?;
-            self.prepare(context, batch, (tensors, whole), softmax_scale)?;
+            self.prepare(context, batch, tensors)?;
         }
         let (stream, scratch) = (context.stream, self.plan.scratch.span(&context.workspace));
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
@@ -227,12 +229,12 @@ impl DenseBackward {
         self.plan.attention.tables.params(batch, &self.plan.scratch.span(&context.workspace))
     }
 
-    /// Adds what splits left to gradients of keys and values.
-    pub(super) fn merge(
+    /// Adds what splits left to gradients of keys and values, and makes gradients of the sums of those of queries.
+    pub(super) fn finish(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        tensors: &BackwardTensors<'_>,
+        (tensors, sums): (&BackwardTensors<'_>, &SharedSums),
         softmax_scale: f32,
     ) -> Result<()> {
         if self.plan.problem.total_kv == 0 {
@@ -241,16 +243,16 @@ impl DenseBackward {
         let scratch = self.plan.scratch.span(&context.workspace);
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let tables = self.plan.attention.tables.tables(&scratch);
-        self.step.merge(context.stream, batch, (&tables, &scratch), &attention_grads(tensors), softmax_scale)
+        let work = (&attention_grads(tensors), sums, true);
+        self.step.finish(context.stream, batch, (&tables, &scratch), work, softmax_scale)
     }
 
-    /// Fills the mask, and opens the sums that others add to.
+    /// Fills the mask.
     pub(super) fn prepare(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        (tensors, whole): (&BackwardTensors<'_>, &WholeGrads<'_>),
-        softmax_scale: f32,
+        tensors: &BackwardTensors<'_>,
     ) -> Result<()> {
         if self.plan.problem.total_kv == 0 {
             return Ok(());
@@ -259,9 +261,12 @@ impl DenseBackward {
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let tables = plan.tables.tables(&scratch);
         self.mask.launch(context, batch, (&plan.tiles, &tables), &tensors.forward)?;
-        let Some(sums) = &whole.sums else { return Ok(()) };
-        let work = (&attention_grads(tensors), sums);
-        self.step.open(context.stream, batch, (&tables, &scratch), work, softmax_scale)
+        Ok(())
+    }
+
+    /// The mask, to be filled.
+    pub(super) fn mask(&self, context: &LaunchContext<'_>) -> BlockMask {
+        self.mask.mask(&context.workspace)
     }
 }
 

@@ -7,8 +7,9 @@ use super::{BackwardTensors, ForwardTensors, WholeGrads};
 use crate::driver::DeviceBatch;
 use crate::kernels::Kernels;
 use crate::launch::LaunchContext;
-use crate::params::{BatchTables, Branch};
+use crate::params::{BatchTables, BlockMask, Branch};
 use crate::plan::{Pass, PlanOptions, Problem, SelectedBackwardPlan, SelectedPlan, Tables};
+use crate::stages::SharedSums;
 use fsa_core::Result;
 use std::sync::Arc;
 
@@ -179,32 +180,38 @@ impl SelectedBackward {
         }
     }
 
-    /// What the dense route needs besides tables and statistics of rows: a mask, and the sums that others add to, which it opens. May run
-    /// beside what makes the statistics.
+    /// What the dense route needs besides tables and statistics of rows: a mask. May run beside what makes the statistics.
     pub(crate) fn prepare_branch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        (tensors, whole): (&BackwardTensors<'_>, &WholeGrads<'_>),
-        softmax_scale: f32,
+        tensors: &BackwardTensors<'_>,
     ) -> Result<()> {
         match &self.way {
             BackwardWay::KvOuter(_) => Ok(()),
-            BackwardWay::Dense(backward) => backward.prepare(context, batch, (tensors, whole), softmax_scale),
+            BackwardWay::Dense(backward) => backward.prepare(context, batch, tensors),
         }
     }
 
-    /// What `merges_later`.
-    pub(crate) fn merge_branch(
+    /// The mask of the dense route, for who fills it instead: of the steps of tiles nothing is read where the window is done, too.
+    pub(crate) fn mask(&self, context: &LaunchContext<'_>) -> BlockMask {
+        match &self.way {
+            BackwardWay::KvOuter(_) => BlockMask::default(),
+            BackwardWay::Dense(backward) => backward.mask(context),
+        }
+    }
+
+    /// What `merges_later`, and the gradients of queries of shared sums.
+    pub(crate) fn finish_branch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        tensors: &BackwardTensors<'_>,
+        work: (&BackwardTensors<'_>, &SharedSums),
         softmax_scale: f32,
     ) -> Result<()> {
         match &self.way {
             BackwardWay::KvOuter(_) => Ok(()),
-            BackwardWay::Dense(backward) => backward.merge(context, batch, tensors, softmax_scale),
+            BackwardWay::Dense(backward) => backward.finish(context, batch, work, softmax_scale),
         }
     }
 }

@@ -154,12 +154,12 @@ pub(crate) struct BranchGrads<'a> {
     pub is_prepared: bool,
     /// `grad_query` is added to; not by a plan that adds it up in memory.
     pub accumulate: bool,
-    /// What else adds to `grad_query` in memory, which [`BandBackwardStep::open`] opened and [`BandBackwardStep::finish`] makes gradients
-    /// of; else a launch opens and finishes its own sums.
+    /// What else adds to `grad_query` in memory, which is open (`SumsOpening`) and of which [`BandBackwardStep::finish`] makes gradients;
+    /// else a launch opens and finishes its own sums.
     pub sums: Option<SharedSums>,
     /// `grad_key` and `grad_value` are added to.
     pub accumulate_keys: bool,
-    /// What splits leave of these stays for [`BandBackwardStep::merge`].
+    /// What splits leave of these stays for [`BandBackwardStep::finish`].
     pub merges_later: bool,
     /// Its CTAs go ahead of those of another attention that runs beside it.
     pub ahead: bool,
@@ -190,60 +190,20 @@ impl BandBackwardStep {
         Ok(Self { plan, kernels: kernels.one(&specialisation)?, specialisation, multiprocessors })
     }
 
-    /// Opens sums for all that add to them, of which this is one, with its keys.
-    pub(crate) fn open(
-        &self,
-        stream: &Stream,
-        batch: &DeviceBatch<'_>,
-        memory: (&Tables, &DeviceSpan<'_>),
-        work: (&AttentionGradTensors<'_>, &SharedSums),
-        softmax_scale: f32,
-    ) -> Result<()> {
-        self.with_sums(batch, memory, work, softmax_scale, |params| self.kernels.open(stream, params))
-    }
-
-    /// Adds what splits left to `grad_key` and `grad_value`.
-    pub(crate) fn merge(
-        &self,
-        stream: &Stream,
-        batch: &DeviceBatch<'_>,
-        memory: (&Tables, &DeviceSpan<'_>),
-        tensors: &AttentionGradTensors<'_>,
-        softmax_scale: f32,
-    ) -> Result<()> {
-        let sizes = &self.plan.problem.sizes;
-        let mut params = self.params(batch, memory, tensors, sizes.num_kv_heads, softmax_scale)?;
-        params.accumulate_keys = true.into();
-        Ok(self.kernels.merge(stream, false, &params)?)
-    }
-
-    /// Makes gradients of queries of sums to which all have added.
+    /// Makes gradients of queries of sums to which all have added. With `merges` what splits left for it is added to `grad_key` and
+    /// `grad_value`; all heads were done at once then.
     pub(crate) fn finish(
         &self,
         stream: &Stream,
         batch: &DeviceBatch<'_>,
         memory: (&Tables, &DeviceSpan<'_>),
-        work: (&AttentionGradTensors<'_>, &SharedSums),
+        (tensors, sums, merges): (&AttentionGradTensors<'_>, &SharedSums, bool),
         softmax_scale: f32,
-    ) -> Result<()> {
-        self.with_sums(batch, memory, work, softmax_scale, |params| self.kernels.finish(stream, params))
-    }
-
-    fn with_sums(
-        &self,
-        batch: &DeviceBatch<'_>,
-        memory: (&Tables, &DeviceSpan<'_>),
-        (tensors, sums): (&AttentionGradTensors<'_>, &SharedSums),
-        softmax_scale: f32,
-        launch: impl Fn(&BandBackwardParams) -> crate::error::Result<()>,
     ) -> Result<()> {
         let sizes = &self.plan.problem.sizes;
-        passes(sizes.num_kv_heads, self.plan.kv_heads).try_for_each(|heads| {
-            let own = tensors.kv_heads_from(heads.start, sizes);
-            let mut params = self.params(batch, memory, &own, heads.len(), softmax_scale)?;
-            (params.sums, params.key_bounds, params.other) = (sums.bounds, sums.key_bounds, sums.other);
-            Ok(launch(&params)?)
-        })
+        let params = self.params(batch, memory, tensors, sizes.num_kv_heads, softmax_scale)?;
+        let params = BandBackwardParams { sums: sums.bounds, accumulate_keys: true.into(), ..params };
+        Ok(self.kernels.finish(stream, merges, &params)?)
     }
 
     /// Whether all heads are done at once, so that their statistics have room beside each other.
@@ -321,11 +281,10 @@ impl BandBackwardStep {
                 None => self.kernels.open(stream, &params)?,
             }
             self.kernels.launch(stream, (&self.plan.tiles, branch.ahead), self.multiprocessors, &params)?;
-            if !branch.merges_later {
-                self.kernels.merge(stream, branch.ahead, &params)?;
-            }
-            if branch.sums.is_none() {
-                self.kernels.finish(stream, &params)?;
+            match (&branch.sums, branch.merges_later) {
+                (None, merges_later) => self.kernels.finish(stream, !merges_later, &params)?,
+                (Some(_), false) => self.kernels.merge(stream, branch.ahead, &params)?,
+                (Some(_), true) => {}
             }
             Ok(())
         })

@@ -5,7 +5,7 @@ use crate::combine::CombineKernels;
 use crate::driver::{Address, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{TensorSpan, check_aligned};
-use crate::params::{CombineBackwardParams, CombineParams, CombineStatisticsParams};
+use crate::params::{CombineBackwardParams, CombineParams, CombineStatisticsParams, SumsOpening};
 use crate::plan::{BOUNDS_BYTES, Sizes};
 use crate::source::Kernel;
 use fsa_core::{Error, Result};
@@ -82,14 +82,15 @@ impl CombineStep {
     }
 
     /// What stage `nsa` takes of `grad_out` and the outputs of `heads` heads: with their log-sum-exp the statistics of the rows of
-    /// each branch with their bounds behind them, which are zero before, and the gradients of the gates where they are wanted.
+    /// each branch with their bounds behind them, which are zero before, and the gradients of the gates where they are wanted; and what
+    /// is opened besides.
     pub(super) fn statistics(
         &self,
         stream: &Stream,
         (branches, lse, gates): (&[TensorSpan<'_>; 3], &[DeviceSpan<'_>; 3], &Gates<'_>),
         grad_out: &TensorSpan<'_>,
         (row_stats, grad_gates): (Option<&[DeviceSpan<'_>; 3]>, Option<&DeviceSpan<'_>>),
-        heads: usize,
+        (heads, opening): (usize, SumsOpening),
     ) -> Result<()> {
         let stats_bytes = 2 * heads * self.sizes.total_q * size_of::<f32>();
         let bounds = |stats: &DeviceSpan<'_>| stats.part(stats_bytes, BOUNDS_BYTES).address();
@@ -100,6 +101,7 @@ impl CombineStep {
             row_stats: row_stats.map_or_else(Default::default, |stats| stats.each_ref().map(DeviceSpan::address)),
             row_bounds: row_stats.map_or_else(Default::default, |stats| stats.each_ref().map(bounds)),
             grad_gates: grad_gates.map_or(Address::default(), DeviceSpan::address),
+            opening,
         };
         Ok(self.kernels.statistics(stream, &params)?)
     }

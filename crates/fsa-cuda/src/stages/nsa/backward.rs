@@ -7,7 +7,7 @@ use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
 use crate::lanes::Work;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
-use crate::params::{BatchTables, SumBounds, SumKeys};
+use crate::params::{BatchTables, BlockMask, SumBounds, SumKeys, SumsOpening};
 use crate::plan::{
     self, BOUNDS_BYTES, DenseBackwardPlan, NsaBackwardPlan, NsaProblem, PlanOptions, SelectedBackwardPlan, Sizes, Slot,
     Tables,
@@ -160,7 +160,8 @@ impl NsaBackward {
         let one_pass = plan.kv_heads == sizes.num_kv_heads;
         if !one_pass {
             // A gate may belong to the heads of all passes.
-            self.statistics(stream, tensors, (None, Some(&tensors.grad_gates)), sizes.num_q_heads)?;
+            let wanted = (None, Some(&tensors.grad_gates));
+            self.statistics(stream, tensors, wanted, (sizes.num_q_heads, SumsOpening::default()))?;
         }
         let pass = Pass { stream, workspace, batch, tables, softmax_scale, sizes: plan.pass().sizes };
         passes(sizes.num_kv_heads, plan.kv_heads).try_for_each(|heads| {
@@ -204,11 +205,17 @@ impl NsaBackward {
         let tensor = |slot: &Slot| TensorSpan::contiguous(slot.span(&pass.workspace), num_kv_heads, head_dim);
         let compressed = slots.compressed.each_ref().map(tensor);
         let branches = self.branches(pass, tensors, &row_stats, &compressed);
+        let opening = branches.shared.as_ref().map(|sums| self.opening(pass, &branches, sums)).unwrap_or_default();
         let statistics =
-            |stream: &Stream| self.statistics(stream, tensors, (Some(&row_stats), grad_gates), num_q_heads);
-        let open = |stream: &Stream| self.open(stream, pass, &branches);
+            |stream: &Stream| self.statistics(stream, tensors, (Some(&row_stats), grad_gates), (num_q_heads, opening));
+        let mask = |stream: &Stream| {
+            let context = LaunchContext { stream, workspace: self.plan.scratch.span(&pass.workspace) };
+            self.selected.prepare_branch(&context, pass.batch, &branches.selected)
+        };
         self.begin(pass, &row_stats)?;
-        self.kernels.sides().take(pass.stream)?.side_by_side::<Error>(pass.stream, &[&statistics, &open])?;
+        let works: [Work<'_, Error>; 2] = [&statistics, &mask];
+        let apart = self.window.is_none() && branches.shared.is_none();
+        self.kernels.sides().take(pass.stream)?.side_by_side(pass.stream, &works[..1 + usize::from(apart)])?;
         self.launch_branches(pass, tensors, &branches, &compressed)?;
         self.leave_rows(pass, tensors, &branches, &compressed)
     }
@@ -219,9 +226,9 @@ impl NsaBackward {
         stream: &Stream,
         NsaBackwardTensors { saved, gates, grad_out, .. }: &NsaBackwardTensors<'_>,
         wanted: (Option<&[DeviceSpan<'_>; 3]>, Option<&DeviceSpan<'_>>),
-        heads: usize,
+        (heads, opening): (usize, SumsOpening),
     ) -> Result<()> {
-        self.combine.statistics(stream, (&saved.branches, &saved.lse, gates), grad_out, wanted, heads)
+        self.combine.statistics(stream, (&saved.branches, &saved.lse, gates), grad_out, wanted, (heads, opening))
     }
 
     /// What the attentions of a pass read and write.
@@ -249,18 +256,28 @@ impl NsaBackward {
         }
     }
 
-    /// What comes before the first attention and needs no statistics: a mask, and the scaled sums, opened by the window or by selected blocks
-    /// and window together.
-    fn open(&self, stream: &Stream, pass: &Pass<'_>, branches: &Branches<'_>) -> Result<()> {
-        let Pass { workspace, batch, softmax_scale, .. } = *pass;
-        let Some((step, tables)) = self.window.as_ref().zip(self.plan.window_tables) else {
-            let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
-            let whole = WholeGrads { sums: branches.shared, ..WholeGrads::default() };
-            return self.selected.prepare_branch(&context, batch, (&branches.selected, &whole), softmax_scale);
+    /// What the statistics' launch does besides where branches share sums: these become zero, with bounds of keys, and lists become a mask where
+    /// selected blocks and window are done together.
+    fn opening(&self, pass: &Pass<'_>, branches: &Branches<'_>, sums: &SharedSums) -> SumsOpening {
+        let Pass { stream, workspace, batch, sizes, .. } = *pass;
+        let [cu_seqlens_q, cu_keys] = batch.spans().map(|span| span.address());
+        let AttentionGradTensors { forward: AttentionTensors { key, value, .. }, grad_query, .. } = &branches.window;
+        let tokens = SumKeys { key: key.device(), value: value.device(), cu_keys, bounds: sums.key_bounds };
+        let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
+        let opening = SumsOpening {
+            grad_query: grad_query.device(),
+            keys: [tokens, sums.other],
+            mask: if self.window.is_none() { self.selected.mask(&context) } else { BlockMask::default() },
+            topk_indices: branches.selected.forward.topk_indices.address(),
+            cu_seqlens_q,
+            batch: sizes.sequences as i32,
+            num_kv_heads: sizes.num_kv_heads as i32,
+            topk: self.plan.problem.topk as i32,
+            block_size: self.plan.problem.block_size as i32,
+            total_q: sizes.total_q as i32,
+            ..SumsOpening::default()
         };
-        let Some(sums) = &branches.shared else { return Ok(()) };
-        let (tables, scratch) = (tables.tables(&workspace), self.plan.scratch.span(&workspace));
-        step.open(stream, batch, (&tables, &scratch), (&branches.window, sums), softmax_scale)
+        opening.with_ctas(sizes.total_kv)
     }
 
     /// The gradients of query, key and value through every branch. Those of queries: the window, which may have the selected blocks with
@@ -378,21 +395,17 @@ impl NsaBackward {
         let Pass { stream, workspace, batch, ref tables, softmax_scale, sizes } = *pass;
         let Sizes { num_q_heads, num_kv_heads, .. } = sizes;
         let sums = branches.shared.as_ref().filter(|_| self.runs_beside());
+        if let (Some(sums), true) = (sums, self.compression_first()) {
+            let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
+            return self.selected.finish_branch(&context, batch, (&branches.selected, sums), softmax_scale);
+        }
         let of_query = |stream: &Stream| {
             if let Some(sums) = sums {
                 let memory = (tables, &self.plan.compressed_scratch.span(&workspace));
-                self.compressed.finish(stream, batch, memory, (&branches.compressed, sums), softmax_scale)?;
+                self.compressed.finish(stream, batch, memory, (&branches.compressed, sums, false), softmax_scale)?;
             }
             self.rotate_back(pass, stream, &RopeRows::Query, (&tensors.grad_query, num_q_heads))
         };
-        let sides = self.kernels.sides().take(stream)?;
-        if self.compression_first() {
-            let of_splits = |stream: &Stream| {
-                let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
-                self.selected.merge_branch(&context, batch, &branches.selected, softmax_scale)
-            };
-            return sides.side_by_side::<Error>(stream, &[&of_splits, &of_query]);
-        }
         let windows = self.plan.problem.windows;
         let rows = RopeRows::Compressed { windows, cu_compressed: self.plan.tables.compressed(&workspace) };
         self.rotate_back(pass, stream, &rows, (&compressed[0], num_kv_heads))?;
@@ -415,7 +428,7 @@ impl NsaBackward {
         if self.rope.is_some() || sums.is_some() {
             works.push(&of_query);
         }
-        sides.side_by_side(stream, &works)
+        self.kernels.sides().take(stream)?.side_by_side(stream, &works)
     }
 
     /// The gradient of rotated rows, in place.
