@@ -18,7 +18,7 @@ class BlockMaskParams(ctypes.Structure):
 
 
 class BatchTables(ctypes.Structure):
-    _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "cu_compressed", "tile_base", "key_tile_base")] + [("cleared", ptr * 5)] + [
+    _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "cu_compressed", "tile_base", "key_tile_base")] + [("cleared", ptr * 6)] + [
         (n, i32) for n in ("batch", "kernel_size", "kernel_stride", "tile_tokens", "tile_keys", "compressed")]
 
 
@@ -53,7 +53,7 @@ class BandSelectParams(ctypes.Structure):
 
 class BandBackwardParams(ctypes.Structure):
     _pack_ = 1
-    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats", "row_bounds", "key_bounds")] + [("sums", SumBounds * 3), ("other", SumKeys), ("window_stats", ptr)] + [
+    _fields_ = padded([("band", Band)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [(n, ptr) for n in ("lse", "grad_lse", "row_stats", "row_bounds", "key_bounds")] + [("sums", SumBounds * 3), ("other", SumKeys), ("clearing", ptr), ("window_stats", ptr)] + [
         (n, Tensor) for n in ("grad_query", "grad_key", "grad_value")] + [("partial_keys", ptr), ("scale_log2", f32), ("scale", f32)] + [
         (n, i32) for n in ("num_kv_heads", "num_tiles", "num_key_tiles", "splits", "resident", "accumulate", "accumulate_keys", "window_size")] + [
         (n, TensorMap) for n in ("query_map", "grad_out_map", "key_map", "value_map", "sums_map")])

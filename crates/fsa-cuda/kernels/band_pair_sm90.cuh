@@ -9,6 +9,7 @@
 #define FSA_BAND_PARTS 1
 #include "band_sm90.cuh"
 #include "block/half_steps.cuh"
+#include "block/pair_rows.cuh"
 
 static_assert(HEAD_DIM <= 128, "registers are for two accumulators of this size");
 constexpr u32 ALL_LANES = 0xffffffffu;
@@ -18,8 +19,8 @@ struct PairTile {
     BandWork work;
     Halves halves;
 };
-// What a thread's two rows have there, by lanes of a warp.
-struct PairRows {
+// What a thread's two rows have there, by lanes of a warp; at last half of the columns of the warp's rows on their way out.
+struct __align__(128) PairRows {
     __align__(16) f32 maxima[32][4];    // and sums of RowState: of the first row in the blocks, in the window, of the second
     __align__(16) f32 sums[32][4];
     __align__(16) RowLimits limits[32];
@@ -51,23 +52,18 @@ FSA_DEVICE void produce_pairs(const BandParams& p, int window, const BandMemory&
 }
 
 struct PairConsumer : Consumer {
-    i32 window;
+    const BandPairParams& pair;
     PairTile (&tiles)[2];
-    PairRows& rows;
+    PairRows (&all_rows)[CONSUMER_THREADS / 32];
     i32 place;                  // of the tile
     Columns near;               // sums of the window, `out` being those of the blocks
 
-    // A row that sees no key has a window somewhere.
-    template <bool HIGH>
-    FSA_DEVICE HalfRow<HIGH> half_row(ListedBlocks blocks, int key) const {
-        const RowLimits& limits = rows.limits[lane_number()];
-        const int end = (HIGH ? limits.end_high : limits.end_low) - key - 2 * (int)(threadIdx.x & 3);
-        return {HIGH ? blocks.high : blocks.low, end - 1 - window, end};
-    }
+    FSA_DEVICE PairRows& warp_rows() const { return all_rows[thread_number() / 32]; }
+    FSA_DEVICE int window() const { return min_i(pair.window, 1 << 30); }
     FSA_DEVICE const BandWork& work() const { return tiles[place].work; }
     FSA_DEVICE const Halves& halves() const { return tiles[place].halves; }
-    FSA_DEVICE f32 (&maxima() const)[4] { return rows.maxima[lane_number()]; }
-    FSA_DEVICE f32 (&sums() const)[4] { return rows.sums[lane_number()]; }
+    FSA_DEVICE f32 (&maxima() const)[4] { return warp_rows().maxima[lane_number()]; }
+    FSA_DEVICE f32 (&sums() const)[4] { return warp_rows().sums[lane_number()]; }
 
     // Those of the blocks before the window, and none of the window.
     FSA_DEVICE void open_states() const {
@@ -76,67 +72,139 @@ struct PairConsumer : Consumer {
         sum[0] = low.sum; sum[1] = 0.0f; sum[2] = high.sum; sum[3] = 0.0f;
     }
 
-    // Probabilities relative to the reference of the halves before, if both branches have one, the same, which will do (Consumer::softmax_kept). Whether they are; else
-    // s holds the scores.
-    FSA_DEVICE bool keep(HalfScores& s, ListedBlocks blocks, int j, u32 keys) {
-        const bool sees_low = rows.limits[lane_number()].end_low != 0, sees_high = rows.limits[lane_number()].end_high != 0;  // others have any scores
-        const f32 low_max = maxima()[0], high_max = maxima()[2];
-        const bool has_low = low_max == maxima()[1] && low_max > neg_inf(), has_high = high_max == maxima()[3] && high_max > neg_inf();
-        if (!__all_sync(ALL_LANES, (has_low || !sees_low) && (has_high || !sees_high))) return false;
-        const int key = halves().key(j);
-        const HalfRow<false> first = half_row<false>(blocks, key);
-        const HalfRow<true> second = half_row<true>(blocks, key);
-        if (work().keys.needs_mask(key, HALF_KEYS)) {
-            first.hide(s);
-            second.hide(s);
-        }
-        const bool cuts = key < halves().all_see;
-        f32 listed[2], shown[2];
-        first.exponentiate(s, low_max, p.scale_log2, cuts, listed[0], shown[0]);
-        second.exponentiate(s, high_max, p.scale_log2, cuts, listed[1], shown[1]);
-        const bool low_fits = listed[0] + shown[0] <= LARGE_SUM || !sees_low, high_fits = listed[1] + shown[1] <= LARGE_SUM || !sees_high;
-        if (!__all_sync(ALL_LANES, low_fits && high_fits)) {
-            score_again(s, Halves::place(keys, j));
-            return false;
-        }
+    // Row in half j. One that sees no key has a window somewhere.
+    template <bool HIGH>
+    FSA_DEVICE HalfRow<HIGH> half_row(ListedBlocks blocks, int j) const {
+        const RowLimits& limits = warp_rows().limits[lane_number()];
+        const int end = (HIGH ? limits.end_high : limits.end_low) - halves().key(j) - 2 * (int)(threadIdx.x & 3);
+        return {HIGH ? blocks.high : blocks.low, end - 1 - window(), end};
+    }
+    // What is in registers, to shared memory, and back. `opens`: the window has no reference yet.
+    FSA_DEVICE void leave(const HalfRows& r) const {
         f32 (&sum)[4] = sums();
-        sum[0] += listed[0];
-        sum[1] += shown[0];
-        sum[2] += listed[1];
-        sum[3] += shown[1];
+        sum[0] = r.sums.low_listed; sum[1] = r.sums.low; sum[2] = r.sums.high_listed; sum[3] = r.sums.high;
+    }
+    FSA_DEVICE void take(HalfRows& r, bool opens) const {
+        const f32 (&max)[4] = maxima(), (&sum)[4] = sums();
+        const RowLimits& limits = warp_rows().limits[lane_number()];
+        r.low_max = max[0];
+        r.high_max = max[2];
+        r.sums = {sum[0], sum[1], sum[2], sum[3]};
+        const bool sees_low = limits.end_low != 0, sees_high = limits.end_high != 0;
+        const bool has_low = (opens || max[0] == max[1]) && max[0] > neg_inf(), has_high = (opens || max[2] == max[3]) && max[2] > neg_inf();
+        const bool shares = __all_sync(ALL_LANES, (has_low || !sees_low) && (has_high || !sees_high));
+        r.facts = (r.facts & HalfRows::CLEARED) | (sees_low ? HalfRows::LOW : 0) | (sees_high ? HalfRows::HIGH : 0) | (shares ? HalfRows::SHARES : 0);
+    }
+    FSA_DEVICE void hide(HalfScores& s, ListedBlocks blocks, int j) const {
+        if (!work().keys.needs_mask(halves().key(j), HALF_KEYS)) return;
+        half_row<false>(blocks, j).hide(s);
+        half_row<true>(blocks, j).hide(s);
+    }
+    FSA_DEVICE bool cuts(int j) const { return halves().key(j) < halves().all_see; }
+    FSA_DEVICE void sum_shown(const HalfScores& s, ListedBlocks blocks, int j, HalfSums& now) const {
+        now.low = half_row<false>(blocks, j).shown_sum(s);
+        now.high = half_row<true>(blocks, j).shown_sum(s);
+    }
+
+    // Probabilities relative to the reference of the halves before, if both branches have one, the same, which will do (Consumer::softmax_kept). A half that `opens` the window
+    // takes that of the blocks for both; a row's window does not become too small by that. Whether they are; else scores of rows that share references are lost.
+    FSA_DEVICE bool keep(HalfScores& s, HalfRows& r, ListedBlocks blocks, int j, bool opens) {
+        if (!r.is(HalfRows::SHARES)) return false;
+        hide(s, blocks, j);
+        HalfSums now = r.exponentiate(s, blocks, p.scale_log2);
+        if (cuts(j)) sum_shown(s, blocks, j, now);
+        if (!r.fits(now)) return false;
+        // The first keys of a row's window are in such a half.
+        if (work().keys.needs_mask(halves().key(j), HALF_KEYS)) {
+            const RowLimits& limits = warp_rows().limits[lane_number()];
+            const bool low_fits = quad_sum(r.sums.low + now.low) >= SMALL_SUM || limits.end_low <= halves().key(j);
+            const bool high_fits = quad_sum(r.sums.high + now.high) >= SMALL_SUM || limits.end_high <= halves().key(j);
+            if (!__all_sync(ALL_LANES, low_fits & high_fits)) return false;
+        }
+        if (opens) {
+            maxima()[1] = r.low_max;
+            maxima()[3] = r.high_max;
+        }
+        r.add(now);
         return true;
     }
-    // Fragments for both products, when those of the half before are over.
-    FSA_DEVICE void make_fragments(HalfScores& s, ListedBlocks blocks, int j, bool kept, HalfFragments& of_listed, HalfFragments& of_near) {
-        const int key = halves().key(j);
-        const HalfRow<false> first = half_row<false>(blocks, key);
-        const HalfRow<true> second = half_row<true>(blocks, key);
-        if (kept) {
-            FSA_UNROLL for (int k = 0; k < HALF_KEYS / 16; ++k) to_fragment<HALF_KEYS>(of_listed[k], s, k);
-            if (key < halves().all_see) {
-                first.cut(s);
-                second.cut(s);
-            }
-            FSA_UNROLL for (int k = 0; k < HALF_KEYS / 16; ++k) to_fragment<HALF_KEYS>(of_near[k], s, k);
-            first.drop_unlisted(of_listed);
-            second.drop_unlisted(of_listed);
-            return;
-        }
-        if (work().keys.needs_mask(key, HALF_KEYS)) {
-            first.hide(s);
-            second.hide(s);
-        }
+    // Makes scores of half j, which the references do not fit, probabilities, when the products of the half before are over. Whether they have a common reference; else they are
+    // those of the window, and the fragments of the blocks' are there.
+    FSA_DEVICE bool restart(HalfScores& s, HalfRows& r, ListedBlocks blocks, int j, HalfFragments& of_listed) {
+        const HalfRow<false> low = half_row<false>(blocks, j);
+        const HalfRow<true> high = half_row<true>(blocks, j);
+        const f32 scale_log2 = p.scale_log2;
+        hide(s, blocks, j);
+        leave(r);
+        f32 (&max)[4] = maxima(), (&sum)[4] = sums();
         f32 carry[4];
-        first.restart(s, p.scale_log2, &maxima()[0], &sums()[0], of_listed, of_near, carry[0], carry[1]);
-        second.restart(s, p.scale_log2, &maxima()[2], &sums()[2], of_listed, of_near, carry[2], carry[3]);
+        low.raise(s, scale_log2, &max[0], &sum[0], carry[0], carry[1]);
+        high.raise(s, scale_log2, &max[2], &sum[2], carry[2], carry[3]);
         scale_rows(out, carry[0], carry[2]);
         scale_rows(near, carry[1], carry[3]);
+        take(r, false);
+        if (r.is(HalfRows::SHARES)) {
+            HalfSums now = r.exponentiate(s, blocks, scale_log2);
+            if (cuts(j)) sum_shown(s, blocks, j, now);
+            r.add(now);
+            return true;
+        }
+        low.attend_listed(s, scale_log2, max[0], r.sums.low_listed, of_listed);
+        high.attend_listed(s, scale_log2, max[2], r.sums.high_listed, of_listed);
+        low.attend_near(s, scale_log2, max[1], r.sums.low);
+        high.attend_near(s, scale_log2, max[3], r.sums.high);
+        return false;
     }
-    // Adds what was cleared of the values of half j to the rows that see it.
-    FSA_DEVICE void add_cleared(int j) {
+    // Fragments for both products of half j; those of the listed probabilities only if references are `common`.
+    FSA_DEVICE void finish_fragments(const HalfScores& s, ListedBlocks blocks, int j, bool common, HalfFragments& of_listed, HalfFragments& of_near) const {
+        if (common) {
+            make_fragments(s, blocks, of_listed, of_near);
+            if (cuts(j)) {
+                half_row<false>(blocks, j).cut(of_near);
+                half_row<true>(blocks, j).cut(of_near);
+            }
+            return;
+        }
+        FSA_UNROLL for (int k = 0; k < HALF_KEYS / 16; ++k) to_fragment<HALF_KEYS>(of_near[k], s, k);
+    }
+
+    // Starts the scores of half j, and both products of the half before.
+    FSA_DEVICE void start_half(HalfScores& s, int j, const HalfFragments& of_listed, const HalfFragments& of_near) {
+        const u32 number = step + Halves::is_upper(j);
+        if (Halves::is_upper(j)) m.key_ring.wait(number);
+        take_turn();
+        wgmma_fence();
+        start_half_scores(s, m.query + group * 64 * 128, Halves::place(m.key(number), j));
+        wgmma_commit();
+        wgmma_pin(near);
+        wgmma_pin(out);
+        start_half_sum(near, of_near, Halves::place(m.value(step), j - 1));
+        start_half_sum(out, of_listed, Halves::place(m.value(step), j - 1));
+        wgmma_commit();
+        give_turn();
+    }
+    // Where its keys are.
+    FSA_DEVICE u32 keys_of_half(int j) const { return Halves::place(m.key(step + Halves::is_upper(j)), j); }
+    FSA_DEVICE void wait_for_sums() {
+        wgmma_wait<0>();
+        wgmma_pin(near);
+        wgmma_pin(out);
+    }
+    // The scores of half j are done, and the products of the half before; whether something was cleared of the values of half j.
+    FSA_DEVICE bool release_half(int j) {
+        const BandWork& w = work();
+        if (!Halves::is_upper(j)) {
+            release_scored(w, halves().step(j), step);
+            return false;
+        }
+        m.value_ring.release(step++);
+        return wait_for_values(w, halves().step(j));
+    }
+    // Adds what is not finite of the values of half j, whether it was cleared or not, to the rows that see it.
+    FSA_DEVICE void add_nonfinite_half(int j) {
         const int key = halves().key(j);
-        const RowLimits limits = rows.limits[lane_number()], shown = {limits.end_low - 1 - window, limits.end_low, limits.end_high - 1 - window, limits.end_high};
-        add_nonfinite(out, p.value, work(), key, limits, rows.lists[lane_number()].from(key), HALF_KEYS);
+        const RowLimits limits = warp_rows().limits[lane_number()], shown = {limits.end_low - 1 - window(), limits.end_low, limits.end_high - 1 - window(), limits.end_high};
+        add_nonfinite(out, p.value, work(), key, limits, warp_rows().lists[lane_number()].from(key), HALF_KEYS);
         add_nonfinite(near, p.value, work(), key, shown, {~0u, ~0u}, HALF_KEYS);
     }
 
@@ -145,19 +213,20 @@ struct PairConsumer : Consumer {
     FSA_DEVICE void attend_both(F meanwhile) {
         const BandWork& w = work();
         const Halves& h = halves();
-        const RowLimits& limits = rows.limits[lane_number()];
-        const RowLists& lists = rows.lists[lane_number()];
+        const RowLimits& limits = warp_rows().limits[lane_number()];
+        const RowLists& lists = warp_rows().lists[lane_number()];
         const u32 query = m.query + group * 64 * 128;
         HalfScores s;
         HalfFragments of_listed, of_near;
+        HalfRows r;
         int j = h.first;
+        bool kept = false;
+        r.facts = 0;
         ListedBlocks blocks;
-        bool dirty = false;
-        blocks = lists.from(h.key(j));
         if (h.before > 0) {
             Fragments a;
             walk(w, h.before, limits, lists, a);
-            dirty = wait_for_values(w, h.before - 1);
+            const bool dirty = wait_for_values(w, h.before - 1);
             m.key_ring.wait(step + 1);
             take_turn();
             wgmma_fence();
@@ -167,9 +236,15 @@ struct PairConsumer : Consumer {
             start_sum(out, a, m.value(step));
             wgmma_commit();
             give_turn();
-            wgmma_wait<0>();
+            open_states();
+            take(r, true);
+            blocks = r.blocks(lists, h.key(j), false);
+            wgmma_wait<1>();
             wgmma_pin(s);
+            kept = keep(s, r, blocks, j, true);
+            wgmma_wait<0>();
             wgmma_pin(out);
+            if (!kept && r.is(HalfRows::SHARES)) score_again(s, Halves::place(m.key(step + 1), j));
             m.value_ring.release(step);
             if (dirty) add_nonfinite(out, p.value, w, w.key(h.before - 1), limits, lists.from(w.key(h.before - 1)));
             ++step;
@@ -179,43 +254,55 @@ struct PairConsumer : Consumer {
             wgmma_fence();
             start_half_scores(s, query, Halves::place(m.key(step), j));
             wgmma_commit();
+            open_states();
+            take(r, false);
+            blocks = r.blocks(lists, h.key(j), false);
             wgmma_wait<0>();
             wgmma_pin(s);
         }
         if (!Halves::is_upper(j)) release_scored(w, h.step(j), step);
         clear(near);
-        open_states();
-        dirty = wait_for_values(w, h.step(j));
-        FSA_NO_UNROLL for (bool kept = false;; ++j) {
-            make_fragments(s, blocks, j, kept, of_listed, of_near);
-            if (j + 1 == h.end) break;
-            const bool new_step = Halves::is_upper(j + 1);
-            const u32 number = step + new_step;
-            blocks = lists.from(h.key(j + 1));
-            if (new_step) m.key_ring.wait(number);
-            take_turn();
-            wgmma_fence();
-            start_half_scores(s, query, Halves::place(m.key(number), j + 1));
-            wgmma_commit();
-            wgmma_pin(near);
-            wgmma_pin(out);
-            start_half_sum(near, of_near, Halves::place(m.value(step), j));
-            start_half_sum(out, of_listed, Halves::place(m.value(step), j));
-            wgmma_commit();
-            give_turn();
-            wgmma_wait<1>();
-            wgmma_pin(s);
-            kept = keep(s, blocks, j + 1, m.key(number));
-            if (!new_step) release_scored(w, h.step(j + 1), number);
-            wgmma_wait<0>();
-            wgmma_pin(near);
-            wgmma_pin(out);
-            if (dirty) add_cleared(j);
-            if (new_step) {
-                m.value_ring.release(step++);
-                dirty = wait_for_values(w, h.step(j + 1));
+        if (wait_for_values(w, h.step(j))) r.facts |= HalfRows::CLEARED;
+        FSA_NO_UNROLL for (;;) {
+            finish_fragments(s, blocks, j, kept || restart(s, r, blocks, j, of_listed), of_listed, of_near);
+            // Most halves, in code of their own that is short: a warp that has to start again leaves it.
+            kept = true;
+            const int plain_end = j + 1 >= h.plain_first && !m.checked.flagged(w) ? h.plain_end : 0, top = h.top;
+            FSA_NO_UNROLL while (j + 1 < plain_end) {
+                start_half(s, ++j, of_listed, of_near);
+                blocks = r.blocks(lists, top - j * HALF_KEYS, true);
+                wgmma_wait<1>();
+                wgmma_pin(s);
+                kept = r.is(HalfRows::SHARES);
+                HalfSums now;
+                if (kept) {
+                    now = r.exponentiate(s, blocks, p.scale_log2);
+                    kept = r.fits(now);
+                }
+                wait_for_sums();
+                if (!kept) break;
+                r.add(now);
+                if (Halves::is_upper(j)) {
+                    m.value_ring.release(step++);
+                    m.value_ring.wait(step);
+                } else {
+                    m.key_ring.release(step);
+                }
+                make_fragments(s, blocks, of_listed, of_near);
             }
+            if (kept) {
+                if (j + 1 == h.end) break;
+                start_half(s, ++j, of_listed, of_near);
+                blocks = r.blocks(lists, h.key(j), false);
+                wgmma_wait<1>();
+                wgmma_pin(s);
+                kept = keep(s, r, blocks, j, false);
+                wait_for_sums();
+            }
+            if (!kept && r.is(HalfRows::SHARES)) score_again(s, keys_of_half(j));
+            if (release_half(j)) r.facts |= HalfRows::CLEARED;
         }
+        leave(r);
         wgmma_pin(near);
         wgmma_pin(out);
         wgmma_fence();
@@ -227,73 +314,10 @@ struct PairConsumer : Consumer {
         wgmma_pin(near);
         wgmma_pin(out);
         m.value_ring.release(step++);
-        if (dirty) add_cleared(j);
+        if (!r.is(HalfRows::CLEARED)) return;
+        FSA_NO_UNROLL for (j = h.first; j < h.end; ++j) add_nonfinite_half(j);
     }
 };
-
-// Where one of a thread's rows goes, and its factors there.
-struct PairRow {
-    char *sum, *listed, *near;      // first bytes in the sum of the branches, and of their own rows
-    f32 listed_scale, near_scale;   // of the thread's sums
-    f32 listed_gate, near_gate;     // the same times the weights
-    bool exists;
-
-    // With weights alone in place of the factors.
-    FSA_DEVICE static PairRow open(const BandPairParams& all, const BandTile& t, int row, f32 listed_gate, f32 near_gate) {
-        if (!t.exists(row)) return {nullptr, nullptr, nullptr, 0.0f, 0.0f, 0.0f, 0.0f, false};
-        return {(char*)t.row_of(all.branch.sum, row), (char*)t.row_of(all.attention.out, row), (char*)t.row_of(all.out, row), 1.0f, 1.0f, listed_gate, near_gate, true};
-    }
-    // Both branches are done: the sums of their probabilities become factors, their log-sum-exps are written.
-    FSA_DEVICE void close(const BandPairParams& all, const BandTile& t, int row, const f32* maxima, const f32* sums) {
-        const f32 listed = quad_sum(sums[0]), near = quad_sum(sums[1]);
-        if (!exists) return;
-        if ((threadIdx.x & 3) == 0) {
-            const i64 place = t.plane_index(row, all.attention.band.total_q);
-            if (all.attention.lse != nullptr) all.attention.lse[place] = Consumer::log2_of({maxima[0], 0.0f}, listed) * LN_2;
-            if (all.lse != nullptr) all.lse[place] = Consumer::log2_of({maxima[1], 0.0f}, near) * LN_2;
-        }
-        listed_scale = listed == 0.0f ? 0.0f : reciprocal_fast(listed);
-        near_scale = near == 0.0f ? 0.0f : reciprocal_fast(near);
-        listed_gate = listed_scale * listed_gate;
-        near_gate = near_scale * near_gate;
-    }
-};
-
-FSA_DEVICE f32 gate_of_row(const Branch& branch, const BandTile& t, int row) {
-    return t.exists(row) ? gate_of(branch.gates, t.token + t.token_of(row), t.first_head + t.head_of(row), branch.number) : 0.0f;
-}
-
-// One group (32 columns) of a row of the sum: what it holds, and both branches times their factors.
-template <bool HIGH>
-FSA_DEVICE void store_both(const PairRow& row, int group, const Columns& listed, const Columns& near, Vec4 held) {
-    const u32 old[4] = {held.x, held.y, held.z, held.w};
-    u32 w[4];
-    FSA_UNROLL for (int j = 0; j < 4; ++j) {
-        const int e = (group * 4 + j) * 4 + (HIGH ? 2 : 0);
-        const f32 lo = fmaf(near[e], row.near_gate, unpack_lo(old[j])), hi = fmaf(near[e + 1], row.near_gate, unpack_hi(old[j]));
-        w[j] = pack2(fmaf(listed[e], row.listed_gate, lo), fmaf(listed[e + 1], row.listed_gate, hi));
-    }
-    const Vec4 v = transpose_quad(Vec4{w[0], w[1], w[2], w[3]});
-    if (row.exists) store_global(row.sum + group * 64 + (threadIdx.x & 3) * 16, v);
-}
-// The sum's rows, and those of the branches where they are kept.
-FSA_DEVICE void store_pair(const BandPairParams& all, const PairRow& low, const PairRow& high, const Columns& listed, const Columns& near, const HeldGroups& held) {
-    const Vec4 nothing = {0, 0, 0, 0};
-    FSA_UNROLL for (int group = 0; group < HEAD_DIM / 32; ++group) {
-        store_both<false>(low, group, listed, near, transpose_quad(held[0][group]));
-        store_both<true>(high, group, listed, near, transpose_quad(held[1][group]));
-    }
-    FSA_UNROLL for (int group = 0; group < HEAD_DIM / 32; ++group) {
-        if (!all.attention.branch.discards) {
-            store_group<false>(low.listed, group, listed, low.listed_scale, nothing, low.exists);
-            store_group<true>(high.listed, group, listed, high.listed_scale, nothing, high.exists);
-        }
-        if (!all.branch.discards) {
-            store_group<false>(low.near, group, near, low.near_scale, nothing, low.exists);
-            store_group<true>(high.near, group, near, high.near_scale, nothing, high.exists);
-        }
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) band_pair(const __grid_constant__ BandPairParams all) {
     const BandParams& p = all.attention;
@@ -330,24 +354,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_pair(const __grid_
         return;
     }
     registers_grow<CONSUMER_REGISTERS>();
-    PairConsumer c = {{p, p, m, group, 0, 0, 0}, min_i(all.window, 1 << 30), tiles, rows[thread_number() / 32], 0};
+    PairConsumer c = {{p, p, m, group, 0, 0, 0}, all, tiles, rows, 0};
     if (group == 1) c.give_turn();      // the first goes first
     FSA_NO_UNROLL for (;; c.place ^= 1) {
         m.query_ring.wait(c.tile = c.place);    // whose parity says all
         const BandWork& w = c.work();
         if (w.tile.tokens == 0) break;
-        const int row = first_row_of_thread();
-        c.rows.limits[lane_number()] = RowLimits::of(p.band, w.tile, row);
-        c.rows.lists[lane_number()] = RowLists::of(p.band, w.tile, w.kv_head, row);
+        c.warp_rows().limits[lane_number()] = RowLimits::of(p.band, w.tile, first_row_of_thread());
+        c.warp_rows().lists[lane_number()] = RowLists::of(p.band, w.tile, w.kv_head, first_row_of_thread());
         clear(c.out);
         c.low = c.high = {neg_inf(), 0.0f};
+        PairRow low, high;
         HeldGroups held;
-        f32 gates[4];
+        PairGates weights;
         const auto meanwhile = [&] {
-            const int row = first_row_of_thread();
-            const bool low = w.tile.exists(row), high = w.tile.exists(row + 8);
-            load_held(held, p.branch, low ? w.tile.row_of(p.branch.sum, row) : nullptr, high ? w.tile.row_of(p.branch.sum, row + 8) : nullptr, low, high, 0);
-            FSA_UNROLL for (int i = 0; i < 4; ++i) gates[i] = gate_of_row(i & 1 ? all.branch : p.branch, w.tile, row + (i & 2) * 4);
+            weights = PairGates::of(all, w.tile, first_row_of_thread());
+            low.open(all, w.tile, first_row_of_thread());
+            high.open(all, w.tile, first_row_of_thread() + 8);
+            load_held(held, p.branch, low.sum, high.sum, true, true, 0);
         };
         if (w.steps > 0) {
             c.attend_both(meanwhile);
@@ -358,9 +382,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_pair(const __grid_
             m.query_ring.release(c.tile);
         }
         wgmma_pin(c.near);
-        PairRow low = PairRow::open(all, w.tile, row, gates[0], gates[1]), high = PairRow::open(all, w.tile, row + 8, gates[2], gates[3]);
-        low.close(all, w.tile, row, &c.maxima()[0], &c.sums()[0]);
-        high.close(all, w.tile, row + 8, &c.maxima()[2], &c.sums()[2]);
-        store_pair(all, low, high, c.out, c.near, held);
+        low.close(all, w.tile, first_row_of_thread(), &c.maxima()[0], &c.sums()[0], weights.low_listed, weights.low_near);
+        high.close(all, w.tile, first_row_of_thread() + 8, &c.maxima()[2], &c.sums()[2], weights.high_listed, weights.high_near);
+        __syncwarp();       // what lies in the warp's rows was read
+        store_pair<0>(all, StagedRows::at(shared_address(&c.warp_rows())), low, high, c.out, c.near, held);
     }
 }

@@ -2,17 +2,20 @@
 //        of keys meets its rows once, for grad_key and grad_value and for its part of grad_query, which is added to the target itself, as f16 in the place of
 //        bf16 and scaled so that nothing overflows (block/query_sums.cuh). The order of these additions is that of time.
 //        The factor of the sums is that of the keys in shared memory, so that no sum is multiplied by it; scores give it back in the factor of their exponents.
-//        band_sums_open clears the target and takes the bounds of keys, band_delta those of rows where the caller has no statistics, combine_statistics both in
-//        the whole; band_sums_finish makes bf16 of f16 in place and adds up splits, band_backward_merge these alone. Several attentions may add to one target side
-//        by side, between the two. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO they also attend to their last keys in a softmax of
-//        its own: scores and dP are common; what both add up to for keys that a row sees twice is of a third softmax: five products and one exponential do both.
+//        band_sums_open clears the target and takes the bounds of keys, band_delta those of rows where the caller has no statistics, combine_statistics
+//        both in the whole; band_sums_finish makes bf16 of f16 in place and adds up splits, band_backward_merge these alone. Several attentions may add to one
+//        target, side by side: it is opened for all before, and finished behind them. With FSA_BLOCK_MASK rows see the blocks that they list. With FSA_WINDOW_TOO the
+//        rows also attend to their last keys in a softmax of its own: scores and dP are common, and for keys that a row sees in both what the two add up to is
+//        that of a third softmax, so five products and one exponential do both.
 // GRID   (tiles of 128 keys, kv heads, splits) as the pass of keys: block/key_walk.cuh.
 // ROLES  Two warpgroups of 64 keys consume tiles of 64 or 80 rows, and multiply half the columns each of K^T dS^T. Of a third two or three warps bring the
-//        rows, and two threads of the last send a warpgroup's half of grad_query each on its way.
+//        rows, and two threads of the last send a warpgroup's half of grad_query each on its way, the first of which may have to clear some of it before.
 // SMEM   128 keys and values, three stages of 64 or two of 80 rows of query and gradient, two of dS, sums of 64 columns of each warpgroup; of every stage's
 //        rows the statistics, and for each key the rows that see it, as bits.
-// SYNC   mbarriers: keys, values loaded; rows loaded, checked, free; dS full, free; sums full, free. dS is multiplied beside the next tile's products.
+// SYNC   mbarriers: keys, values loaded; rows loaded, checked, free; dS full, free; sums full, free. dS of a tile is multiplied beside the products of the
+//        next.
 #include "block/key_walk.cuh"
+#include "block/sums_targets.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/thread.cuh"
 
@@ -30,7 +33,8 @@ constexpr int ROW_STAGES = IN_TURN ? 2 : 3, DS_STAGES = 2;
 typedef f32 RowScores[SUM_ROWS / 2];        // of 64 keys, or columns, and the rows of a tile
 typedef u32 RowFragments[SUM_ROWS / 16][4];
 constexpr u32 ALL_LANES = 0xffffffffu;
-constexpr int LISTED_KEYS = BLOCK_MASK && BLOCK_SIZE < CTA_KEYS ? BLOCK_SIZE : CTA_KEYS, KEY_BLOCKS = CTA_KEYS / LISTED_KEYS;   // of a block in the tile; blocks there
+// Keys of a block in a tile of keys, and blocks there.
+constexpr int LISTED_KEYS = BLOCK_MASK && BLOCK_SIZE < CTA_KEYS ? BLOCK_SIZE : CTA_KEYS, KEY_BLOCKS = CTA_KEYS / LISTED_KEYS;
 
 // What consumers have to mind of a tile of rows: some row sees a part of a block, or has a gate below zero.
 constexpr i32 MASKED = 1, NEGATIVE = 2;
@@ -198,8 +202,48 @@ FSA_DEVICE void scale_keys(const SumMemory& m) {
     named_sync(ALL_CONSUMERS, CONSUMER_THREADS);
 }
 
+// Zeros in grad_query before the first sum: whoever of the ctas is there takes shares of it, so that nobody waits for one that is not, and adds nothing until
+// all are done.
+constexpr int CLEARED_TOKENS = 80, CLEARING_CTAS = 128;
+struct Clearing {
+    int shares, batch;      // shares that are taken together
+    FSA_DEVICE static Clearing find(const BandBackwardParams& p) {
+        const int shares = ceil_div(p.band.total_q, CLEARED_TOKENS) * p.num_kv_heads;
+        return {shares, max_i(ceil_div(shares, CLEARING_CTAS), 1)};
+    }
+    FSA_DEVICE int batches() const { return ceil_div(shares, batch); }
+};
+// A warp, of which the first thread goes on with it. `zeros` is the first warpgroup's memory for sums, which waits for that thread.
+FSA_DEVICE void clear_sums(const BandBackwardParams& p, u32 zeros) {
+    FSA_NO_UNROLL for (int at = lane_number() * 16; at < SUM_BYTES; at += 32 * 16) store_shared(zeros + at, Vec4{0, 0, 0, 0});
+    fence_async_proxy();
+    __syncwarp();
+    if (lane_number() != 0) return;
+    const Clearing clearing = Clearing::find(p);
+    for (int taken; (taken = (int)atomicAdd(p.clearing, 1u)) < clearing.batches();) {
+        const int end = min_i((taken + 1) * clearing.batch, clearing.shares);
+        FSA_NO_UNROLL for (int share = taken * clearing.batch; share < end; ++share) {
+            const int head = share % p.num_kv_heads * p.band.group_size, token = share / p.num_kv_heads * CLEARED_TOKENS;
+            // The last boxes may reach into what others clear.
+            FSA_NO_UNROLL for (int t = 0; t < CLEARED_TOKENS; t += p.band.tile_tokens)
+                FSA_NO_UNROLL for (int h = 0; h < p.band.group_size; h += p.band.tile_heads)
+                    FSA_UNROLL for (int half = 0; half < CONSUMERS; ++half) store_box(&p.sums_map, zeros, half * SUM_COLUMNS, head + h, token + t);
+        }
+        bulk_commit();
+        bulk_wait();
+        fence_proxies();
+        add_release(p.clearing + 1, 1);
+    }
+}
+
 // One thread for each consuming warpgroup: adds its sums of every tile to grad_query.
 FSA_DEVICE void send_sums(const BandBackwardParams& p, const SumMemory& m, const KeyWork& w, int group) {
+    barrier_arrive(m.sum_rings.empty + 8 * group);
+    if (p.clearing != nullptr) {
+        const int all = Clearing::find(p).batches();
+        while ((int)load_acquire(p.clearing + 1) < all) {}
+        fence_proxies();
+    }
     FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n) {
         const RowPlace place = RowPlace::find(p.band, w, n);
         barrier_wait(m.sum_rings.full + 8 * group, n & 1);
@@ -257,7 +301,7 @@ struct SumConsumer {
         m.ds_ring.release(n);
         if (n == 0) return;
         const int own = group();
-        barrier_wait(m.sum_rings.empty + 8 * own, n & 1);
+        barrier_wait(m.sum_rings.empty + 8 * own, (n + 1) & 1);
         RowFragments a;
         FSA_UNROLL for (int k = 0; k < SUM_ROWS / 16; ++k)
             FSA_UNROLL for (int i = 0; i < 4; ++i) a[k][i] = pack_sums(acc[8 * k + 2 * i], acc[8 * k + 2 * i + 1]);
@@ -424,7 +468,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
     }
     m.rows.clear_uncovered(p.band);
     __syncthreads();
-    if (w.rows.keys <= 0) return;
+    if (w.rows.keys <= 0) {
+        if (threadIdx.x >= THREADS - 32 && p.clearing != nullptr) clear_sums(p, m.sums);
+        return;
+    }
     const int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
         registers_shrink<24>();
@@ -435,10 +482,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
                 named_sync(ALL_CHECKERS, 32 * SumRowRing::WARPS);
             }
             m.rows.bring(p, w);
-        } else if (thread == WARPGROUP - 32) {
-            send_sums(p, m, w, 0);
-        } else if (thread == WARPGROUP - 16) {
-            send_sums(p, m, w, 1);
+        } else if (thread >= WARPGROUP - 32) {
+            if (p.clearing != nullptr) clear_sums(p, m.sums);
+            if (thread % 16 == 0) send_sums(p, m, w, thread / 16 % 2);
         }
         return;
     }
@@ -451,50 +497,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
     if (w.steps > 0) c.walk(w.steps);
     store_key_sums(p, c.grad_key, p.grad_key, p.scale, 0, w, c.key_low());
     store_key_sums(p, c.grad_value, p.grad_value, 1.0f, 1, w, c.key_low());
-}
-
-// ---- Before and after ----
-
-constexpr int SMALL_THREADS = 256, TARGET_COPIES = 4, TARGET_BYTES = SMALL_THREADS * TARGET_COPIES * 16, OPEN_KEYS = 64;
-
-// Calls f with the address and number of every piece of grad_query that is this thread's.
-template <typename F>
-FSA_DEVICE void for_each_target(const BandBackwardParams& p, int cta, F f) {
-    const u32 heads = (u32)(p.num_kv_heads * p.band.group_size);
-    FSA_UNROLL for (int i = 0; i < TARGET_COPIES; ++i) {
-        const i64 n = ((i64)cta * TARGET_COPIES + i) * SMALL_THREADS + threadIdx.x;
-        const u32 row = (u32)(n / PIECES_PER_ROW), token = row / heads;     // 2^32 rows fit nowhere
-        if (token < (u32)p.band.total_q) f((char*)tensor_row(p.grad_query, token, (int)(row % heads)) + n % PIECES_PER_ROW * 16, i);
-    }
-}
-
-// Zeros in grad_query; the first ctas take the bounds of some keys of a head each, and of the other keys, of which there are no more.
-extern "C" __global__ void __launch_bounds__(SMALL_THREADS) band_sums_open(const __grid_constant__ BandBackwardParams p) {
-    for_each_target(p, blockIdx.x, [](char* at, int) { store_global(at, Vec4{0, 0, 0, 0}); });
-    const int head = blockIdx.x % p.num_kv_heads, first = blockIdx.x / p.num_kv_heads * OPEN_KEYS;
-    const auto raise = [&](const SumKeys& of) {
-        const int keys = min_i(of.cu_keys[p.band.batch] - first, OPEN_KEYS);        // total_keys may be a bound
-        if (keys > 0) raise_key_bounds<SMALL_THREADS>(of.bounds, of.key, of.value, head, first, keys);
-    };
-    raise({p.key, p.value, p.band.cu_keys, p.key_bounds});
-    if (p.other.bounds == nullptr) return;
-    __syncthreads();
-    raise(p.other);
-}
-
-// bf16 of the sums, in their place; ctas before those that this takes add up splits.
-extern "C" __global__ void __launch_bounds__(SMALL_THREADS) band_sums_finish(const __grid_constant__ BandBackwardParams p) {
-    static_assert(SMALL_THREADS == MERGE_THREADS, "both are parts of one launch");
-    const i64 bytes = (i64)p.band.total_q * (p.num_kv_heads * p.band.group_size) * ROW_BYTES;
-    const int cta = (int)(blockIdx.x - gridDim.x + (bytes + TARGET_BYTES - 1) / TARGET_BYTES);
-    if (cta < 0) return merge_splits(p, blockIdx.x);
-    Vec4 v[TARGET_COPIES];
-    for_each_target(p, cta, [&](char* at, int i) { v[i] = load_global_once(at); });
-    const f32 scale = p.scale * sum_scale(p.sums).inverse;
-    const auto finish = [&](u32 word) {
-        f32 low, high;
-        unpack_sums(word, low, high);
-        return pack2(low * scale, high * scale);
-    };
-    for_each_target(p, cta, [&](char* at, int i) { store_global(at, Vec4{finish(v[i].x), finish(v[i].y), finish(v[i].z), finish(v[i].w)}); });
 }

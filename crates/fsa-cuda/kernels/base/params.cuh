@@ -235,7 +235,7 @@ struct BatchTables {
     i32* cu_compressed;         // [batch + 1] of max(0, (kv_len - kernel_size) / kernel_stride + 1)
     i32* tile_base;             // [batch + 1] of ceil(q_len / tile_tokens)
     i32* key_tile_base;         // [batch + 1] of ceil(keys / tile_keys), keys being compressed ones or tokens
-    u32* cleared[5];            // pairs of words that become zero
+    u32* cleared[6];            // pairs of words that become zero
     i32 batch;
     i32 kernel_size;
     i32 kernel_stride;
@@ -325,6 +325,7 @@ struct BandBackwardParams {
     KeyBounds* key_bounds;      // of all keys; both zero before the first launch
     SumBounds sums[3];          // of all attentions that add to grad_query in memory, null behind the last; their kernels take them in the same order
     SumKeys other;              // keys of another of them
+    u32* clearing;              // shares of grad_query that somebody clears, and those that are clear, of all launches that add to it; null: it is zero
     const RowStats* window_stats;       // with FSA_WINDOW_TOO: of the same rows and keys in a softmax of its own, that of the last window_size earlier keys
     Tensor grad_query, grad_key, grad_value;
     f32* partial_keys;          // [splits, 2, total_keys, num_kv_heads, HEAD_DIM] f32 in natural order; null where splits = 1
@@ -429,7 +430,7 @@ struct CombineBackwardParams {
 
 // What comes besides statistics of rows before attentions that add to one grad_query in memory.
 struct SumsOpening {
-    Tensor grad_query;          // becomes zeros; null: nothing is opened
+    Tensor grad_query;          // becomes zeros, if not null
     SumKeys keys[2];            // of tokens, then of compressed keys, of which there are no more
     BlockMask mask;             // its rows, and nonfinite of the tokens' values, are filled; rows null: nobody asks
     const i32* topk_indices;    // [num_kv_heads, total_q, topk]

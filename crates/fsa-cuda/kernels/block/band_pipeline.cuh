@@ -135,7 +135,8 @@ struct Checked {
     volatile i32* dirty;        // [STAGES] whether something was cleared
     const u32* nonfinite;       // FLAGGED: bit i % 32 is set if something of kv head i is not finite; steps of other heads are not checked
 
-    FSA_DEVICE bool checks(const BandWork& w, int n) const { return (!FLAGGED || *nonfinite >> (w.kv_head & 31) & 1) && w.needs_mask(n); }
+    FSA_DEVICE bool flagged(const BandWork& w) const { return !FLAGGED || *nonfinite >> (w.kv_head & 31) & 1; }
+    FSA_DEVICE bool checks(const BandWork& w, int n) const { return flagged(w) && w.needs_mask(n); }
 
     // Checker: goes through all steps of a cta in order. `tile(step)` is the place of a step.
     template <typename Walks, typename F>

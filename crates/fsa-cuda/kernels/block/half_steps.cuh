@@ -18,6 +18,7 @@ struct Halves {
     i32 before;             // steps that come before
     i32 top;                // first key of half 0
     i32 all_see;            // first key that the last row's window shows: from it on all do
+    i32 plain_first, plain_end;     // halves of which every row sees every key, through its window too, but for the last
 
     FSA_DEVICE static Halves of(const BandWork& w, int window) {
         Halves h;
@@ -27,6 +28,8 @@ struct Halves {
         h.top = w.key(h.before) + HALF_KEYS;
         h.first = h.top < w.keys.end ? 0 : 1;
         h.all_see = w.tile.last_position() - window;
+        h.plain_first = ceil_div(max_i(0, h.top + HALF_KEYS - w.keys.end_common), HALF_KEYS);
+        h.plain_end = h.top < h.all_see ? 0 : min_i(h.end - 1, (h.top - h.all_see) / HALF_KEYS + 1);
         return h;
     }
     FSA_DEVICE static bool is_upper(int j) { return (j & 1) == 0; }
@@ -59,46 +62,27 @@ struct HalfRow {
                 if (8 * i + e >= end) s[4 * i + E + e] = neg_inf();
     }
 
-    // Scores to probabilities relative to `max`; adds up those that either branch sees. `cuts`: windows of some rows begin in this half.
-    FSA_DEVICE void exponentiate(HalfScores& s, f32 max, f32 scale_log2, bool cuts, f32& listed, f32& near) const {
-        const f32 reference = max == neg_inf() ? 0.0f : max;
-        listed = near = 0.0f;
-        FSA_UNROLL for (int part = 0; part < HALF_KEYS / PART_KEYS; ++part) {
-            f32 sum[2] = {0.0f, 0.0f};
-            FSA_UNROLL for (int i = part * PART_KEYS / 8; i < (part + 1) * PART_KEYS / 8; ++i)
-                FSA_UNROLL for (int e = 0; e < 2; ++e) {
-                    f32& x = s[4 * i + E + e];
-                    x = exp2_fast(fmaf(x, scale_log2, -reference));
-                    sum[e] += x;
-                }
-            const f32 both = sum[0] + sum[1];
-            near += both;
-            if (lists(part * PART_KEYS)) listed += both;
-        }
-        if (!cuts) return;
-        near = 0.0f;
+    // Of probabilities, the sum of those in the window.
+    FSA_DEVICE f32 shown_sum(const HalfScores& s) const {
+        f32 sum = 0.0f;
         FSA_UNROLL for (int i = 0; i < HALF_KEYS / 8; ++i)
             FSA_UNROLL for (int e = 0; e < 2; ++e)
-                if (shows(i, e)) near += s[4 * i + E + e];
+                if (shows(i, e)) sum += s[4 * i + E + e];
+        return sum;
     }
     // Clears probabilities of keys before the window.
-    FSA_DEVICE void cut(HalfScores& s) const {
-        FSA_UNROLL for (int i = 0; i < HALF_KEYS / 8; ++i)
-            FSA_UNROLL for (int e = 0; e < 2; ++e)
-                if (!shows(i, e)) s[4 * i + E + e] = 0.0f;
-    }
-    FSA_DEVICE void drop_unlisted(HalfFragments& a) const {
-        FSA_UNROLL for (int k = 0; k < HALF_KEYS / 16; ++k) {
-            if (lists(16 * k)) continue;
-            a[k][HIGH] = 0;
-            a[k][2 + HIGH] = 0;
+    FSA_DEVICE void cut(HalfFragments& a) const {
+        FSA_UNROLL for (int i = 0; i < HALF_KEYS / 8; ++i) {
+            u32 shown;
+            asm("shl.b32 %0, %1, %2;" : "=r"(shown) : "r"(~0u), "r"(16 * max_i(0, first - 8 * i)));     // 0 from 32 on
+            a[i / 2][2 * (i & 1) + HIGH] &= shown;
         }
     }
 
-    // From scores, those of no row -inf: the maxima of both branches, then probabilities with a reference for each: the larger maximum for both, if neither sum becomes
-    // too small by that. The factors are for what was summed before.
-    FSA_DEVICE void restart(const HalfScores& s, f32 scale_log2, f32* maxima, f32* sums, HalfFragments& of_listed, HalfFragments& of_near, f32& listed_carry, f32& near_carry) const {
-        RowState listed = {maxima[0], sums[0]}, near = {maxima[1], sums[1]};
+    // From scores, those of no row -inf: the maxima of both branches; the larger for both, if neither sum becomes too small by that. The factors are for what was summed
+    // before.
+    FSA_DEVICE void raise(const HalfScores& s, f32 scale_log2, f32* maxima, f32* sums, f32& listed_carry, f32& near_carry) const {
+        RowState listed = {maxima[0], sums[0]}, near = {quad_sum(sums[1]) == 0.0f ? neg_inf() : maxima[1], sums[1]};     // perhaps only the blocks' so far
         f32 listed_top = neg_inf(), near_top = neg_inf();
         FSA_UNROLL for (int i = 0; i < HALF_KEYS / 8; ++i)
             FSA_UNROLL for (int e = 0; e < 2; ++e) {
@@ -111,25 +95,32 @@ struct HalfRow {
         const bool share = is_large(listed, listed_top, scale_log2, common) & is_large(near, near_top, scale_log2, common);
         listed_carry = carry_to(listed, share ? common : listed_max);
         near_carry = carry_to(near, share ? common : near_max);
-        const f32 listed_reference = listed.max == neg_inf() ? 0.0f : listed.max, near_reference = near.max == neg_inf() ? 0.0f : near.max;
-        FSA_UNROLL for (int k = 0; k < HALF_KEYS / 16; ++k)
-            FSA_UNROLL for (int part = 0; part < 2; ++part) {
-                f32 x[2], y[2];
-                FSA_UNROLL for (int e = 0; e < 2; ++e) {
-                    const int i = 2 * k + part;
-                    const f32 score = s[4 * i + E + e];
-                    x[e] = lists(16 * k) ? exp2_fast(fmaf(score, scale_log2, -listed_reference)) : 0.0f;
-                    y[e] = shows(i, e) ? exp2_fast(fmaf(score, scale_log2, -near_reference)) : 0.0f;
-                    listed.sum += x[e];
-                    near.sum += y[e];
-                }
-                of_listed[k][2 * part + HIGH] = pack2(x[0], x[1]);
-                of_near[k][2 * part + HIGH] = pack2(y[0], y[1]);
-            }
         maxima[0] = listed.max;
         maxima[1] = near.max;
         sums[0] = listed.sum;
         sums[1] = near.sum;
+    }
+    // Probabilities of the listed keys, each branch with its own maximum.
+    FSA_DEVICE void attend_listed(const HalfScores& s, f32 scale_log2, f32 max, f32& sum, HalfFragments& of_listed) const {
+        const f32 reference = max == neg_inf() ? 0.0f : max;
+        FSA_UNROLL for (int i = 0; i < HALF_KEYS / 8; ++i) {
+            f32 x[2];
+            FSA_UNROLL for (int e = 0; e < 2; ++e) {
+                x[e] = lists(8 * i) ? exp2_fast(fmaf(s[4 * i + E + e], scale_log2, -reference)) : 0.0f;
+                sum += x[e];
+            }
+            of_listed[i / 2][2 * (i & 1) + HIGH] = pack2(x[0], x[1]);
+        }
+    }
+    // The same of those in the window, in place of the scores.
+    FSA_DEVICE void attend_near(HalfScores& s, f32 scale_log2, f32 max, f32& sum) const {
+        const f32 reference = max == neg_inf() ? 0.0f : max;
+        FSA_UNROLL for (int i = 0; i < HALF_KEYS / 8; ++i)
+            FSA_UNROLL for (int e = 0; e < 2; ++e) {
+                f32& x = s[4 * i + E + e];
+                x = shows(i, e) ? exp2_fast(fmaf(x, scale_log2, -reference)) : 0.0f;
+                sum += x;
+            }
     }
 
   private:
@@ -150,3 +141,67 @@ struct HalfRow {
         return carry;
     }
 };
+
+// Sums of a thread's probabilities in a half: of each row the listed ones, and those in the window.
+struct HalfSums {
+    f32 low_listed, low, high_listed, high;
+};
+// What a thread's two rows have in registers while a tile goes through its halves.
+struct HalfRows {
+    ListedBlocks words;             // what they list of the 32 blocks around
+    f32 low_max, high_max;          // of the blocks
+    HalfSums sums;
+    u32 facts;
+
+    static constexpr u32 LOW = 1, HIGH = 2;     // the row exists and sees keys; others may have any scores
+    static constexpr u32 SHARES = 4;            // the warp's rows have one reference for both branches
+    static constexpr u32 CLEARED = 8;           // some values were not finite
+    FSA_DEVICE bool is(u32 fact) const { return facts & fact; }
+
+    // What they list from the block of `key`, the first of a half, on; `known`: the last that was asked for is the half behind it. There are no registers to know small blocks.
+    FSA_DEVICE ListedBlocks blocks(const RowLists& lists, int key, bool known) {
+        const u32 block = (u32)key / BLOCK_SIZE;
+        if (BLOCK_SIZE < HALF_KEYS || !known || (u32)(key + HALF_KEYS) % (32 * BLOCK_SIZE) == 0) words = lists.words(block / 32);
+        return {words.low >> block % 32, words.high >> block % 32};
+    }
+    // Scores to probabilities relative to the maxima; their sums, as if the window showed them all.
+    FSA_DEVICE HalfSums exponentiate(HalfScores& s, ListedBlocks blocks, f32 scale_log2) const {
+        const f32 low_reference = low_max == neg_inf() ? 0.0f : low_max, high_reference = high_max == neg_inf() ? 0.0f : high_max;
+        HalfSums now = {0.0f, 0.0f, 0.0f, 0.0f};
+        FSA_UNROLL for (int part = 0; part < HALF_KEYS / PART_KEYS; ++part) {
+            f32 low[2] = {0.0f, 0.0f}, high[2] = {0.0f, 0.0f};
+            FSA_UNROLL for (int i = part * PART_KEYS / 8; i < (part + 1) * PART_KEYS / 8; ++i)
+                FSA_UNROLL for (int e = 0; e < 2; ++e) {
+                    f32 &x = s[4 * i + e], &y = s[4 * i + 2 + e];
+                    x = exp2_fast(fmaf(x, scale_log2, -low_reference));
+                    y = exp2_fast(fmaf(y, scale_log2, -high_reference));
+                    low[e] += x;
+                    high[e] += y;
+                }
+            now.low += low[0] + low[1];
+            now.high += high[0] + high[1];
+            if (blocks.low_lists(part * PART_KEYS)) now.low_listed += low[0] + low[1];
+            if (blocks.high_lists(part * PART_KEYS)) now.high_listed += high[0] + high[1];
+        }
+        return now;
+    }
+    // Whether what the warp's rows add up to may be relative to the maxima; not if a score is not finite.
+    FSA_DEVICE bool fits(const HalfSums& now) const {
+        const bool low = now.low_listed + now.low <= LARGE_SUM, high = now.high_listed + now.high <= LARGE_SUM;
+        return __all_sync(0xffffffffu, (low | !is(LOW)) & (high | !is(HIGH)));
+    }
+    FSA_DEVICE void add(const HalfSums& now) {
+        sums.low_listed += now.low_listed;
+        sums.low += now.low;
+        sums.high_listed += now.high_listed;
+        sums.high += now.high;
+    }
+};
+// Fragments of the listed probabilities, and of all.
+FSA_DEVICE void make_fragments(const HalfScores& s, ListedBlocks blocks, HalfFragments& of_listed, HalfFragments& of_near) {
+    FSA_UNROLL for (int k = 0; k < HALF_KEYS / 16; ++k) {
+        const u32 low = blocks.low_lists(16 * k) ? ~0u : 0u, high = blocks.high_lists(16 * k) ? ~0u : 0u;
+        to_fragment<HALF_KEYS>(of_near[k], s, k);
+        FSA_UNROLL for (int i = 0; i < 4; ++i) of_listed[k][i] = of_near[k][i] & (i & 1 ? high : low);
+    }
+}

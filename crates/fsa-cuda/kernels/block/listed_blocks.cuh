@@ -41,6 +41,11 @@ struct RowLists {
         const int block = key / BLOCK_SIZE;
         return {__ldg(low + (block >> 5)) >> (block & 31), __ldg(high + (block >> 5)) >> (block & 31)};
     }
+    // Of 32 blocks.
+    FSA_DEVICE ListedBlocks words(int number) const {
+        if constexpr (!BLOCK_MASK) return {};
+        return {__ldg(low + number), __ldg(high + number)};
+    }
 };
 
 // What one row of query lists of the blocks from that of `key` on.

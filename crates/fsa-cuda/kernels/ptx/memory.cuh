@@ -59,6 +59,8 @@ FSA_DEVICE Vec4 load_shared(u32 address) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
     return v;
 }
+// Orders this thread's accesses to memory, whatever their kind, with its bulk copies.
+FSA_DEVICE void fence_proxies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // Makes this thread's generic stores to shared memory visible to wgmma and to bulk copies.
 FSA_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -99,6 +101,13 @@ FSA_DEVICE u32 load_relaxed(const u32* pointer) {
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(pointer) : "memory");
     return word;
 }
+// The same word, with all that whoever wrote it did before.
+FSA_DEVICE u32 load_acquire(const u32* pointer) {
+    u32 word;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(pointer) : "memory");
+    return word;
+}
+FSA_DEVICE void add_release(u32* pointer, u32 word) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(pointer), "r"(word) : "memory"); }
 FSA_DEVICE void max_global(u32* pointer, u32 word) { asm volatile("red.relaxed.gpu.global.max.u32 [%0], %1;" ::"l"(pointer), "r"(word) : "memory"); }
 
 // Programmatic dependent launch. The next kernel of the stream may start once all ctas of this one have said so or are done; what

@@ -11,6 +11,10 @@ FSA_DEVICE void load_box(u32 shared, const TensorMap* map, u32 barrier, int colu
 }
 // Adds a box of shared memory to the elements of the tensor in L2, in any order; f16 keeps subnormals. What lies outside of the tensor is left out. Passes
 // groups as in ptx/bulk.cuh.
+FSA_DEVICE void store_box(const TensorMap* map, u32 shared, int column, int head, int row) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
+                 ::"l"(map), "r"(shared), "r"(column), "r"(head), "r"(row) : "memory");
+}
 FSA_DEVICE void add_box(const TensorMap* map, u32 shared, int column, int head, int row) {
     asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];"
                  ::"l"(map), "r"(shared), "r"(column), "r"(head), "r"(row) : "memory");

@@ -376,7 +376,7 @@ pub(crate) struct BackwardTemporaries {
     pub row_stats: [Slot; 3],
     /// Gradients of compressed key and value.
     pub compressed: [Slot; 2],
-    /// Bounds of compressed keys, then of keys.
+    /// Bounds of compressed keys, then of keys, and what those share who clear sums.
     pub key_bounds: Slot,
 }
 
@@ -429,7 +429,7 @@ impl NsaBackwardPlan {
         let temporaries = BackwardTemporaries {
             row_stats: [(); 3].map(|()| workspace.add("row_stats", pass.sizes.given_stats_bytes())),
             compressed: [(); 2].map(|()| workspace.add("compressed gradient", compressed)),
-            key_bounds: workspace.add("bounds", 2 * BOUNDS_BYTES),
+            key_bounds: workspace.add("bounds", 3 * BOUNDS_BYTES),
         };
         // Stage `selected` counts the ids of this pass; the room for those of the others is to spare.
         let others = problem.topk_indices_bytes() - pass.topk_indices_bytes();

@@ -78,7 +78,7 @@ impl TablePlan {
             cu_compressed,
             tile_base,
             key_tile_base,
-            cleared: [Address::default(); 5],
+            cleared: [Address::default(); 6],
             batch: self.sequences as i32,
             kernel_size: windows.kernel_size as i32,
             kernel_stride: windows.kernel_stride as i32,

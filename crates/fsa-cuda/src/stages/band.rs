@@ -143,6 +143,8 @@ pub(crate) struct SharedSums {
     pub key_bounds: Address,
     /// The keys of another one.
     pub other: SumKeys,
+    /// Two words, zero before the first, where the sums are not: who adds to them makes them so.
+    pub clearing: Address,
 }
 
 /// How the gradients of a branch become those of a call; by default the attention is the call.
@@ -277,6 +279,7 @@ impl BandBackwardStep {
             match &branch.sums {
                 Some(shared) => {
                     (params.sums, params.key_bounds, params.other) = (shared.bounds, shared.key_bounds, shared.other);
+                    params.clearing = shared.clearing;
                 }
                 None => self.kernels.open(stream, &params)?,
             }
@@ -320,6 +323,7 @@ impl BandBackwardStep {
             key_bounds,
             sums: [SumBounds::default(); 3],
             other: SumKeys::default(),
+            clearing: Address::default(),
             window_stats: Address::default(),
             grad_query: tensors.grad_query.device(),
             grad_key: tensors.grad_key.device(),

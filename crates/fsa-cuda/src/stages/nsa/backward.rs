@@ -18,7 +18,7 @@ use crate::source::Kernel;
 use crate::stages::band::{BandBackwardStep, BranchGrads, SharedSums};
 use crate::stages::combine::CombineStep;
 use crate::stages::compress::{CompressStep, GradientPart};
-use crate::stages::tensors::passes;
+use crate::stages::tensors::{absent, passes};
 use crate::stages::{
     AttentionGradTensors, AttentionTensors, CompressBackwardTensors, CompressTensors, RopeRows, RopeTurn,
 };
@@ -174,8 +174,8 @@ impl NsaBackward {
     fn begin(&self, pass: &Pass<'_>, row_stats: &[DeviceSpan<'_>; 3]) -> Result<()> {
         let Pass { stream, workspace, batch, .. } = *pass;
         let [of_compressed, of_selected, of_window] = row_stats.each_ref().map(|stats| pass.sizes.row_bounds(stats));
-        let [of_compressed_keys, of_keys] = self.key_bounds(pass);
-        let cleared = [of_compressed, of_selected, of_window, of_compressed_keys, of_keys];
+        let [of_compressed_keys, of_keys, clearing] = self.words(pass);
+        let cleared = [of_compressed, of_selected, of_window, of_compressed_keys, of_keys, clearing];
         let of_compressed = BatchTables { cleared, ..self.plan.tables.params(batch, &workspace) };
         let scratch = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
         let of_window = self.plan.window_tables.as_ref().map(|tables| tables.params(batch, &workspace));
@@ -186,10 +186,10 @@ impl NsaBackward {
         Ok(())
     }
 
-    /// Bounds of compressed keys, then of keys.
-    fn key_bounds(&self, pass: &Pass<'_>) -> [Address; 2] {
+    /// Bounds of compressed keys, then of keys, and what those share who clear sums.
+    fn words(&self, pass: &Pass<'_>) -> [Address; 3] {
         let bounds = self.plan.temporaries.key_bounds.address(&pass.workspace);
-        [0, BOUNDS_BYTES].map(|offset| bounds.offset(offset))
+        [0, 1, 2].map(|n| n * BOUNDS_BYTES).map(|offset| bounds.offset(offset))
     }
 
     /// The heads of a pass. `grad_gates` are there in a call of one pass.
@@ -256,8 +256,8 @@ impl NsaBackward {
         }
     }
 
-    /// What the statistics' launch does besides where branches share sums: these become zero, with bounds of keys, and lists become a mask where
-    /// selected blocks and window are done together.
+    /// What the statistics' launch does besides where branches share sums: these become zero, if not later, with bounds of keys, and lists become
+    /// a mask where selected blocks and window are done together.
     fn opening(&self, pass: &Pass<'_>, branches: &Branches<'_>, sums: &SharedSums) -> SumsOpening {
         let Pass { stream, workspace, batch, sizes, .. } = *pass;
         let [cu_seqlens_q, cu_keys] = batch.spans().map(|span| span.address());
@@ -265,7 +265,7 @@ impl NsaBackward {
         let tokens = SumKeys { key: key.device(), value: value.device(), cu_keys, bounds: sums.key_bounds };
         let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
         let opening = SumsOpening {
-            grad_query: grad_query.device(),
+            grad_query: if self.clears_later() { absent() } else { grad_query.device() },
             keys: [tokens, sums.other],
             mask: if self.window.is_none() { self.selected.mask(&context) } else { BlockMask::default() },
             topk_indices: branches.selected.forward.topk_indices.address(),
@@ -352,6 +352,11 @@ impl NsaBackward {
         self.window.is_none() && self.plan.shares_query_sums
     }
 
+    /// Whether attentions that run beside each other clear the sums of gradients of queries, under their first loads.
+    fn clears_later(&self) -> bool {
+        self.runs_beside() && self.plan.problem.sizes.total_kv > 0
+    }
+
     /// Whether gradients of keys and values go back through compression beside selected blocks and window, whose splits are added to them
     /// later: not where there are no splits, nor where keys are rotated, whose gradient has to be complete.
     fn compression_first(&self) -> bool {
@@ -367,13 +372,14 @@ impl NsaBackward {
         [key, value]: &[TensorSpan<'_>; 2],
         row_stats: &[DeviceSpan<'_>; 3],
     ) -> SharedSums {
-        let [of_compressed, of_keys] = self.key_bounds(pass);
+        let [of_compressed, of_keys, clearing] = self.words(pass);
         let [compressed, selected, window] = row_stats;
         let bounds = |stats, keys| SumBounds { rows: pass.sizes.row_bounds(stats), keys };
         let selected = if self.window.is_none() { bounds(selected, of_keys) } else { SumBounds::default() };
         SharedSums {
             bounds: [bounds(compressed, of_compressed), bounds(window, of_keys), selected],
             key_bounds: of_keys,
+            clearing: if self.clears_later() { clearing } else { Address::default() },
             other: SumKeys {
                 key: key.device(),
                 value: value.device(),
