@@ -377,6 +377,7 @@ FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const Sco
 
 #if !FSA_BAND_PARTS
 extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_constant__ KernelParams all) {
+    if (FSA_BLOCK_SCORES) let_next_start();     // block_mask looks at values first
     const BandParams& p = attention_of(all);
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) u64 barriers[2 + 6 * STAGES + 2 * TILES_AHEAD * HANDS_TILES];

@@ -33,11 +33,23 @@ impl BlockMaskKernel {
         Ok(Self { block_mask: module.function("block_mask")? })
     }
 
-    /// Fills the mask of `num_kv_heads` kv heads. Ahead of what makes the statistics of rows meanwhile: less waits for that.
-    pub(crate) fn launch(&self, stream: &Stream, num_kv_heads: usize, params: &BlockMaskParams) -> Result<()> {
+    /// Fills the mask of `num_kv_heads` kv heads. `follows`: right ahead on the stream, which is one of Hopper, is a kernel that started
+    /// behind the tables, and whose end this may overlap. Else it goes ahead of what makes the statistics of rows meanwhile: less waits
+    /// for that.
+    pub(crate) fn launch(
+        &self,
+        stream: &Stream,
+        num_kv_heads: usize,
+        follows: bool,
+        params: &BlockMaskParams,
+    ) -> Result<()> {
         let grid = [params.band.mask.num_tiles as u32, num_kv_heads as u32, 1];
-        let dims = LaunchDims { grid, threads: THREADS as u32, smem_bytes: 0, overlaps: false };
-        self.block_mask.launch_ahead(stream, dims, params)
+        let dims = LaunchDims { grid, threads: THREADS as u32, smem_bytes: 0, overlaps: follows };
+        if follows {
+            self.block_mask.launch(stream, dims, params)
+        } else {
+            self.block_mask.launch_ahead(stream, dims, params)
+        }
     }
 }
 

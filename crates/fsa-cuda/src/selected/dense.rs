@@ -48,12 +48,12 @@ impl MaskStep {
         self.kernel.as_ref().map_or_else(BlockMask::default, |(_, plan)| plan.device(workspace))
     }
 
-    /// Fills the mask.
+    /// Fills the mask; `follows` as [`BlockMaskKernel::launch`] has it.
     pub(crate) fn launch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        (tiles, tables): (&RowTiles, &Tables),
+        (tiles, tables, follows): (&RowTiles, &Tables, bool),
         tensors: &ForwardTensors<'_>,
     ) -> Result<BlockMask> {
         let mask = self.mask(&context.workspace);
@@ -68,7 +68,7 @@ impl MaskStep {
             step_keys: plan.step_keys as i32,
             window: self.window,
         };
-        kernel.launch(context.stream, self.problem.sizes.num_kv_heads, &params)?;
+        kernel.launch(context.stream, self.problem.sizes.num_kv_heads, follows, &params)?;
         Ok(mask)
     }
 }
@@ -153,7 +153,7 @@ impl DenseForward {
         if self.plan.problem.total_q == 0 {
             return Ok(());
         }
-        let mask = self.mask.launch(context, batch, (&self.plan.tiles, tables), tensors)?;
+        let mask = self.mask.launch(context, batch, (&self.plan.tiles, tables, false), tensors)?;
         let work = (&attention(tensors), branch);
         self.step.launch_masked(context.stream, batch, (tables, mask), work, softmax_scale)
     }
@@ -260,7 +260,7 @@ impl DenseBackward {
         let (plan, scratch) = (&self.plan.attention, self.plan.scratch.span(&context.workspace));
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let tables = plan.tables.tables(&scratch);
-        self.mask.launch(context, batch, (&plan.tiles, &tables), &tensors.forward)?;
+        self.mask.launch(context, batch, (&plan.tiles, &tables, false), &tensors.forward)?;
         Ok(())
     }
 

@@ -53,7 +53,8 @@ impl BandPairStep {
         if problem.total_q == 0 {
             return Ok(());
         }
-        let mask = self.mask.launch(context, batch, (tiles, tables), &selected.0.selected(topk_indices))?;
+        // Behind what makes the lists, or attends to compressed keys where they are given.
+        let mask = self.mask.launch(context, batch, (tiles, tables, true), &selected.0.selected(topk_indices))?;
         let band = self.plan.band();
         let call = (&band, tiles, self.specialisation.set);
         let boxes = (step_keys(&self.specialisation), 1);
