@@ -116,3 +116,20 @@ def late(setting, name):
 def equal(a, b):
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def waits_for_nothing(call):
+    """The host is done with `call` before the device, which sleeps, wakes up; it sleeps longer where the host is busy."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for cycles in (200_000_000, 4_000_000_000):
+            begin = torch.cuda.Event()
+            torch.cuda._sleep(cycles)
+            begin.record()
+            call()
+            if not begin.query():
+                return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
