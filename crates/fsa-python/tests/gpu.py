@@ -119,7 +119,7 @@ def equal(a, b):
 
 
 def waits_for_nothing(call):
-    """The host is done with `call` before the device, which sleeps, wakes up; it sleeps longer where the host is busy."""
+    """The host is done with `call` before the device, which sleeps, wakes up; longer sleep for a host that is busy."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
