@@ -82,7 +82,8 @@ impl CompressKernels {
         (chunks, THREADS / chunks)
     }
 
-    /// The compressed rows of one input, or of two that differ in tensors alone. `follows`: a kernel is right ahead on the stream.
+    /// The compressed rows of one input, or of two that differ in tensors alone. `follows`: right ahead on the stream is the kernel that
+    /// fills the tables, under which tokens are read already.
     pub(crate) fn forward(
         &self,
         stream: &Stream,

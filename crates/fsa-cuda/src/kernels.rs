@@ -93,13 +93,14 @@ pub(crate) struct SelectedCalls {
 /// A device, its compiler, and what was loaded so far.
 #[derive(Debug)]
 pub struct Kernels {
+    /// Before what is loaded: recorded calls are dropped before the kernels that they name.
+    selected_calls: SelectedCalls,
     device: Arc<Device>,
     compiler: Compiler,
     set: KernelSet,
     loaded: RwLock<HashMap<Specialisation, Loaded>>,
     lanes: Lanes,
     sides: Lanes,
-    selected_calls: SelectedCalls,
     routing: Routing,
     query_sums: Option<QuerySums>,
     one_pass: Option<bool>,

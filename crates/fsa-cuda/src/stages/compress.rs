@@ -155,7 +155,7 @@ impl CompressStep {
         [self, other].iter().all(|step| matches!(step.kernels, Loaded::Sum(_)))
     }
 
-    /// [`forward`](Self::forward) of two inputs in one launch, which with `follows` starts under the kernel that is right ahead on the stream.
+    /// [`forward`](Self::forward) of two inputs in one launch, which with `follows` starts under the kernel right ahead, which fills the tables.
     pub(super) fn forward_two(
         steps: [&Self; 2],
         stream: &Stream,
