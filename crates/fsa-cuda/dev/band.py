@@ -46,7 +46,7 @@ class Shape:
         self.prepare()
 
     def prepare(self):
-        p = BatchTables(self.q.data_ptr(), self.kv.data_ptr(), self.keys_sum.data_ptr() if self.compressed else None, self.tile_base.data_ptr(), self.key_tile_base.data_ptr(), (ctypes.c_void_p * 5)(),
+        p = BatchTables(self.q.data_ptr(), self.kv.data_ptr(), self.keys_sum.data_ptr() if self.compressed else None, self.tile_base.data_ptr(), self.key_tile_base.data_ptr(), (ctypes.c_void_p * 6)(),
                           len(self.cu_q) - 1, self.kernel_size, self.kernel_stride, self.tile_tokens, self.tile_keys, self.compressed)
         Module.get("prepare.cuh", defines(64)).launch("prepare", (1, 1, 1), 1024, 0, PrepareParams((p, p)))
 

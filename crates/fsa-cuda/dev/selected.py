@@ -26,11 +26,11 @@ class Plan:
 
 
 def make_plan(total_q, total_kv, batch, num_q_heads, num_kv_heads, topk, block_size, partial, budget=256 * MIB, buffers=2, unit_entries=1024, has_dense=1,
-              chunk_tokens=None, units_grow=True):
+              chunk_tokens=None, units_grow=True, ordered=0):
     bound = lambda total, size: ceil_div(total, size) if batch == 1 else total // size + batch
     max_tiles, max_blocks = bound(total_q, TILE), bound(total_kv, block_size)
     slots = max(topk - 1, 1) if has_dense else topk
-    sub_tiles = 8
+    sub_tiles = 16 if not ordered and topk <= 16 and num_kv_heads * max_tiles >= 256 * 16 else 8
     while num_kv_heads * ceil_div(max_tiles, sub_tiles) * max_blocks * 4 > 12 * MIB and sub_tiles < max_tiles:
         sub_tiles *= 2
     if chunk_tokens is not None:        # backward: no partials, chunks sized by the caller
@@ -62,7 +62,7 @@ def tensor(x):
 class Selected:
     """One problem: owns its scratch; forward() only launches."""
 
-    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=False, index_parts=1, ordered=0, **plan_options):
+    def __init__(self, query, key, value, topk_indices, block_size, cu_seqlens_q=None, cu_seqlens_kv=None, softmax_scale=None, defines=None, priority=False, index_parts=1, ordered=0, builds=None, **plan_options):
         dev, (total_q, self.hq, d), (total_kv, self.hk, _) = query.device, query.shape, key.shape
         cu = lambda x, n: torch.tensor([0, n], dtype=torch.int32, device=dev) if x is None else x
         self.cu_q, self.cu_kv = cu(cu_seqlens_q, total_q), cu(cu_seqlens_kv, total_kv)
@@ -71,9 +71,18 @@ class Selected:
         self.d, self.block_size, self.total_q = d, block_size, total_q
         self.scale = d ** -0.5 if softmax_scale is None else softmax_scale
         self.partial_size = sets.partial_bytes(block_size, d, query.dtype == torch.bfloat16)
-        self.plan = p = make_plan(total_q, total_kv, self.batch, self.hq, self.hk, topk, block_size, self.partial_size, **plan_options)
+        self.plan = p = make_plan(total_q, total_kv, self.batch, self.hq, self.hk, topk, block_size, self.partial_size, ordered=ordered, **plan_options)
         self.defines = dict(FSA_HEAD_DIM=d, FSA_BLOCK_SIZE=block_size, FSA_IS_BF16=int(query.dtype == torch.bfloat16), **(defines or {}))
         i32 = lambda n: torch.empty(max(n, 1), dtype=torch.int32, device=dev)
+        # One kernel builds the index: a piece's entries fit in shared memory and its ids in registers, and a chunk's pieces on the device.
+        self.stage_bytes = 4 * (p.window_blocks + p.sub_tiles * TILE * p.slots)
+        self.build_threads = p.sub_tiles * 32 * ceil_div(topk, 16)
+        multiprocessors, pieces = torch.cuda.get_device_properties(dev).multi_processor_count, min(p.num_subs, p.chunk_tiles // p.sub_tiles)
+        can_build = not ordered and topk <= 32 and self.build_threads <= 512 and p.window_blocks == p.max_blocks <= (1 << 14) - 32 and \
+            4 * p.window_blocks + self.stage_bytes <= (223 << 10) // 2 and 3 * pieces * self.build_threads <= 1024 * multiprocessors
+        self.builds = can_build and builds is not False
+        if self.builds:
+            p.plane_bytes = 4 * self.hk * p.num_chunks * (p.max_blocks + 1)
         self.scratch = s = dict(tile_base=i32(self.batch + 1), block_base=i32(self.batch + 1), chunk_token=i32(p.num_chunks + 1),
                                 plane=i32(p.plane_bytes // 4), entries=i32(p.entries_bytes // 4), units=i32(self.hk * p.num_chunks * (p.full_units + p.max_blocks) * 8),
                                 unit_counts=i32(self.hk * p.num_chunks * 2), tiles=i32(p.max_tiles * 8),
@@ -94,18 +103,21 @@ class Selected:
         p, module, heads = self.plan, Module.get("index.cuh", self.defines), heads or self.hk - first
         word = 4 * p.window_blocks
         warps = max(1, min(8, p.sub_tiles, 200 * 1024 // word)) if self.ordered else min(8, p.sub_tiles)
-        counters, stage = word * (warps if self.ordered else 1), word + p.sub_tiles * TILE * p.slots * 4
-        staged = counters + stage <= (223 << 10) // 2
+        counters = word * (warps if self.ordered else 1)
+        staged = counters + self.stage_bytes <= (223 << 10) // 2
         params = P.IndexParams(self.layout, self.index, first, staged)
         grid = (p.num_subs, heads, ceil_div(p.max_blocks, p.window_blocks))
-        if first == 0:
-            module.launch("index_prepare", (1, 1, 1), 1024, 0, params, stream)
+        if first == 0 or self.builds:
+            module.launch("index_prepare", (1 + heads * p.num_chunks * self.builds, 1, 1), 1024, 0, params, stream)
         if beside:
             beside()
         ahead = dict(priority=-1 if beside else 0)
+        if self.builds:
+            module.launch("index_build", grid, self.build_threads, counters + 128 + self.stage_bytes, params, stream, pdl=not beside, **ahead)
+            return
         module.launch("index_count", grid, 256, word, params, stream, **ahead)
         module.launch("index_scan", (p.num_chunks, heads, 1), 1024, 0, params, stream, **ahead)
-        module.launch("index_scatter", grid, 32 * warps, counters + (stage if staged else 0), params, stream, **ahead)
+        module.launch("index_scatter", grid, 32 * warps, counters + (self.stage_bytes if staged else 0), params, stream, **ahead)
 
     def index_ahead(self, main):
         """Builds the index on a stream of its own, a few kv heads at a time; returns a function that makes a stream wait for a kv head."""

@@ -1,17 +1,19 @@
 // WHAT   Inverse index of topk_indices: for each kv head and chunk of query tiles, the rows that chose each block, as
-//        CSR, cut into units of bounded size. No sort, no global atomics, no plane of tokens times blocks. On request the
+//        CSR, cut into units of bounded size. No sort, no plane of tokens times blocks. On request the
 //        order of a block's entries follows from the input alone, so that everything downstream is repeatable.
-// GRID   prepare: 1 cta. count, scatter: (pieces of chunks, kv heads, windows of blocks). scan: (chunks, kv heads).
-//        From shapes alone; what does not exist writes nothing.
+// GRID   prepare: 1 cta, and one per list of build. count, scatter: (pieces of chunks, kv heads, windows of blocks). scan: (chunks, kv heads).
+//        build, in place of these three: (pieces of chunks, kv heads). From shapes alone; what does not exist writes nothing.
 // ROLES  count: shared-memory histogram of a piece. scan: starts of all (block, piece), and the units. scatter: each
 //        warp owns consecutive tiles, a lane a row, and takes places from counters; repeatably, from the warp's own, with ranks inside
 //        a step by match.any. The entries of a small piece are put in order in shared memory, so that what leaves are runs, not words.
-// SMEM   count: window_blocks counters. scatter: as many, in order for every warp; staged: the shifts of window_blocks runs, and the entries.
-// SYNC   four launches on one stream.
+//        build: a lane holds the ids of its rows from the count on; one atomic sum a block orders the pieces, in any order.
+// SMEM   count: window_blocks counters. scatter: as many, in order for every warp; staged: the shifts of window_blocks runs, and the entries. build: as staged.
+// SYNC   two or four launches on one stream. The ctas of build that share a chunk wait until all of them have counted: the host asks for it only
+//        where they are on the device at once.
 #include "block/sequence.cuh"
+#include "block/unit_writer.cuh"
 #include "ptx/memory.cuh"
 
-constexpr u32 ALL_LANES = 0xffffffffu;
 FSA_DEVICE void no_rows(int, u32) {}
 
 // A row's ids from `slot` on, -1 where there are none; a vector where rows are whole vectors.
@@ -66,10 +68,21 @@ FSA_DEVICE void for_each_entry(const IndexParams& p, int kv_head, int tile, F f,
     }
 }
 
+// How many pieces of a chunk have added their counts, then the sums of its blocks.
+FSA_DEVICE i32* chunk_sums(const IndexParams& p, int kv_head, int chunk) {
+    return p.index.plane + ((i64)kv_head * p.layout.num_chunks + chunk) * (p.index.max_blocks + 1);
+}
+
 // Prefix sums over sequences by one warp, then tiles and chunks by all.
 extern "C" __global__ void __launch_bounds__(1024) index_prepare(const __grid_constant__ IndexParams p) {
     const Layout& layout = p.layout;
     const int lane = threadIdx.x;
+    let_next_start();
+    if (blockIdx.x > 0) {       // of index_build
+        i32* sums = chunk_sums(p, p.first_kv_head, 0) + (i64)(blockIdx.x - 1) * (p.index.max_blocks + 1);
+        for (int i = threadIdx.x; i <= p.index.max_blocks; i += blockDim.x) sums[i] = 0;
+        return;
+    }
     if (threadIdx.x < 32) {
         int tiles = 0, blocks = 0;
         for (int first = 0; first < layout.batch; first += 32) {
@@ -122,78 +135,10 @@ extern "C" __global__ void __launch_bounds__(256) index_count(const __grid_const
     for (int i = threadIdx.x; i < blocks; i += blockDim.x) counts[i] = histogram[i];
 }
 
-// Exclusive sums of COUNT values over the cta; `total` gets the sums over all threads.
-template <int COUNT>
-FSA_DEVICE void cta_scan(int (&value)[COUNT], int (&total)[COUNT]) {
-    __shared__ int warp_sum[COUNT][32];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    auto sum_lanes = [&](int x) {
-        FSA_UNROLL for (int delta = 1; delta < 32; delta *= 2) {
-            const int y = __shfl_up_sync(ALL_LANES, x, delta);
-            if (lane >= delta) x += y;
-        }
-        return x;
-    };
-    int inclusive[COUNT];
-    FSA_UNROLL for (int k = 0; k < COUNT; ++k) {
-        inclusive[k] = sum_lanes(value[k]);
-        if (lane == 31) warp_sum[k][warp] = inclusive[k];
-    }
-    __syncthreads();
-    for (int k = warp; k < COUNT; k += warps) warp_sum[k][lane] = sum_lanes(lane < warps ? warp_sum[k][lane] : 0);
-    __syncthreads();
-    FSA_UNROLL for (int k = 0; k < COUNT; ++k) {
-        const int before = warp == 0 ? 0 : warp_sum[k][warp - 1];
-        value[k] = before + inclusive[k] - value[k];
-        total[k] = warp_sum[k][31];
-    }
-    __syncthreads();
-}
-
-// Writes the units of one block: the full ones at `full`, the remainder at `rest`. `split` counts the blocks before that have several. Returns the row of its sums.
-FSA_DEVICE i32 write_units(const IndexParams& p, Unit* units, int unit_entries, int block, int begin, int count, int full, int rest, int split) {
-    const Layout& layout = p.layout;
-    const int s = find_sequence(layout.block_base, layout.batch, block);
-    const int q_begin = layout.cu_seqlens_q[s], q_len = layout.cu_seqlens_q[s + 1] - q_begin;
-    const int kv_begin = layout.cu_seqlens_kv[s], kv_len = layout.cu_seqlens_kv[s + 1] - kv_begin;
-    const int key = (block - layout.block_base[s]) * BLOCK_SIZE;
-    Unit unit;
-    unit.kv_row = kv_begin + key;
-    unit.valid_keys = min_i(BLOCK_SIZE, kv_len - key);
-    unit.first_token = key - (kv_len - q_len) + q_begin;
-    unit.block = block;
-    unit.split = count > unit_entries;
-    unit.sums_row = p.index.packs_sums ? split * BLOCK_SIZE : unit.kv_row;
-    for (; count >= unit_entries; count -= unit_entries, begin += unit_entries) {
-        unit.entry_begin = begin;
-        unit.entry_count = unit_entries;
-        units[full++] = unit;
-    }
-    if (count > 0) {
-        unit.entry_begin = begin;
-        unit.entry_count = count;
-        units[p.index.full_units + rest] = unit;
-    }
-    return unit.sums_row;
-}
-
 // A block's counts in consecutive pieces, 0 beyond the last: all loads are under way at once.
 constexpr int PIECES_AHEAD = 8;
 FSA_DEVICE void load_counts(int (&count)[PIECES_AHEAD], const i32* column, int stride, int piece, int last, bool exists) {
     FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) count[i] = exists && piece + i < last ? column[(i64)(piece + i) * stride] : 0;
-}
-
-// Entries of a full unit: as few of these as leave no more units than a launch has ctas for, which the last always does. Given the units
-// beyond the first of all blocks, by each.
-constexpr int UNIT_SIZES = 4, MOST_UNIT_GROWTH = 2;
-FSA_DEVICE int unit_size(const Index& index, int number) {
-    const int quarters = number == UNIT_SIZES - 1 ? 4 * MOST_UNIT_GROWTH : 4 + number;
-    return index.unit_entries * quarters / 4;
-}
-FSA_DEVICE int fitting_unit_size(const Index& index, const int (&beyond)[UNIT_SIZES - 1]) {
-    int number = 0;
-    while (number < UNIT_SIZES - 1 && beyond[number] > index.spare_units) ++number;
-    return unit_size(index, number);
 }
 
 extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_constant__ IndexParams p) {
@@ -202,8 +147,6 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_co
     const int pieces_per_chunk = p.layout.chunk_tiles / index.sub_tiles;
     const int first = chunk * pieces_per_chunk, last = min_i(index.num_subs, first + pieces_per_chunk);
     i32* plane = index.plane + (i64)kv_head * index.num_subs * index.max_blocks;
-    Unit* units = index.units + ((i64)kv_head * p.layout.num_chunks + chunk) * (index.full_units + index.max_blocks);
-    i32* split_blocks = index.split_blocks + (i64)kv_head * index.max_split_blocks;
     auto count_block = [&](int block) {
         int count = 0;
         for (int piece = first; piece < last; piece += PIECES_AHEAD) {
@@ -213,49 +156,16 @@ extern "C" __global__ void __launch_bounds__(1024, 1) index_scan(const __grid_co
         }
         return count;
     };
-    int unit_entries = index.unit_entries, count = 0;
-    if (index.spare_units < index.full_units) {
-        int beyond[UNIT_SIZES - 1] = {}, total[UNIT_SIZES - 1];
-        for (int base = 0; base < index.max_blocks; base += 1024) {
-            count = count_block(base + threadIdx.x);
-            FSA_UNROLL for (int i = 0; i < UNIT_SIZES - 1; ++i) beyond[i] += max_i(count - 1, 0) / unit_size(index, i);
-        }
-        cta_scan(beyond, total);
-        unit_entries = fitting_unit_size(index, total);
-    }
-    const bool counted = index.spare_units < index.full_units && index.max_blocks <= 1024;
-    int carry[4] = {0, 0, 0, 0};    // entries, full units, remainders, blocks of several units
-    for (int base = 0; base < index.max_blocks; base += 1024) {
-        const int block = base + threadIdx.x;
-        const bool exists = block < index.max_blocks;
-        if (!counted) count = count_block(block);
-        const bool splits = count > unit_entries;
-        int sum[4] = {count, count / unit_entries, count % unit_entries != 0, splits}, total[4];
-        cta_scan(sum, total);
-        int start = carry[0] + sum[0];
-        i32 sums = LISTED_BY_NONE;
-        if (count > 0) {
-            const i32 row = write_units(p, units, unit_entries, block, start, count, carry[1] + sum[1], carry[2] + sum[2], carry[3] + sum[3]);
-            sums = splits ? row : LISTED_BY_ONE_UNIT;
-            if (splits && index.packs_sums) split_blocks[carry[3] + sum[3]] = block;
-        }
-        if (index.block_sums && exists) index.block_sums[(i64)kv_head * index.max_blocks + block] = sums;
-        for (int piece = first; piece < last; piece += PIECES_AHEAD) {      // blocks without entries, too: the next piece's start is a run's end
+    write_lists(p, chunk, kv_head, count_block, [&](int block, int start) {     // blocks without entries, too: the next piece's start is a run's end
+        for (int piece = first; piece < last; piece += PIECES_AHEAD) {
             int here[PIECES_AHEAD];
-            load_counts(here, plane + block, index.max_blocks, piece, last, exists);
+            load_counts(here, plane + block, index.max_blocks, piece, last, block < index.max_blocks);
             FSA_UNROLL for (int i = 0; i < PIECES_AHEAD; ++i) {
-                if (exists && piece + i < last) plane[(i64)(piece + i) * index.max_blocks + block] = start;
+                if (block < index.max_blocks && piece + i < last) plane[(i64)(piece + i) * index.max_blocks + block] = start;
                 start += here[i];
             }
         }
-        FSA_UNROLL for (int k = 0; k < 4; ++k) carry[k] += total[k];
-    }
-    if (index.packs_sums) for (int i = carry[3] + threadIdx.x; i < index.max_split_blocks; i += 1024) split_blocks[i] = -1;
-    if (threadIdx.x == 0) {
-        i32* counts = index.unit_counts + ((i64)kv_head * p.layout.num_chunks + chunk) * 2;
-        counts[0] = carry[1];
-        counts[1] = carry[2];
-    }
+    });
 }
 
 // Where the runs of a piece start in its chunk, one per block, and where they end: at the start of the next piece's run, and those of the
@@ -368,4 +278,111 @@ extern "C" __global__ void __launch_bounds__(256) index_scatter(const __grid_con
     if (!p.staged) return;
     __syncthreads();
     copy_runs(entries, stage, next + (sets - 1) * blocks, shifts, blocks);      // every counter of the last set stands at its run's end
+}
+
+// Where all of a piece's ids fit in the registers of a cta and all pieces of a chunk on the device at once, one kernel does it all, and reads the ids once.
+// A cta counts, has its places in the blocks' lists from an atomic sum for each, puts its entries in order, and when all pieces of the chunk have
+// counted it knows where the lists start.
+constexpr int BUILD_THREADS = 512, HELD_PARTS = 2;      // of IDS_AHEAD ids, each lane: of two rows, or of one that is longer
+constexpr int COUNTS_AHEAD = 4;      // of a lane, under way at once
+constexpr int STAGED_RANK_SHIFT = 10;                   // a staged entry: row of the piece, rank, four times the block from bit 16 on
+
+extern "C" __global__ void __launch_bounds__(BUILD_THREADS, 2) index_build(const __grid_constant__ IndexParams p) {
+    extern __shared__ i32 places[];     // [blocks] counts, then starts of runs; [32] a lane's count of what is no entry; shifts [blocks]; entries
+    const Index& index = p.index;
+    const int piece = blockIdx.x, kv_head = p.first_kv_head + blockIdx.y, blocks = index.max_blocks, topk = index.topk;
+    const int pieces_per_chunk = p.layout.chunk_tiles / index.sub_tiles, chunk = piece / pieces_per_chunk, chunk_first = chunk * pieces_per_chunk;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    i32 *shifts = places + blocks + 32, *sums = chunk_sums(p, kv_head, chunk) + 1;
+    u32* stage = (u32*)(shifts + blocks);
+    const u32 counters = shared_address(places), entry_base = shared_address(stage);
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) places[i] = 0;
+    wait_for_previous();
+    // A warp has a tile, or half of one where a row has two parts.
+    const bool is_long = topk > IDS_AHEAD;
+    const int number = piece * index.sub_tiles + (is_long ? warp / 2 : warp), first_row = lane + (is_long ? warp % 2 * 32 : 0);
+    Tile t = {};
+    if (number < p.layout.max_tiles) t = p.layout.tiles[number];        // that does not exist: no rows
+    const DenseRule rule = dense_rule(t, index.has_dense);
+    const i64 head_row = (i64)kv_head * p.layout.total_q + t.token;
+    const bool vectors = topk % 4 == 0 && ((u64)index.topk_indices & 15) == 0;
+    int held[HELD_PARTS][IDS_AHEAD];
+    FSA_UNROLL for (int part = 0; part < HELD_PARTS; ++part) {
+        const int row = first_row + (is_long ? 0 : part * 32);
+        load_ids(held[part], index.topk_indices + (head_row + row) * topk, is_long ? part * IDS_AHEAD : 0, topk, row < t.rows, vectors);
+    }
+    __syncthreads();
+    const u32 range_begin = rule.enabled, no_offset = 4 * (blocks + lane);
+    int rank = 0;
+    u32 dense = 0;
+    FSA_UNROLL for (int part = 0; part < HELD_PARTS; ++part) {
+        const int row = first_row + (is_long ? 0 : part * 32), own = (t.position + row) / BLOCK_SIZE;
+        const u32 range_size = rule.enabled ? rule.first_local - 1 : own + 1;
+        FSA_UNROLL for (int i = 0; i < IDS_AHEAD; i += COUNTS_AHEAD) {
+            u32 offset[COUNTS_AHEAD], place[COUNTS_AHEAD];
+            FSA_UNROLL for (int j = 0; j < COUNTS_AHEAD; ++j) {
+                const int id = held[part][i + j];
+                const bool gathered = (u32)id - range_begin < range_size;
+                offset[j] = gathered && rank < index.slots ? 4 * (t.block_base + id) : no_offset;
+                place[j] = count_shared(counters + offset[j]);
+                dense |= shift_left(2, id - rule.first_local) | (id == 0);
+                rank += gathered;
+            }
+            asm volatile("" : "+r"(dense), "+r"(rank));     // done with these ids
+            FSA_UNROLL for (int j = 0; j < COUNTS_AHEAD; ++j) {
+                held[part][i + j] = (int)(place[j] << 16 | offset[j]);
+                asm volatile("" : "+r"(held[part][i + j]));     // in one register from here on
+            }
+        }
+        if (!is_long || part + 1 == HELD_PARTS) {
+            // Of the local blocks those that exist. A row has more gathered blocks than slots only if all are gathered; the last is the one without.
+            u32 info = rule.enabled ? dense & (low_bits(own - rule.first_local + 2) | 1) : 0;
+            if (row < t.rows) {
+                if (rank > index.slots) info |= (u32)(index.topk_indices[(head_row + row) * topk + topk - 1] + 1) << RowInfo::SPILLED_SHIFT;
+                index.row_info[head_row + row] = info | (u32)min_i(rank, index.slots) << RowInfo::PARTIALS_SHIFT;
+            }
+            rank = 0;
+            dense = 0;
+        }
+    }
+    __syncthreads();
+    const int total = scan_blocks(blocks, [&](int block, int& before) {
+        const int count = places[block];
+        before = count > 0 ? atomicAdd(sums + block, count) : 0;
+        return count;
+    }, [&](int block, int start, int before) {
+        places[block] = start;
+        shifts[block] = before - start;
+    });
+    u32* arrived = (u32*)(sums - 1);
+    if (threadIdx.x == 0) add_release(arrived, 1);
+    const int piece_token = p.layout.tiles[piece * index.sub_tiles].token;
+    u32 word = 0;
+    FSA_UNROLL for (int part = 0; part < HELD_PARTS; ++part) {
+        if (!is_long || part == 0) word = t.token - piece_token + first_row + (is_long ? 0 : part * 32);
+        FSA_UNROLL for (int i = 0; i < IDS_AHEAD; ++i) {
+            const u32 kept = (u32)held[part][i], offset = kept & 0xffff, place = kept >> 16;
+            const bool keep = offset < 4 * (u32)blocks;
+            store_shared_if(keep, entry_base + 4 * (load_shared_word(counters + offset) + place), word + (offset << 16));
+            if (keep) word += 1 << STAGED_RANK_SHIFT;
+        }
+    }
+    if (threadIdx.x == 0) {
+        const u32 all = min_i(index.num_subs - chunk_first, pieces_per_chunk);
+        while (load_relaxed(arrived) < all) {}
+        load_acquire(arrived);
+    }
+    __syncthreads();
+    scan_blocks(blocks, [&](int block, int& sum) { return sum = __ldcg(sums + block); }, [&](int block, int start, int sum) {
+        shifts[block] += start;
+        places[block] = sum;
+    });
+    const int chunk_token = p.layout.chunk_token[chunk];
+    u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots;
+    const u32 token = p.layout.tiles[piece * index.sub_tiles].token - chunk_token;
+    _Pragma("unroll 4") for (int place = threadIdx.x; place < total; place += blockDim.x) {
+        const u32 word = stage[place], row = word & ((1 << STAGED_RANK_SHIFT) - 1), rank = word >> STAGED_RANK_SHIFT & 63;
+        entries[place + *(const i32*)((const char*)shifts + (word >> 16))] = token + row | rank << 24;
+    }
+    if (piece == chunk_first) write_lists(p, chunk, kv_head, [&](int block) { return block < blocks ? places[block] : 0; }, [](int, int) {});
 }

@@ -1,8 +1,9 @@
-//! Stage `index` on the device: for every block the rows that chose it, in four launches without sort or sync.
+//! Stage `index` on the device: for every block the rows that chose it, in two or four launches without sort or sync.
 //!
 //! Kernel file: `kernels/index.cuh`. The plan bounds every table from shapes alone; what does not exist is written
 //! as absent on the device.
 
+use crate::arch::KernelSet;
 use crate::driver::{Function, LaunchDims, Module, Stream};
 use crate::error::Result;
 use crate::params::IndexParams;
@@ -16,6 +17,7 @@ pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
     ("index_count", "IndexParams"),
     ("index_scan", "IndexParams"),
     ("index_scatter", "IndexParams"),
+    ("index_build", "IndexParams"),
 ];
 
 /// Threads of a CTA that counts.
@@ -30,15 +32,19 @@ pub(crate) struct IndexKernels {
     count: Function<IndexParams>,
     scan: Function<IndexParams>,
     scatter: Function<IndexParams>,
+    build: Function<IndexParams>,
+    set: KernelSet,
 }
 
 impl IndexKernels {
-    pub(crate) fn load(module: &Arc<Module>, _: &Specialisation) -> Result<Self> {
+    pub(crate) fn load(module: &Arc<Module>, specialisation: &Specialisation) -> Result<Self> {
         Ok(Self {
             prepare: module.function("index_prepare")?,
             count: module.function("index_count")?,
             scan: module.function("index_scan")?,
             scatter: module.function("index_scatter")?,
+            build: module.function("index_build")?,
+            set: specialisation.set,
         })
     }
 
@@ -66,14 +72,21 @@ impl IndexKernels {
         let pieces = [plan.num_subs as u32, kv_heads as u32, windows as u32];
         let counters_bytes = (plan.window_blocks * size_of::<i32>()) as u32;
         let dims = |grid, threads, smem_bytes| LaunchDims { grid, threads, smem_bytes, overlaps: false };
-        if params.first_kv_head == 0 {
-            self.prepare.launch(stream, dims([1, 1, 1], SCAN_THREADS, 0), params)?;
+        if params.first_kv_head == 0 || plan.builds {
+            // Beside the layout: what the kernel after it adds to.
+            let lists = if plan.builds { kv_heads * plan.num_chunks } else { 0 };
+            self.prepare.launch(stream, dims([1 + lists as u32, 1, 1], SCAN_THREADS, 0), params)?;
         }
         let is_ahead = beside.is_some();
         beside.map_or(Ok(()), |beside| beside())?;
         let launch = |kernel: &Function<IndexParams>, dims: LaunchDims| {
             if is_ahead { kernel.launch_ahead(stream, dims, params) } else { kernel.launch(stream, dims, params) }
         };
+        if plan.builds {
+            let overlaps = self.set == KernelSet::Sm90 && !is_ahead;
+            let smem_bytes = plan.build_smem_bytes() as u32;
+            return launch(&self.build, LaunchDims { overlaps, ..dims(pieces, plan.build_threads as u32, smem_bytes) });
+        }
         launch(&self.count, dims(pieces, COUNT_THREADS, counters_bytes))?;
         launch(&self.scan, dims([plan.num_chunks as u32, kv_heads as u32, 1], SCAN_THREADS, 0))?;
         let threads = 32 * plan.scatter_warps as u32;

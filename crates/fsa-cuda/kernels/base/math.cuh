@@ -6,6 +6,12 @@ FSA_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 FSA_DEVICE int min_i(int a, int b) { return a < b ? a : b; }
 FSA_DEVICE int max_i(int a, int b) { return a > b ? a : b; }
 FSA_DEVICE u32 max_u(u32 a, u32 b) { return a > b ? a : b; }
+// 0 from 32 on, and of negative counts.
+FSA_DEVICE u32 shift_left(u32 word, int count) {
+    u32 out;
+    asm("shl.b32 %0, %1, %2;" : "=r"(out) : "r"(word), "r"(count));
+    return out;
+}
 // The lowest bits: all from 32 on, none below 1.
 FSA_DEVICE u32 low_bits(int count) {
     u32 above;

@@ -74,7 +74,7 @@ struct Layout {
 // The inverse index: which rows chose a block, per kv head and chunk of query tiles.
 struct Index {
     const i32* topk_indices;    // [num_kv_heads, total_q, topk]
-    i32* plane;                 // [num_kv_heads, num_subs, max_blocks] counts, then start positions
+    i32* plane;                 // [num_kv_heads, num_subs, max_blocks] counts, then start positions; index_build: [num_kv_heads, num_chunks, 1 + max_blocks], see there
     u32* entries;               // [num_kv_heads, total_q * slots]: token in chunk | slot << 24
     u32* row_info;              // [num_kv_heads, total_q] see block/sequence.cuh
     Unit* units;                // [num_kv_heads, num_chunks, full_units + max_blocks]

@@ -43,6 +43,20 @@ FSA_DEVICE void store_kept(f32* pointer, f32 x, f32 y) {
 }
 FSA_DEVICE Vec4 as_words(f32 x, f32 y, f32 z, f32 w) { return {__float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w)}; }
 FSA_DEVICE void store_shared(u32 address, u32 word) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory"); }
+FSA_DEVICE void store_shared_if(bool keep, u32 address, u32 word) {
+    asm volatile("{ .reg .pred k; setp.ne.u32 k, %0, 0; @k st.shared.u32 [%1], %2; }" ::"r"((u32)keep), "r"(address), "r"(word) : "memory");
+}
+FSA_DEVICE u32 load_shared_word(u32 address) {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+    return word;
+}
+// A counter goes up by one; returns what it was.
+FSA_DEVICE u32 count_shared(u32 address) {
+    u32 before;
+    asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(address) : "memory");
+    return before;
+}
 FSA_DEVICE void store_shared(u32 address, Vec4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }

@@ -270,7 +270,7 @@ impl BackwardPlan {
         let is_merged = query_sums == QuerySums::Partials;
         let head_bytes = if is_merged { query_bytes } else { query_bytes.min(QUERY_SUM_BYTES[1]) };
         let chunk_tiles = (head_bytes / Self::row_bytes(problem, query_sums) / TILE_ROWS).max(1);
-        let sub_tiles = sub_tiles(problem, kv_heads).min(1 << chunk_tiles.ilog2());
+        let sub_tiles = sub_tiles(problem, kv_heads, is_merged).min(1 << chunk_tiles.ilog2());
         let pieces = (chunk_tiles / sub_tiles).clamp(1, max_tiles(problem).div_ceil(sub_tiles));
         [sub_tiles, pieces * sub_tiles]
     }
@@ -351,7 +351,7 @@ impl BackwardPlan {
         let passes = num_kv_heads.div_ceil(self.kv_heads);
         let of_bounds = if self.query_sums == QuerySums::Scaled { 1 + passes } else { 0 };
         let of_keys = turns * self.key_ranges().count();
-        1 + of_bounds + 3 * passes + 3 * of_keys * of_queries
+        self.index.launches(passes) + of_bounds + 3 * of_keys * of_queries
     }
 }
 

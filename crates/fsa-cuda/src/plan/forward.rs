@@ -83,7 +83,7 @@ impl ForwardPlan {
     ) -> Self {
         let row_bytes = slots(problem, true) * (size.elements + size.numbers);
         let limit = (bytes / buffers / (TILE_ROWS * row_bytes)).max(1);
-        let sub_tiles = sub_tiles(problem, kv_heads).min(1 << limit.ilog2());
+        let sub_tiles = sub_tiles(problem, kv_heads, false).min(1 << limit.ilog2());
         let (tiles, limit) = (max_tiles(problem), limit / sub_tiles * sub_tiles);
         let pass_heads = kv_heads * problem.gqa_group_size();
         let whole = tiles.next_multiple_of(sub_tiles);
@@ -133,7 +133,8 @@ impl ForwardPlan {
     /// Kernels that a call launches.
     pub fn launches(&self) -> usize {
         let passes = (0..self.problem.num_kv_heads).step_by(self.kv_heads.max(1));
-        1 + passes.map(|first| 3 + 2 * self.steps(self.pass(first).1.len())).sum::<usize>()
+        let of_index = self.index.launches(passes.len());
+        of_index + passes.map(|first| 2 * self.steps(self.pass(first).1.len())).sum::<usize>()
     }
 }
 

@@ -7,12 +7,21 @@ use serde::Serialize;
 
 /// Least and most tiles of a piece, what one CTA of the index handles; the plane of counts has a row per piece.
 const MIN_SUB_TILES: usize = 8;
+/// Tiles of a larger piece, and how many of these are enough for a device.
+const LARGE_SUB_TILES: usize = 16;
+const LARGE_PIECES: usize = 256;
 /// The plane is kept below this: larger pieces mean fewer rows of it, and fewer CTAs.
 const PLANE_BYTES: usize = 12 << 20;
 /// Blocks that one CTA counts at most: 192 KB of counters on Hopper.
 const MAX_WINDOW_BLOCKS: usize = 48 << 10;
 /// Warps of a scattering CTA; in order, each has counters of its own.
 const MAX_SCATTER_WARPS: usize = 8;
+/// Ids that a lane of the kernel that does it all loads at once, how many times, and the most threads of its CTAs.
+const IDS_AHEAD: usize = 16;
+const HELD_PARTS: usize = 2;
+const MAX_BUILD_THREADS: usize = 512;
+/// Blocks whose counters have 16-bit offsets, besides a word a lane.
+const MAX_BUILD_BLOCKS: usize = (1 << 14) - 32;
 /// How many times its least size a full unit may have.
 pub(crate) const MOST_UNIT_GROWTH: usize = 2;
 
@@ -49,6 +58,10 @@ pub struct IndexPlan {
     pub scatter_warps: usize,
     /// A scattering CTA puts its entries in order in shared memory first.
     pub staged: bool,
+    /// One kernel counts, scans and scatters.
+    pub builds: bool,
+    /// Threads of its CTAs: a lane holds two rows, or one that is longer.
+    pub build_threads: usize,
     /// Only blocks of several units have sums of their keys, side by side.
     pub packs_sums: bool,
     regions: Regions,
@@ -81,12 +94,15 @@ pub(super) struct IndexInput {
     pub unit_entries: usize,
 }
 
-/// Tiles of a piece such that the plane of `kv_heads` kv heads stays small, a power of two.
-pub(super) fn sub_tiles(problem: &Problem, kv_heads: usize) -> usize {
+/// Tiles of a piece such that the plane of `kv_heads` kv heads stays small, a power of two. More than the least where one kernel builds the index
+/// and still fills the device: what its CTAs do for every block costs as much for small pieces.
+pub(super) fn sub_tiles(problem: &Problem, kv_heads: usize, ordered: bool) -> usize {
     let tiles = max_tiles(problem);
+    let is_large = !ordered && problem.topk <= IDS_AHEAD && kv_heads * tiles >= LARGE_PIECES * LARGE_SUB_TILES;
+    let least = if is_large { LARGE_SUB_TILES } else { MIN_SUB_TILES };
     let row_bytes = kv_heads * bound(problem.total_kv, problem.sequences, problem.block_size) * size_of::<i32>();
     let fits = |sub: &usize| *sub >= tiles || tiles.div_ceil(*sub) * row_bytes <= PLANE_BYTES;
-    std::iter::successors(Some(MIN_SUB_TILES), |sub| Some(2 * sub)).find(fits).unwrap_or(MIN_SUB_TILES)
+    std::iter::successors(Some(least), |sub| Some(2 * sub)).find(fits).unwrap_or(least)
 }
 
 /// Bound on the query tiles, at least 1 so that tables have a size.
@@ -126,6 +142,8 @@ impl IndexPlan {
             window_blocks,
             scatter_warps: counter_sets.clamp(1, MAX_SCATTER_WARPS.min(sub_tiles)),
             staged: false,
+            builds: false,
+            build_threads: sub_tiles * TILE_ROWS * problem.topk.div_ceil(IDS_AHEAD) / HELD_PARTS,
             packs_sums: false,
             regions: Regions::default(),
         };
@@ -133,8 +151,30 @@ impl IndexPlan {
         plan.spare_units = plan.full_units;
         // Two CTAs to a multiprocessor at least.
         plan.staged = plan.scatter_smem_bytes() + plan.stage_bytes() <= smem_bytes / 2;
+        plan.builds = plan.staged && !ordered && plan.can_build(problem, facts);
         plan.regions = plan.place(problem, kv_heads, workspace);
         plan
+    }
+
+    /// Whether one kernel can do it all: its CTAs hold their ids, count all blocks, and those of a chunk wait for each other. Two of the largest fit on a
+    /// multiprocessor, so that all of a chunk are on the device at once, and those of calls on two more streams, which may wait at the same time.
+    fn can_build(&self, problem: &Problem, facts: &DeviceFacts) -> bool {
+        let pieces = self.num_subs.min(self.chunk_tiles / self.sub_tiles);
+        problem.topk <= HELD_PARTS * IDS_AHEAD
+            && self.build_threads <= MAX_BUILD_THREADS
+            && self.window_blocks == self.max_blocks
+            && self.max_blocks <= MAX_BUILD_BLOCKS
+            && 3 * pieces * self.build_threads <= 2 * MAX_BUILD_THREADS * facts.multiprocessors
+    }
+
+    /// Shared memory of a CTA of that kernel: as one that scatters, and a word a lane.
+    pub(crate) fn build_smem_bytes(&self) -> usize {
+        self.scatter_smem_bytes() + 32 * size_of::<i32>()
+    }
+
+    /// Kernels that make the indices of all passes.
+    pub(crate) fn launches(&self, passes: usize) -> usize {
+        if self.builds { 2 * passes } else { 1 + 3 * passes }
     }
 
     /// Full units are larger where they are many, so that a launch needs fewer CTAs, most of which never have a unit.
@@ -162,7 +202,7 @@ impl IndexPlan {
             block_base: workspace.add("block_base", (problem.sequences + 1) * word),
             chunk_token: workspace.add("chunk_token", (self.num_chunks + 1) * word),
             tiles: workspace.add("tiles", self.max_tiles * RECORD_BYTES),
-            plane: workspace.add("plane", kv_heads * self.num_subs * self.max_blocks * word),
+            plane: workspace.add("plane", kv_heads * self.plane_words() * word),
             entries: workspace.add("entries", rows * self.slots * word),
             row_info: workspace.add("row_info", rows * word),
             units: workspace.add("units", lists * self.unit_records() * RECORD_BYTES),
@@ -170,6 +210,11 @@ impl IndexPlan {
             block_sums: Slot::default(),
             split_blocks: Slot::default(),
         }
+    }
+
+    /// Words of the plane of a kv head: a count per block of each piece, or the blocks' sums of each chunk and how many pieces have added theirs.
+    fn plane_words(&self) -> usize {
+        if self.builds { self.num_chunks * (self.max_blocks + 1) } else { self.num_subs * self.max_blocks }
     }
 
     /// Records of units of a chunk: full ones, and a remainder per block.
@@ -265,7 +310,7 @@ impl IndexPlan {
         };
         Index {
             topk_indices: topk_indices.address(),
-            plane: table(regions.plane, self.num_subs * self.max_blocks * word),
+            plane: table(regions.plane, self.plane_words() * word),
             entries: table(regions.entries, problem.total_q * self.slots * word),
             row_info: table(regions.row_info, problem.total_q * word),
             units: table(regions.units, self.num_chunks * self.unit_records() * RECORD_BYTES),

@@ -175,7 +175,7 @@ fn a_usual_length_is_one_index_and_two_buffers() {
     let plan = forward(&problem(65_536, (32, 8), (64, 16)));
     assert_eq!((plan.kv_heads, plan.buffers), (8, 2), "{plan}");
     assert_eq!(plan.index.chunk_tiles % plan.index.sub_tiles, 0);
-    assert_eq!(plan.launches(), 4 + 2 * plan.index.num_chunks * 32usize.div_ceil(plan.heads));
+    assert_eq!(plan.launches(), 2 + 2 * plan.index.num_chunks * 32usize.div_ceil(plan.heads));
 }
 
 #[test]
@@ -189,15 +189,16 @@ fn entries_of_usual_lengths_are_put_in_order_in_shared_memory() {
             for index in [forward(&problem).index, backward(&problem).index, ordered] {
                 assert_eq!(index.staged, staged, "{problem}: {index:?}");
                 assert!(!staged || index.scatter_smem_bytes() <= most, "{problem}: {index:?}");
+                assert_eq!(index.builds, staged && !index.ordered, "{problem}: {index:?}");
             }
         }
     }
 }
 
 #[test]
-fn a_short_call_is_six_launches() {
+fn a_short_call_is_four_launches() {
     let plan = forward(&problem(1024, (32, 8), (64, 16)));
-    assert_eq!((plan.index.num_chunks, plan.heads, plan.launches()), (1, 32, 6), "{plan}");
+    assert_eq!((plan.index.num_chunks, plan.heads, plan.launches()), (1, 32, 4), "{plan}");
 }
 
 #[test]
@@ -246,6 +247,14 @@ fn check_index(problem: &Problem, plan: &IndexPlan, facts: &DeviceFacts) -> Resu
     prop_assert!(plan.chunk_tiles * TILE_ROWS * plan.slots < 1 << 31, "entries of a chunk are counted in i32");
     prop_assert!(plan.window_blocks > 0 && plan.scatter_smem_bytes() <= facts.smem_per_cta_bytes);
     prop_assert!(plan.max_blocks.div_ceil(plan.window_blocks) <= 65_535 && problem.num_kv_heads <= 65_535);
+    if plan.builds {
+        // All of a chunk are on the device at once, two to a multiprocessor; a place in a run and the offset of a counter have 16 bits, a row of a piece has 10.
+        let pieces = plan.num_subs.min(plan.chunk_tiles / plan.sub_tiles);
+        prop_assert!(plan.build_threads <= 512 && 2 * plan.build_smem_bytes() <= facts.smem_per_cta_bytes);
+        prop_assert!(pieces * plan.build_threads <= 1024 * facts.multiprocessors);
+        prop_assert!(plan.sub_tiles * TILE_ROWS <= 1024 && plan.sub_tiles * TILE_ROWS * problem.topk < 1 << 16);
+        prop_assert!((plan.max_blocks + 32) * 4 <= 1 << 16 && problem.topk <= 64 && !plan.ordered);
+    }
     // However the entries of a chunk spread over blocks, their full units fit.
     let entries = plan.chunk_tiles * TILE_ROWS * plan.slots;
     prop_assert!(plan.full_units >= entries / plan.unit_entries);
