@@ -85,8 +85,9 @@ def fill_forward(p, s, q, k, v, out, lse, scale, step, every=1, branch=None):
 CHOICE_BYTES = {1: 4 * 16384, 2: 8 * 4160}      # of the warps that choose: beside those that attend, or these, for their rows
 
 
-def forward_select(s, q, k, v, out, lse, ids, scale, block_size=64, init=1, local=2):
-    """Compressed attention and the choice of blocks in one pass: 1, 2, 4, 8 or 16 heads a group, blocks of four compressed keys."""
+def forward_select(s, q, k, v, out, lse, ids, scale, block_size=64, init=1, local=2, mask=None):
+    """Compressed attention and the choice of blocks in one pass: 1, 2, 4, 8 or 16 heads a group, blocks of four compressed keys. `mask`: BlockMask of what is chosen,
+    which becomes written, the tokens' values and the window."""
     p, grid, way = aligned(BandSelectParams), s.persistent(s.hk), 2 if s.hq == s.hk else 1
     fill_forward(p.attention, s, q, k, v, out, lse, scale, 128, 4)
     c = p.choice
@@ -95,6 +96,9 @@ def forward_select(s, q, k, v, out, lse, ids, scale, block_size=64, init=1, loca
     if "slots" not in s.__dict__:
         s.slots = torch.full((words,), math.nan, device=DEVICE)
     c.scores, c.topk_indices, c.topk, c.init_blocks, c.local_blocks = s.slots.data_ptr(), ids.data_ptr(), ids.shape[2], init, local
+    if mask:
+        c.mask, c.value, c.window = mask[0], tensor(mask[1]), mask[2]
+    p.out_map = tensor_map(out, s.tile_tokens, s.tile_heads)
     shared = -(-q.shape[2] // 64) * 128 * (128 + 4 * 128) + CHOICE_BYTES[way]
     Module.get("band_sm90.cuh", dict(defines(q.shape[2], q.dtype, block_size), FSA_BLOCK_SCORES=way)).launch("band", grid, 640 - 128 * way, shared, p)
 

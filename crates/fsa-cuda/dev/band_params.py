@@ -43,12 +43,12 @@ class BandPairParams(ctypes.Structure):
 
 
 class BlockChoice(ctypes.Structure):
-    _fields_ = [("scores", ptr), ("topk_indices", ptr)] + [(n, i32) for n in ("max_steps", "topk", "init_blocks", "local_blocks")]
+    _fields_ = [("scores", ptr), ("topk_indices", ptr)] + [(n, i32) for n in ("max_steps", "topk", "init_blocks", "local_blocks", "window")] + [("mask", BlockMask), ("value", Tensor)]
 
 
 class BandSelectParams(ctypes.Structure):
     _pack_ = 1
-    _fields_ = [("attention", BandParams), ("choice", BlockChoice), ("_end", ctypes.c_char * (-ctypes.sizeof(BlockChoice) % 64))]
+    _fields_ = [("attention", BandParams), ("choice", BlockChoice), ("_gap", ctypes.c_char * (-ctypes.sizeof(BlockChoice) % 64)), ("out_map", TensorMap), ("sum_map", TensorMap)]
 
 
 class BandBackwardParams(ctypes.Structure):

@@ -83,4 +83,4 @@ class BackwardParams(ctypes.Structure):
     _fields_ = [("layout", Layout), ("index", Index)] + [(n, Tensor) for n in ("query", "key", "value", "out", "grad_out")] + [
         (n, ptr) for n in ("lse", "grad_lse", "row_stats", "grad_query", "partial")] + [
         ("grad_query_out", Tensor), ("grad_key_out", Tensor), ("grad_value_out", Tensor), ("grad_key", ptr), ("grad_value", ptr), ("row_bounds", ptr), ("key_bounds", ptr), ("block_bounds", ptr), ("sums", SumBounds * 3), ("sum_rows", i64), ("query_row_bytes", i64), ("query_head_bytes", i64), ("scale_log2", f32), ("scale", f32)] + [
-        (n, i32) for n in ("group_size", "chunk", "first_head", "unit_heads", "rows", "first_sums", "finish_sums", "first_key", "end_key", "given_stats", "accumulate", "accumulate_keys", "in_place")]
+        (n, i32) for n in ("group_size", "chunk", "first_head", "stats_row", "stats_head", "rows", "first_sums", "finish_sums", "first_key", "end_key", "given_stats", "accumulate", "accumulate_keys", "in_place")]

@@ -2,6 +2,7 @@
 
 check     attention to all blocks with a mask, against float64 and with the hostile lists of run.py
 bench     both routes at the shapes of bench/records/h200/*-routes.json, medians of graph replays, one JSON object a line
+check_mask: the mask of blocks by those who choose
 check_pair, bench_pair: the forward of selected blocks and window in one walk, and one after the other
 check_both, bench_whole: the backward of selected blocks and window in one pass, and beside KV-outer and window apart
 FSA_DEV_SET=sm80: the portable kernels
@@ -217,6 +218,39 @@ def pair_case(name, cu_q, cu_kv, hq, hk, topk, window, d=128, dtype=torch.bfloat
         ok &= cases.compare(f"{label} lse", results[0][1][number].T[picked.to(DEVICE)], want_lse, 1e-4)
         want_sum = want_sum + gates[picked.to(DEVICE), :, 1 + number].double().cpu().numpy()[:, :, None] * want
     return cases.compare(f"pair {name} sum", results[0][2][picked.to(DEVICE)], want_sum, tolerance) & ok
+
+
+def mask_case(name, cu_q, cu_kv, hq, hk, topk, window, init=1, local=2, d=128, dtype=torch.bfloat16, twist=None):
+    """The mask by those who choose is that of their lists."""
+    q, k, v = band.make(Shape(cu_q, cu_kv, hq, hk), d, dtype)
+    if twist:
+        twist(v)
+    near = Shape(cu_q, cu_kv, hq, hk, compressed=(32, 16))
+    _, ck, cv = band.make(near, d, dtype, seed=1)
+    ids = torch.full((hk, cu_q[-1], topk), 77, dtype=torch.int32, device=DEVICE)
+    masks = [Masked(cu_q, cu_kv, hq, hk, d, ids, 64) for _ in range(2)]
+    out, lse = torch.empty_like(q), torch.empty(hq, cu_q[-1], device=DEVICE)
+    band.forward_select(near, q, ck, cv, out, lse, ids, d ** -0.5, init=init, local=local, mask=(masks[0].mask, v, window))
+    masks[1].build(v, window)
+    torch.cuda.synchronize()
+    (rows, steps, counts, nonfinite), want = masks[0].scratch, masks[1].scratch
+    listed = torch.arange(steps.shape[2], device=DEVICE) < want[2][:, :, None]
+    same = [torch.equal(rows, want[0]), torch.equal(torch.where(listed, steps, 0), torch.where(listed, want[1], 0)), torch.equal(counts, want[2]), torch.equal(nonfinite, want[3])]
+    print(f"{'ok  ' if all(same) else 'FAIL'} mask {name}: {same}", flush=True)
+    return all(same)
+
+
+def check_mask():
+    def nonfinite(v):
+        v[130] = float("nan"); v[700, 0, 5] = float("inf")
+    ok = mask_case("2K", [0, 2048], [0, 2048], 8, 2, 16, 512)
+    ok &= mask_case("4,095 g 2", [0, 4095], [0, 4095], 4, 2, 16, 512)
+    ok &= mask_case("8K g 16 no window", [0, 8192], [0, 8192], 16, 1, 16, -1)
+    ok &= mask_case("packed g 8", [0, 5, 5, 700, 1500], [0, 90, 90, 1700, 3500], 8, 1, 16, 2**31 - 1)
+    ok &= mask_case("packed, values not finite", [0, 1, 1, 130, 391, 1456], [0, 1, 1, 130, 391, 1456], 4, 1, 16, 100, twist=nonfinite)
+    ok &= mask_case("forced blocks alone", [0, 1800], [0, 1800], 4, 1, 3, 64)
+    ok &= mask_case("three first blocks, f16, head_dim 64", [0, 1800], [0, 1800], 4, 1, 5, 64, init=3, local=1, d=64, dtype=torch.float16)
+    print("mask all ok" if ok else "MASK SOME FAILED", flush=True)
 
 
 def check_pair():

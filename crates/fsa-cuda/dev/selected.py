@@ -191,7 +191,7 @@ class SelectedBackward(Selected):
         budget = (128 if query_partials else 32) * MIB
         chunk_tokens = chunk_tokens or budget // row_bytes
         group, rows = hq // hk, min(chunk_tokens, total_q)
-        # Heads that a unit takes in turn, and those of one launch: their grad_query stays within the budget, and so do the sums of their kv heads.
+        # Heads of a unit, side by side in its tiles, and those of one launch: their grad_query stays within the budget, and so do the sums of their kv heads.
         turns = [n for n in (4, 2) if self.scaled_sums and rows >= 8192 and group % n == 0 and n * rows * row_bytes <= 64 * MIB]
         self.unit_heads = unit_heads or (turns + [1])[0]
         if heads is None:
@@ -199,12 +199,12 @@ class SelectedBackward(Selected):
             heads = self.unit_heads if is_full else max(budget // (rows * row_bytes) // self.unit_heads, 1) * self.unit_heads
         self.kv_heads = max(1, min(heads // group, 64 * MIB // (key.shape[0] * d * 8), hk))
         self.heads = min(heads, group) if heads < group else group * self.kv_heads
-        full_unit = max(32 * block_size, 3072)
+        full_unit = max(32 * block_size, 3072 if self.unit_heads < 4 else 2048)
         unit_entries = unit_entries or (full_unit if self.unit_heads == 1 else min(max(rows // 16, 1024), full_unit))
         buffers = buffers or (3 if 3 * self.heads * rows * row_bytes <= 64 * MIB else 2)
         self.priority = priority if priority is not None else -1 if rows >= 32768 else 0        # of the small kernels
         super().__init__(query, key, value, topk_indices, block_size, *args, has_dense=0, ordered=query_partials, chunk_tokens=chunk_tokens, unit_entries=unit_entries, buffers=buffers,
-                         defines=dict(FSA_QUERY_PARTIALS=query_partials, FSA_SCALED_SUMS=self.scaled_sums, **(defines or {})), **options)
+                         defines=dict(FSA_QUERY_PARTIALS=query_partials, FSA_SCALED_SUMS=self.scaled_sums, FSA_TILE_HEADS=self.unit_heads, **(defines or {})), **options)
         p, f32 = self.plan, dict(dtype=torch.float32, device=query.device)
         self.query_partials, self.rows = query_partials, min(p.chunk_tiles * TILE, total_q)
         self.owns_sums = self.unit_heads == min(self.heads, group)
@@ -236,7 +236,7 @@ class SelectedBackward(Selected):
         module, total_kv = Module.get(sets.file("backward"), self.defines), self.k.shape[0]
         threads, parts, shared = sets.backward_main(self.block_size, self.d, self.query_partials)
         per_row = self.d // 8 if self.query_partials or self.scaled_sums else self.d // 4       # lanes that finish a row
-        finish_rows = 256 // per_row * (1 if self.query_partials else 4)
+        finish_rows = 256 // per_row // self.unit_heads * self.unit_heads * (1 if self.query_partials else 4)
         main = torch.cuda.current_stream()
         self.bounds.zero_()
 
@@ -254,23 +254,24 @@ class SelectedBackward(Selected):
         for turn, kv_head in enumerate(range(0, self.hk, self.kv_heads)):
             b, kv_heads = turn % p.buffers, min(self.kv_heads, self.hk - kv_head)
             stream, acc, end = self.side[b], self.acc_query[b].data_ptr(), (kv_head + kv_heads) * group
-            row_step, head_step = (2 * grads[0].stride(0), 2 * grads[0].stride(1)) if self.in_place[b] else (2 * self.d, 2 * self.d * self.rows)       # of scaled sums
             for head in range(kv_head * group, end, self.heads):
                 heads = min(self.heads, end - head)
+                row_step, head_step = (heads, 1) if self.unit_heads > 1 else (1, self.rows)     # of statistics and sums
+                in_place = [2 * grads[0].stride(i) for i in (0, 1)] if self.in_place[b] else None
                 for chunk in range(p.num_chunks):
                     if self.in_place[b]:
-                        acc = grads[0].data_ptr() + head * head_step
+                        acc = grads[0].data_ptr() + head * in_place[1]
                     a = P.BackwardParams(self.layout, self.index, *(tensor(x) for x in (self.q, self.k, self.v, out, grad_out)), lse.data_ptr(),
                                          grad_lse.data_ptr() if grad_lse is not None else None, self.row_stats[b].data_ptr(), acc, acc, *(tensor(x) for x in grads),
                                          self.acc_kv[b][0].data_ptr(), self.acc_kv[b][1].data_ptr(),
-                                         self.bounds.data_ptr() + 8 * self.hk, self.bounds.data_ptr(), self.block_bounds.data_ptr(), (P.SumBounds * 3)(), self.sum_rows, row_step, head_step, self.scale * math.log2(math.e), self.scale, group,
-                                         chunk, head, self.unit_heads, self.rows, int(self.owns_sums and chunk == 0 and head % group == 0),
+                                         self.bounds.data_ptr() + 8 * self.hk, self.bounds.data_ptr(), self.block_bounds.data_ptr(), (P.SumBounds * 3)(), self.sum_rows, *(in_place or [2 * self.d * row_step, 2 * self.d * head_step]), self.scale * math.log2(math.e), self.scale, group,
+                                         chunk, head, row_step, head_step, self.rows, int(self.owns_sums and chunk == 0 and head % group == 0),
                                          int(self.finishes_sums and (head + heads) % group == 0), 0, total_kv, 0, 0, 0, self.in_place[b])
                     first_blocks = ceil_div(p.max_blocks, 8) if head == kv_head * group and chunk == 0 else 0
                     last_blocks = (self.index.max_split_blocks if self.index.packs_sums else p.max_blocks) if head + heads == end and chunk == p.num_chunks - 1 else 0
-                    module.launch("backward_prepare", (ceil_div(self.rows, 64) + first_blocks, heads, 1), 256, 0, a, stream, priority=self.priority)
+                    module.launch("backward_prepare", (ceil_div(self.rows, 64 // self.unit_heads) + first_blocks, heads // self.unit_heads, 1), 256, 0, a, stream, priority=self.priority)
                     module.launch("backward", (p.full_units + p.max_blocks, parts, heads // self.unit_heads), threads, shared, a, stream)
-                    module.launch("backward_finish", (ceil_div(self.rows, finish_rows) + 2 * last_blocks, heads, 1), 256, 0, a, stream, priority=self.priority)
+                    module.launch("backward_finish", (ceil_div(self.rows, finish_rows // self.unit_heads) + 2 * last_blocks, heads // self.unit_heads, 1), 256, 0, a, stream, priority=self.priority)
         for stream in self.side:
             main.wait_stream(stream)
         return grads

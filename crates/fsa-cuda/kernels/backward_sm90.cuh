@@ -1,8 +1,8 @@
 // WHAT   Selected attention backward, KV-major, five products in one pass: scores and probabilities are computed again, keys as
 //        rows, so that P^T and dS^T stay in registers as A operands of grad_value += P^T dO and grad_key += dS^T Q;
 //        only dS goes through shared memory, for grad_query = dS K, which is added to f32 or scaled f16 rows in L2.
-// GRID   (units of the chunk, parts of a block of 128 keys, query heads / heads that a unit takes in turn). As many heads per launch as keep their sums of grad_query in L2.
-//        A unit goes through its rows once for each of its heads: keys come once, sums of keys leave once.
+// GRID   (units of the chunk, parts of a block of 128 keys, query heads / TILE_HEADS). As many heads per launch as keep their sums of grad_query in L2.
+//        A tile of rows has all heads of its entries side by side: keys come once, sums of keys leave once.
 // ROLES  One warpgroup per 64 keys; all share the gathered query and grad_out tiles; each computes its share of the
 //        columns of grad_query over all keys of the cta.
 // SMEM   key and value tiles, two stages of query and grad_out tiles with row statistics, one dS tile per warpgroup.
@@ -26,7 +26,7 @@ typedef SwizzledTile<TILE_ROWS> RowTile;
 constexpr int DS_BYTES = 64 * 128;
 constexpr int STAGE_BYTES = 2 * RowTile::BYTES;
 constexpr u32 NO_ENTRY = 0xffffffffu;
-constexpr int MAX_UNIT_HEADS = 8;
+constexpr int TILE_ENTRIES = TILE_ROWS / TILE_HEADS;        // row r of a tile is entry r / TILE_HEADS, head r % TILE_HEADS
 static_assert(!QUERY_PARTIALS || BLOCK_SIZE <= 128, "the two parts of a block of 256 would share a slot");
 constexpr int BACKWARD_CTAS = GROUPS == 1 ? 2 : 1;
 // dV while dS is computed, dK while dQ leaves: needs the fragments of P beside dP. Wider rows have no registers left for that.
@@ -95,7 +95,8 @@ FSA_DEVICE void finish_row(char* row, const Sums& acc, f32 scale, bool accumulat
 // (block/rows.cuh): that is 3 % of the pass with additions, too.
 struct QueryRows {
     char* sums;                                     // with this lane's offset
-    f32 scale;                                      // only with SCALED_SUMS
+    f32 scale;                                      // only with SCALED_SUMS, of the thread's own rows
+    u32 head_bytes;                                 // with TILE_HEADS > 1: from the row of a quad with an even number to that of the next one
     u32 row_bytes;                                  // of sums
     const u32* targets;                             // of the quad with an even number and of the next one, and 8 rows on
     FragmentRows partial_low, partial_high;         // only with QUERY_PARTIALS
@@ -149,7 +150,11 @@ FSA_DEVICE void finish_query_gradients(Piece& acc, const QueryRows& rows) {
         store_fragment<true>(rows.partial_high, PIECE, acc, 1.0f);
     } else {
         auto sums = [&](int row) { return rows.sums + (u64)rows.targets[row] * rows.row_bytes; };
-        if constexpr (SCALED_SUMS) {
+        if constexpr (TILE_HEADS > 1) {     // two heads of one entry
+            char *const low = sums(0), *const high = sums(8);
+            add_scaled_piece<PIECE, false>(low, low + rows.head_bytes, acc, rows.scale);
+            add_scaled_piece<PIECE, true>(high, high + rows.head_bytes, acc, rows.scale);
+        } else if constexpr (SCALED_SUMS) {
             add_scaled_piece<PIECE, false>(sums(0), sums(1), acc, rows.scale);
             add_scaled_piece<PIECE, true>(sums(8), sums(9), acc, rows.scale);
         } else {
@@ -191,22 +196,19 @@ FSA_DEVICE u32 padding_row(const BackwardParams& p, int number) {
 }
 // The launch's kv head that the cta's sums are of; computed when it is asked for.
 FSA_DEVICE int sums_head(const BackwardParams& p) {
-    int launch_head = blockIdx.z * p.unit_heads;
+    int launch_head = blockIdx.z * TILE_HEADS;
     asm volatile("" : "+r"(launch_head));
     return (p.first_head + launch_head) / p.group_size - p.first_head / p.group_size;
 }
 
 // What a unit is about: in shared memory, because sums and scores leave no registers for what is used once per tile.
 struct Work {
-    const char *queries, *grads;    // of the chunk's first row, of the head whose rows are gathered
+    const char *queries, *grads;    // of the chunk's first row, of the unit's first head
     const RowStats* stats;          // the same
-    int heads;                      // whose rows were not gathered to the end
-    int adds_head;                  // of the launch, whose grad_query is added to
-    f32 scale;                      // of it
-    char* sums;                     // of the chunk's first row
+    char* sums;                     // the same
     const u32* entries;
     int count;                      // entries
-    int tiles;                      // of one head
+    int tiles;
     int first_token;                // that sees the part's first key, relative to the chunk
     int kv_row, keys;               // the part's keys
     int sums_row;                   // of the first
@@ -218,10 +220,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     __shared__ __align__(16) RowStats stats[2][TILE_ROWS];
     __shared__ i32 limits[2][TILE_ROWS];
     __shared__ u32 targets[2][TILE_ROWS];     // row of grad_query, or slot of the partial
-    __shared__ f32 scales[MAX_UNIT_HEADS];      // of the heads' sums
+    __shared__ f32 scales[TILE_HEADS];          // of the heads' sums
     __shared__ Work work;
     const Index& index = p.index;
-    const int launch_head = blockIdx.z * p.unit_heads, head = p.first_head + launch_head, kv_head = head / p.group_size;
+    const int launch_head = blockIdx.z * TILE_HEADS, head = p.first_head + launch_head, kv_head = head / p.group_size;
     const i64 list = (i64)kv_head * p.layout.num_chunks + p.chunk;
     const Unit* record = find_unit(index, list, blockIdx.x);
     if (record == nullptr || !in_range(p, record->kv_row)) return;
@@ -236,10 +238,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
 
     // What the first rows wait for comes first.
     const u32* entries = index.entries + ((i64)kv_head * p.layout.total_q + chunk_token) * index.slots + unit.entry_begin;
-    const int tile_row = warp * WARP_ROWS + lane % WARP_ROWS;       // whose entry this lane loads
-    const bool has_first = tile_row < unit.entry_count, has_next = TILE_ROWS + tile_row < unit.entry_count;
-    const u32 first_entry = has_first ? __ldg(entries + tile_row) : NO_ENTRY;
-    u32 next_entry = has_next ? __ldg(entries + TILE_ROWS + tile_row) : unit.entry_count > TILE_ROWS ? NO_ENTRY : first_entry;
+    const int lane_entry = (warp * WARP_ROWS + lane % WARP_ROWS) / TILE_HEADS;       // of a tile, which this lane loads
+    const bool has_first = lane_entry < unit.entry_count, has_next = TILE_ENTRIES + lane_entry < unit.entry_count;
+    const u32 first_entry = has_first ? __ldg(entries + lane_entry) : NO_ENTRY;
+    u32 next_entry = has_next ? __ldg(entries + TILE_ENTRIES + lane_entry) : NO_ENTRY;
     copy_rows<CTA_KEYS, THREADS>(key_tile, p.key, kv_head, unit.kv_row + part, keys);
     copy_rows<CTA_KEYS, THREADS>(value_tile, p.value, kv_head, unit.kv_row + part, keys);
     // By several warps, because all wait for it.
@@ -248,11 +250,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         work.grads = tensor_row(p.grad_out, chunk_token, head);
     } else if (threadIdx.x == 32) {
         work.stats = row_stats_at(p, launch_head, 0);
-        work.sums = query_sums(p, launch_head - 1, chunk_token, 0);
+        work.sums = query_sums(p, launch_head, chunk_token, 0);
     } else if (threadIdx.x == 64) {
-        work.heads = p.unit_heads;
-        work.adds_head = launch_head - 1;
-        work.tiles = ceil_div(unit.entry_count, TILE_ROWS);
+        work.tiles = ceil_div(unit.entry_count, TILE_ENTRIES);
         work.entries = entries;
         work.count = unit.entry_count;
         work.first_token = unit.first_token + part - chunk_token;
@@ -263,17 +263,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     }
     __syncthreads();
     auto tile_entry = [&](int first) {  // unpacked when used, so that nothing waits here
-        const int row = first + warp * WARP_ROWS + lane % WARP_ROWS;
-        return row < work.count ? __ldg(work.entries + row) : NO_ENTRY;
+        const int number = first + (warp * WARP_ROWS + lane % WARP_ROWS) / TILE_HEADS;
+        return number < work.count ? __ldg(work.entries + number) : NO_ENTRY;
     };
     // Starts the copies of a tile; the return value says that some row of this warp needs a mask.
     auto start_tile = [&](int stage, u32 entry) {
         const int token = entry == NO_ENTRY ? -1 : (int)(entry & 0xffffffu);    // relative to the chunk
-        gather_rows<WARP_ROWS, true>(stages + stage * STAGE_BYTES, work.queries, query_row_bytes, work.grads, grad_row_bytes, token, warp * WARP_ROWS);
+        gather_rows<WARP_ROWS, true, TILE_HEADS>(stages + stage * STAGE_BYTES, work.queries, query_row_bytes, work.grads, grad_row_bytes, token, warp * WARP_ROWS,
+                                                 (u32)p.query.head_stride * ELEMENT_BYTES, (u32)p.grad_out.head_stride * ELEMENT_BYTES);
         const int row = warp * WARP_ROWS + lane;
         bool partly = false;
         if (lane < WARP_ROWS) {
-            if (token >= 0) copy_async8(shared_address(&stats[stage][row]), work.stats + token);
+            const int at = TILE_HEADS == 1 ? token : token * p.stats_row + lane % TILE_HEADS * p.stats_head;
+            if (token >= 0) copy_async8(shared_address(&stats[stage][row]), work.stats + at);
             else stats[stage][row] = no_row_stats();
             // A row that does not exist sees nothing: its zeros times a key or value that is not finite would be NaN.
             const int limit = token < 0 ? -1 : min_i(token - work.first_token, work.keys - 1);
@@ -287,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     };
 
     bool masked = start_tile(0, first_entry), keys_clean = false;
-    if (SCALED_SUMS && threadIdx.x < p.unit_heads) scales[threadIdx.x] = launch_scale(p, launch_head + threadIdx.x).scale;
+    if (SCALED_SUMS && threadIdx.x < TILE_HEADS) scales[threadIdx.x] = launch_scale(p, launch_head + threadIdx.x).scale;
     const int key_low = group * 64 + (warp & 3) * 16 + lane / 4;
     Sums grad_key, grad_value;
     FSA_UNROLL for (int i = 0; i < HEAD_DIM / 2; ++i) grad_key[i] = grad_value[i] = 0.0f;
@@ -296,18 +298,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
     const u32 ds_row = ds_tiles + group * DS_BYTES + ((warp & 3) * 16 + (lane & 15)) * 128 + (((lane >> 4) ^ (lane & 7)) << 4);
 
     int tile = 0, stage = 0;
-    __syncthreads();    // the first tile may end its head
     FSA_NO_UNROLL while (true) {
         const u32 query_tile = stages + stage * STAGE_BYTES, grad_tile = query_tile + RowTile::BYTES;
         copy_wait<0>();
         fence_async_proxy();
-        const bool ends_head = tile + 1 == work.tiles;
-        if (ends_head && threadIdx.x == 0) {    // what is gathered from now on is the next head's
-            work.heads -= 1;
-            work.queries += p.query.head_stride * ELEMENT_BYTES;
-            work.grads += p.grad_out.head_stride * ELEMENT_BYTES;
-            work.stats += p.given_stats ? p.layout.total_q : p.rows;
-        }
+        const bool ends = tile + 1 == work.tiles;
         masked |= p.given_stats && lane < WARP_ROWS && is_negative(stats[stage][warp * WARP_ROWS + lane]);
         const bool any_masked = __syncthreads_or(masked);
         if (any_masked && !keys_clean) {
@@ -318,13 +313,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
             fence_async_proxy();
             __syncthreads();
         }
-        if (tile == 0 && threadIdx.x == 0) {
-            const int adds_head = work.adds_head + 1;
-            work.adds_head = adds_head;
-            work.sums += SCALED_SUMS ? p.query_head_bytes : (i64)p.rows * QUERY_SUM_BYTES;
-            if (SCALED_SUMS) work.scale = scales[adds_head - blockIdx.z * p.unit_heads];
-        }
-        const bool ends = ends_head && work.heads == 0;
         f32 s[32], dp[32];
         wgmma_fence();
         FSA_UNROLL for (int k = 0; k < HEAD_DIM / 16; ++k)
@@ -335,10 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         wgmma_commit();
         if (!ends) {
             masked = start_tile(stage ^ 1, next_entry);
-            int ahead = tile + 2;
-            if (ahead >= work.tiles) ahead -= work.tiles;
-            if (ahead >= work.tiles) ahead = 0;
-            next_entry = tile_entry(ahead * TILE_ROWS);
+            next_entry = tile_entry((tile + 2) * TILE_ENTRIES);
         }
         wgmma_wait<1>();
         wgmma_pin(s);
@@ -377,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         const int row = (warp & 3) * 16 + lane / 4;
         QueryRows rows;
         if constexpr (QUERY_PARTIALS) {
-            char* partials = (char*)p.partial + (i64)work.adds_head * p.rows * index.slots * ROW_BYTES;
+            char* partials = (char*)p.partial + (i64)blockIdx.z * p.rows * index.slots * ROW_BYTES;
             const u32 target_low = targets[stage][row], target_high = targets[stage][row + 8];
             rows.partial_low = fragment_rows(partials, target_low, target_low != NO_ENTRY);
             rows.partial_high = fragment_rows(partials, target_high, target_high != NO_ENTRY);
@@ -386,8 +371,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
             // all made the pass 1.6x slower): cheaper than a branch around every addition.
             rows.row_bytes = SCALED_SUMS ? (u32)p.query_row_bytes : QUERY_SUM_BYTES;
             rows.sums = work.sums + (SCALED_SUMS && PIECE_GROUPS == 1 ? lane & 3 : lane & 7) * 16;
-            if (SCALED_SUMS) rows.scale = work.scale;
+            if (SCALED_SUMS) rows.scale = scales[row % TILE_HEADS];
             rows.targets = &targets[stage][row & ~1];
+            if constexpr (TILE_HEADS > 1) {
+                rows.head_bytes = (u32)p.query_head_bytes;
+                rows.sums += (u64)((row & ~1) % TILE_HEADS) * rows.head_bytes;
+            }
         }
         auto last = [&]() {
             if constexpr (OVERLAP) {
@@ -403,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_CTAS) backward(co
         wgmma_pin(grad_key);
         wgmma_pin(grad_value);
         if (ends) break;
-        tile = ends_head ? 0 : tile + 1;
+        ++tile;
         stage ^= 1;
     }
 

@@ -78,8 +78,7 @@ FSA_DEVICE const BandParams& source_of(const KernelParams& all, int) { return at
 // Numbers of tiles end here.
 FSA_DEVICE int total_tiles(const BandParams& p) { return p.num_tiles * p.band.head_tiles * p.num_kv_heads; }
 
-// Whether those who attend get their tiles, found ahead, from the thread that loads. Beside warps that choose it has no registers for that; with scores of one
-// head it was not measured.
+// Whether those who attend get their tiles, found ahead, from the thread that loads. With scores of one head it was not measured.
 constexpr bool HANDS_TILES = !BLOCK_SCORES;
 // Hands a tile over to them; one without tokens is the end.
 FSA_DEVICE void hand_over(const BandMemory& m, BandWork* works, u32 number, const BandWork& w) {
@@ -111,7 +110,7 @@ FSA_DEVICE void produce(const KernelParams& all, const BandMemory& m, BandWork* 
         load_tile<CTA_ROWS>(m.query, &p.query_map, m.query_ring.start(tile++, row_tile_bytes(p.band)), w.tile.first_head, w.tile.token);
         FSA_NO_UNROLL do {
             const BandParams& source = source_of(all, w.walk);
-            if (WINDOW_TOO && w.walk == LAST_WALK) wait_for_previous();     // which makes compressed keys
+            if (BLOCK_SCORES || (WINDOW_TOO && w.walk == LAST_WALK)) wait_for_previous();     // which makes compressed keys
             FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
                 const int row = w.tile.key_row + w.key(n);
                 load_step(m.key(step), &source.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, row);
@@ -119,7 +118,7 @@ FSA_DEVICE void produce(const KernelParams& all, const BandMemory& m, BandWork* 
             }
         } while (walks.go_on(w));
     }
-    if (WINDOW_TOO) wait_for_previous();
+    if (BLOCK_SCORES || WINDOW_TOO) wait_for_previous();
     BandWork none = {};
     hand_over(m, works, handed, none);
 }
@@ -134,6 +133,9 @@ FSA_DEVICE void scale_rows(Columns& out, f32 low, f32 high) {
 // Whether a step's probabilities are relative to the maximum of the steps before while that will do. Not where it is no faster (scores of blocks,
 // several intervals), needs registers that there are not (144 keys) or was not measured.
 constexpr bool KEEPS_MAXIMA = HEAD_DIM <= 128 && STEP_KEYS <= 128 && !WINDOW_TOO && !BLOCK_SCORES;
+
+// Whether a tile's rows leave through the place of its last keys and values, which are released behind that.
+constexpr bool LEAVES_BY_KEYS = FSA_BLOCK_SCORES == 1;
 
 struct Consumer {
     const KernelParams& all;
@@ -210,7 +212,7 @@ struct Consumer {
 
     // The keys of step n, and after the last one the queries, are not read again.
     FSA_DEVICE void release_scored(const BandWork& w, int n, u32 number) {
-        m.key_ring.release(number);
+        if (!LEAVES_BY_KEYS || n + 1 < w.steps) m.key_ring.release(number);
         if (n + 1 == w.steps && (!WINDOW_TOO || w.walk == LAST_WALK)) m.query_ring.release(tile++);
     }
 
@@ -275,7 +277,8 @@ struct Consumer {
         meanwhile();
         wgmma_wait<0>();
         wgmma_pin(out);
-        m.value_ring.release(step++);
+        if (!LEAVES_BY_KEYS) m.value_ring.release(step);
+        ++step;
         if (dirty) add_nonfinite(out, source_of(all, w.walk).value, w, w.key(w.steps - 1), limits, lists.from(w.key(w.steps - 1)));
     }
 
@@ -323,6 +326,9 @@ struct HandOver {
     i32 differing[HAS_CHOOSERS ? SLOTS * ROW_WARPS : 1];
     ChosenTile tiles[SLOTS];
     u64 barriers[2 * SLOTS];
+#if FSA_BLOCK_SCORES == 1
+    ChosenBits bits;
+#endif
 
     FSA_DEVICE ScoreSlots slots(const BlockChoice& choice) {
         f32* scores = choice.scores + (i64)blockIdx.x * SLOTS * CTA_ROWS * (GROUPS + 1) * choice.max_steps;
@@ -357,15 +363,7 @@ FSA_DEVICE void leave_references(const ScoreSlots& slots, u32 n, int row, const 
 }
 #endif
 
-#if FSA_BLOCK_SCORES == 1
-// Chooses blocks for the tokens of a tile while the consumers attend to the next one.
-FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const ScoreSlots& slots, ChoiceMemory* memory) {
-    for (u32 n = 0; slots.ring.wait(n), slots.tile_of(n).tokens > 0; ++n) {
-        Chooser c = {choice, slots, memory[__shfl_sync(ALL_LANES, Chooser::warp(), 0)], p.band.tile_heads, n};
-        c.choose(p.band.total_q);
-    }
-}
-#elif FSA_BLOCK_SCORES == 2
+#if FSA_BLOCK_SCORES == 2
 // Chooses blocks for the warp's rows, a token each.
 FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const ScoreSlots& slots, PairMemory* memory, const BandWork& w) {
     const int first = __shfl_sync(ALL_LANES, threadIdx.x / 32 * 16, 0), rows = min_i(w.tile.tokens, first + 16);
@@ -377,7 +375,7 @@ FSA_DEVICE void choose(const BandParams& p, const BlockChoice& choice, const Sco
 
 #if !FSA_BAND_PARTS
 extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_constant__ KernelParams all) {
-    if (FSA_BLOCK_SCORES) let_next_start();     // block_mask looks at values first
+    if (BLOCK_SCORES) let_next_start();     // block_mask looks at values first
     const BandParams& p = attention_of(all);
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) u64 barriers[2 + 6 * STAGES + 2 * TILES_AHEAD * HANDS_TILES];
@@ -402,9 +400,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         m.key_ring.open();
         m.value_ring.open(CHECKED_READERS);
         m.checked.ring.open(0, CHECKERS);
-#if FSA_BLOCK_SCORES == 1
-        handover.slots(all.choice).ring.open(CHOOSERS, CONSUMER_THREADS / 32);
-#endif
         barriers_ready();
     }
     __syncthreads();
@@ -419,16 +414,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         if (threadIdx.x >= CONSUMER_THREADS + 32) m.checked.check(walks_of(all), total_tiles(p), m.value_ring, [&](u32 step) { return m.value(step); });
         return;
     }
-#if FSA_BLOCK_SCORES == 1
-    if (group > CONSUMERS) {
-        registers_shrink<CHOOSER_REGISTERS>();
-        choose(p, all.choice, handover.slots(all.choice), (ChoiceMemory*)(shared + SMEM_BYTES));
-        return;
-    }
-#endif
-#if FSA_BLOCK_SCORES
-    u32 slot = 0;
-#endif
     registers_grow<CONSUMER_REGISTERS>();
     Consumer c = {all, p, m, group, 0, 0, 0};
     const auto walks = walks_of(all);
@@ -445,8 +430,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         c.begin();
 #if FSA_BLOCK_SCORES
         const ScoreSlots slots = handover.slots(all.choice);
-        if (HAS_CHOOSERS) slots.ring.wait_free(slot);
-        c.scores.open(slots, slot, first_row_of_thread());
+        c.scores.open(slots, 0, first_row_of_thread());
         c.differing = 0;
 #endif
 #if FSA_WINDOW_TOO
@@ -468,8 +452,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
             const int row = first_row_of_thread();
 #if FSA_BLOCK_SCORES
             c.scores.close(c.low, c.high, p.band.kernel_size != p.band.kernel_stride);
-            leave_references(slots, slot, row, c.low, c.high, c.differing);
-            if (HAS_CHOOSERS) hand_over(slots, slot++, {w.tile.position, w.tile.tokens, w.steps, w.tile.token, w.kv_head});
+            leave_references(slots, 0, row, c.low, c.high, c.differing);
 #endif
             if (OPENS_EARLY) target.open(to, w.tile, row);
         };
@@ -482,10 +465,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         choose(p, all.choice, slots, (PairMemory*)(shared + SMEM_BYTES), w);
 #endif
     }
-#if FSA_BLOCK_SCORES == 1
-    const ScoreSlots slots = handover.slots(all.choice);
-    slots.ring.wait_free(slot);
-    hand_over(slots, slot, {});
-#endif
 }
 #endif

@@ -6,11 +6,10 @@
 // SMEM   What any row of the tile lists, and what every row does.
 // SYNC   One barrier for every VALUE_ROWS rows of value, two behind them. May start before the kernel ahead of it has ended, if that started behind the tables:
 //        waits for it before it reads lists or writes.
-#include "block/listed_blocks.cuh"
+#include "block/mask_steps.cuh"
 
 constexpr int MASK_THREADS = 128, MASK_WARPS = MASK_THREADS / 32, MAX_WORDS = 64;      // no more words than ids in a row
 constexpr int MASK_AHEAD = 8;       // rows of a warp whose ids are under way together: they are all that a short call waits for
-constexpr u32 ALL_LANES = 0xffffffffu;
 
 // Bits of the word that an id belongs to.
 FSA_DEVICE u32 bit_of(int id, int word) { return id >> 5 == word ? 1u << (id & 31) : 0u; }
@@ -39,7 +38,7 @@ FSA_DEVICE void find_blocks(const BlockMaskParams& p, const BandTile& t, int kv_
             FSA_UNROLL for (int half = 0; half < 2; ++half) {
                 u32 mine = 0;
                 FSA_NO_UNROLL for (int word = 32 * half; word < min_i(mask.words, 32 * half + 32); ++word) {
-                    const u32 bits = __reduce_or_sync(ALL_LANES, bit_of(ids[i][0], word) | bit_of(ids[i][1], word));
+                    const u32 bits = __reduce_or_sync(0xffffffffu, bit_of(ids[i][0], word) | bit_of(ids[i][1], word));
                     if (lane == word - 32 * half) mine = bits;
                 }
                 if (lane + 32 * half < mask.words) mask.rows[(first_row + token) * mask.words + lane + 32 * half] = mine;
@@ -69,28 +68,6 @@ FSA_DEVICE bool is_nonfinite(const BlockMaskParams& p, int kv_head, int group) {
     return __syncthreads_or(has_nonfinite(sum));
 }
 
-// The first warp. Where the rows see a window, too (p.window >= 0), the steps from the window's first key on come behind the others, whoever lists them.
-FSA_DEVICE void find_steps(const BlockMaskParams& p, const BandTile& t, i64 list, const TileBlocks& tile) {
-    const BlockMask& mask = p.band.mask;
-    const int lane = threadIdx.x & 31, blocks_of_step = max_i(1, p.step_keys / BLOCK_SIZE), end = ceil_div(band_interval(p.band, t).end, p.step_keys);
-    const int near = p.window < 0 ? end : max_i(0, t.position - p.window) / p.step_keys;
-    const u32 whole = (1u << blocks_of_step) - 1;
-    int count = 0;
-    auto find = [&](int first, int end, bool in_window) {
-        FSA_NO_UNROLL for (int last = end - 1; last >= first; last -= 32) {
-            const int step = last - lane, key = max_i(step, 0) * p.step_keys, block = key / BLOCK_SIZE;
-            const bool listed = step >= first && (in_window || (tile.any[block >> 5] >> (block & 31) & whole) != 0);
-            const bool by_all = (tile.all[block >> 5] >> (block & 31) & whole) == whole && !(in_window && key < t.last_position() - p.window);
-            const u32 votes = __ballot_sync(ALL_LANES, listed);
-            if (listed) mask.steps[list * mask.max_steps + count + __popc(votes & ((1u << lane) - 1))] = key | !by_all;
-            count += __popc(votes);
-        }
-    };
-    find(0, near, false);
-    find(near, end, true);
-    if (lane == 0) mask.step_counts[list] = count;
-}
-
 extern "C" __global__ void __launch_bounds__(MASK_THREADS) block_mask(const __grid_constant__ BlockMaskParams p) {
     __shared__ TileBlocks tile;
     const int number = blockIdx.x * p.band.head_tiles, kv_head = blockIdx.y;        // all tiles of these tokens list the same
@@ -113,5 +90,6 @@ extern "C" __global__ void __launch_bounds__(MASK_THREADS) block_mask(const __gr
     __syncthreads();
     find_blocks(p, t, kv_head, tile);
     __syncthreads();
-    if (threadIdx.x < 32) find_steps(p, t, listed_steps(p.band, number, kv_head), tile);
+    if (threadIdx.x < 32)
+        list_steps(p.band.mask, {t.position, t.last_position(), band_interval(p.band, t).end, p.window, p.step_keys}, listed_steps(p.band, number, kv_head), tile.any, tile.all);
 }

@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(1024) index_prepare(const __grid_co
     const Layout& layout = p.layout;
     const int lane = threadIdx.x;
     let_next_start();
-    if (blockIdx.x > 0) {       // of index_build
+    if (blockIdx.x > 0) {       // what index_build adds to
         i32* sums = chunk_sums(p, p.first_kv_head, 0) + (i64)(blockIdx.x - 1) * (p.index.max_blocks + 1);
         for (int i = threadIdx.x; i <= p.index.max_blocks; i += blockDim.x) sums[i] = 0;
         return;

@@ -24,9 +24,9 @@ const TILE_KEYS: usize = 64;
 const MAX_CTA_KEYS: usize = 128;
 /// Threads of a warpgroup.
 const WARPGROUP: usize = 128;
-/// Most heads that a unit takes in turn: the main kernel keeps their factors in shared memory.
-pub(crate) const MAX_UNIT_HEADS: usize = 8;
-/// Rows that a CTA of `backward_prepare` takes, or blocks.
+/// Heads of a group that a unit may take, side by side in its tiles of rows, those that are best first.
+pub(crate) const UNIT_HEADS: [usize; 2] = [4, 2];
+/// Rows that a CTA of `backward_prepare` takes, of all its heads, or blocks.
 const PREPARE_ROWS: usize = 64;
 const PREPARE_BLOCKS: usize = 8;
 /// Rows that a thread of `backward_finish` takes part in, where they are no partials.
@@ -96,16 +96,17 @@ pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, u
         ("2 * KeyTile::BYTES + 2 * STAGE_BYTES + GROUPS * DS_BYTES", "THREADS")
     };
     let is_narrow = ("(FSA_BACKWARD_NARROW)", usize::from(main.is_narrow));
-    let of_main = [is_narrow, (smem_expression, smem), (threads, main.threads), ("MAX_UNIT_HEADS", MAX_UNIT_HEADS)];
+    let of_main =
+        [is_narrow, (smem_expression, smem), (threads, main.threads), ("TILE_HEADS", specialisation.unit_heads)];
     of_main.into_iter().chain(small).collect()
 }
 
-/// Rows that a CTA of `backward_finish` takes: sums or partials of 16 bytes a thread.
+/// Rows that a CTA of `backward_finish` takes, of all its heads: sums or partials of 16 bytes a thread.
 fn finish_rows(specialisation: &Specialisation) -> usize {
-    let Specialisation { head_dim, query_sums, .. } = *specialisation;
+    let Specialisation { head_dim, query_sums, unit_heads, .. } = *specialisation;
     match query_sums {
         QuerySums::F32 => FINISH_STEPS * (SMALL_THREADS / (head_dim / 4)),
-        QuerySums::Scaled => FINISH_STEPS * (SMALL_THREADS / (head_dim / 8)),
+        QuerySums::Scaled => FINISH_STEPS * (SMALL_THREADS / (head_dim / 8) / unit_heads * unit_heads),
         QuerySums::Partials => SMALL_THREADS / (head_dim / 8),
     }
 }
@@ -164,9 +165,10 @@ impl BackwardKernels {
         turn: Turn,
         params: &BackwardParams,
     ) -> Result<()> {
-        let (rows, heads) = (params.rows as usize, heads as u32);
-        let small = |kernel: &Function<BackwardParams>, ctas: usize| {
-            let dims = dims([ctas as u32, heads, 1], SMALL_THREADS);
+        let (rows, unit_heads) = (params.rows as usize, self.specialisation.unit_heads);
+        let small = |kernel: &Function<BackwardParams>, cta_rows: usize, of_blocks: usize| {
+            let of_rows = rows.div_ceil(cta_rows / unit_heads);
+            let dims = dims([(of_rows + of_blocks) as u32, (heads / unit_heads) as u32, 1], SMALL_THREADS);
             if rows < AHEAD_ROWS {
                 kernel.launch(stream, dims, params)
             } else {
@@ -174,14 +176,14 @@ impl BackwardKernels {
             }
         };
         let of_blocks = if turn.is_first { plan.max_blocks.div_ceil(PREPARE_BLOCKS) } else { 0 };
-        small(&self.prepare, rows.div_ceil(PREPARE_ROWS) + of_blocks)?;
+        small(&self.prepare, PREPARE_ROWS, of_blocks)?;
         let main = Main::of(&self.specialisation);
-        let grid = [plan.max_units() as u32, main.parts as u32, heads / params.unit_heads as u32];
+        let grid = [plan.max_units() as u32, main.parts as u32, (heads / unit_heads) as u32];
         let smem_bytes = smem_bytes(&self.specialisation) as u32;
         self.backward.launch(stream, LaunchDims { smem_bytes, ..dims(grid, main.threads) }, params)?;
         // Keys and values.
         let of_blocks = if turn.is_last { 2 * plan.blocks_with_sums() } else { 0 };
-        small(&self.finish, rows.div_ceil(finish_rows(&self.specialisation)) + of_blocks)
+        small(&self.finish, finish_rows(&self.specialisation), of_blocks)
     }
 }
 

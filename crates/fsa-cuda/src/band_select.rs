@@ -65,6 +65,11 @@ pub(crate) fn scores_bytes(specialisation: &Specialisation, ctas: usize, max_ste
     ctas * slots(specialisation) * tile_rows(specialisation) * words * max_steps * size_of::<f32>()
 }
 
+/// True if those who choose for tiles of so many steps make masks of blocks, too: of several heads that have few.
+pub(crate) fn makes_masks(heads: usize, max_steps: usize) -> bool {
+    heads > 1 && max_steps <= PART_STEPS
+}
+
 /// What the kernel file must agree with.
 pub(crate) fn constants(specialisation: &Specialisation) -> Vec<(&'static str, usize)> {
     let memory = if specialisation.one_head {
@@ -97,9 +102,10 @@ impl BandSelectKernel {
         Ok(Self { band: module.function("band")?, threads, smem_bytes })
     }
 
-    /// Writes `out`, `lse` and the lists of all rows: `ctas` CTAs that take one tile after the other.
-    pub(crate) fn launch(&self, stream: &Stream, ctas: usize, params: &BandSelectParams) -> Result<()> {
+    /// Writes `out`, `lse` and the lists of all rows: `ctas` CTAs that take one tile after the other. With `overlaps` from the end of the kernel ahead, which
+    /// makes the compressed keys and started behind the tables.
+    pub(crate) fn launch(&self, stream: &Stream, ctas: usize, overlaps: bool, params: &BandSelectParams) -> Result<()> {
         let (grid, threads, smem_bytes) = ([ctas as u32, 1, 1], self.threads as u32, self.smem_bytes as u32);
-        self.band.launch(stream, LaunchDims { grid, threads, smem_bytes, overlaps: false }, params)
+        self.band.launch(stream, LaunchDims { grid, threads, smem_bytes, overlaps }, params)
     }
 }

@@ -142,27 +142,40 @@ impl<'a> TensorSpan<'a> {
         &self,
         token_step: usize,
         set: KernelSet,
-        ([rows, heads], extent): ([usize; 2], [usize; 2]),
+        (shape, extent): ([usize; 2], [usize; 2]),
         sizes: &Sizes,
     ) -> Result<TensorMap> {
-        if set == KernelSet::Sm80 || self.span.address() == Address::default() {
-            return Ok(TensorMap { words: MapWords::default() });
-        }
-        let element = sizes.dtype.size_bytes();
-        let boxes = Boxes {
-            data: self.span.address(),
-            shape: [rows, heads, sizes.head_dim],
-            stride_bytes: [self.row_stride * element, self.head_stride * element],
-            extent,
-            token_step,
-            is_bf16: sizes.dtype == DType::Bf16,
-        };
-        Ok(TensorMap { words: MapWords::new(&boxes)? })
+        self.device().map_of_every(token_step, set, (shape, extent), sizes)
     }
 
     /// What a launch takes of it.
     pub(crate) fn numbers(&self) -> [u64; 3] {
         [self.span.address().0, self.row_stride as u64, self.head_stride as u64]
+    }
+}
+
+impl params::Tensor {
+    /// As [`TensorSpan::map_of_every`].
+    pub(crate) fn map_of_every(
+        &self,
+        token_step: usize,
+        set: KernelSet,
+        ([rows, heads], extent): ([usize; 2], [usize; 2]),
+        sizes: &Sizes,
+    ) -> Result<TensorMap> {
+        if set == KernelSet::Sm80 || self.data == Address::default() {
+            return Ok(TensorMap { words: MapWords::default() });
+        }
+        let element = sizes.dtype.size_bytes();
+        let boxes = Boxes {
+            data: self.data,
+            shape: [rows, heads, sizes.head_dim],
+            stride_bytes: [self.row_stride, self.head_stride].map(|stride| stride as usize * element),
+            extent,
+            token_step,
+            is_bf16: sizes.dtype == DType::Bf16,
+        };
+        Ok(TensorMap { words: MapWords::new(&boxes)? })
     }
 }
 

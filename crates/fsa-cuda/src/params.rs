@@ -189,7 +189,8 @@ device_structs! {
         group_size: i32,
         chunk: i32,
         first_head: i32,
-        unit_heads: i32,
+        stats_row: i32,
+        stats_head: i32,
         rows: i32,
         first_sums: i32,
         finish_sums: i32,
@@ -206,7 +207,7 @@ device_structs! {
         words: MapWords,
     }
 
-    /// Which blocks of keys the rows list, and the steps of keys of every tile of rows. Written by `block_mask`.
+    /// Which blocks of keys the rows list, and the steps of keys of every tile of rows. Written by `block_mask`, or by those who choose.
     struct BlockMask {
         rows: Address,
         steps: Address,
@@ -308,6 +309,9 @@ device_structs! {
         topk: i32,
         init_blocks: i32,
         local_blocks: i32,
+        window: i32,
+        mask: BlockMask,
+        value: Tensor,
     }
 
     /// Parameters of `band` where it goes from a window on to the keys before it, and to compressed keys.
@@ -332,6 +336,8 @@ device_structs! {
     struct BandSelectParams {
         attention: BandParams,
         choice: BlockChoice,
+        out_map: TensorMap,
+        sum_map: TensorMap,
     }
 
     /// Parameters of the kernels of `band_backward`.
@@ -489,7 +495,6 @@ device_structs! {
 
 /// Size of a [`Unit`] and of a [`Tile`].
 pub(crate) const RECORD_BYTES: usize = size_of::<Unit>();
-const _: () = assert!(size_of::<Tile>() == RECORD_BYTES);
 
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
 //! The kernel files, embedded in the binary, and the translation unit that is generated around one of them.
 
 use crate::arch::KernelSet;
+use crate::backward::UNIT_HEADS;
 use crate::band::{BOTH_STEPS, MAX_WINDOW_STEPS_HEAD_DIM, WINDOW_STEPS};
 use crate::band_backward::{MAX_HOPPER_HEAD_DIM, SUMS_HEAD_DIM, WIDE_ROWS};
 use crate::plan::MAX_CTA_SMEM_BYTES;
@@ -11,8 +12,8 @@ use serde::Serialize;
 use std::fmt::{self, Write};
 use std::str::FromStr;
 
-/// Every file of `kernels/`: its path there and its text.
-const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+mod files;
+pub(crate) use files::{files, headers};
 
 /// Head dimensions that the kernels are compiled for.
 pub const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
@@ -162,6 +163,8 @@ pub struct Specialisation {
     pub block_size: usize,
     /// Backward only; of an interval of keys: [`QuerySums::F32`] in two passes, [`QuerySums::Scaled`] in one.
     pub query_sums: QuerySums,
+    /// Backward with [`QuerySums::Scaled`] only: heads of a group that a unit takes, side by side in its tiles of rows.
+    pub unit_heads: usize,
     /// Attention to an interval of keys only: rows see the blocks that they list.
     pub block_mask: bool,
     /// Attention to an interval of keys only: to a window, and then to all keys. Its backward, [`QuerySums::Scaled`] only: the gradients
@@ -182,7 +185,7 @@ impl Specialisation {
         let (is_bf16, head_dim) = if depends.rows { (dtype == DType::Bf16, head_dim) } else { (true, 128) };
         let block_size = if depends.block_size { block_size } else { 64 };
         let (query_sums, [block_mask, window_too, wide_rows, one_head]) = (QuerySums::F32, [false; 4]);
-        let step_keys = None;
+        let (unit_heads, step_keys) = (1, None);
         Self {
             kernel,
             set,
@@ -190,6 +193,7 @@ impl Specialisation {
             head_dim,
             block_size,
             query_sums,
+            unit_heads,
             block_mask,
             window_too,
             wide_rows,
@@ -211,6 +215,11 @@ impl Specialisation {
     /// The specialisation that adds up gradients of queries in another way.
     pub fn with_query_sums(self, query_sums: QuerySums) -> Self {
         Self { query_sums, ..self }
+    }
+
+    /// The specialisation whose units take so many heads.
+    pub fn with_unit_heads(self, unit_heads: usize) -> Self {
+        Self { unit_heads, ..self }
     }
 
     /// The specialisation with a mask of blocks.
@@ -252,7 +261,7 @@ impl Specialisation {
             (kernel, _) => kernel.name(),
         };
         let names = [format!("{stem}.cuh"), format!("{stem}_{}.cuh", self.set)];
-        let file = FILES.iter().map(|(path, _)| *path).find(|path| names.iter().any(|name| name == path));
+        let file = files().iter().map(|(path, _)| *path).find(|path| names.iter().any(|name| name == path));
         file.ok_or_else(|| Error::Unsupported {
             constraint: format!("kernel `{}`", self.kernel),
             got: format!("the kernels for {}", self.set),
@@ -355,6 +364,7 @@ impl Specialisation {
             for (name, sums) in [("QUERY_PARTIALS", QuerySums::Partials), ("SCALED_SUMS", QuerySums::Scaled)] {
                 let _ = writeln!(text, "#define FSA_{name} {}", u8::from(self.query_sums == sums));
             }
+            let _ = writeln!(text, "#define FSA_TILE_HEADS {}", self.unit_heads);
         }
         if self.block_mask {
             let _ = writeln!(text, "#define FSA_BLOCK_MASK 1");
@@ -412,37 +422,15 @@ impl fmt::Display for Specialisation {
         if let Some(step_keys) = self.step_keys {
             write!(f, " steps of {step_keys}")?;
         }
+        if self.unit_heads > 1 {
+            write!(f, " {} heads", self.unit_heads)?;
+        }
         match self.query_sums {
             QuerySums::F32 => Ok(()),
             QuerySums::Scaled => f.write_str(" scaled sums"),
             QuerySums::Partials => f.write_str(" partials"),
         }
     }
-}
-
-/// Every file of the kernels.
-pub(crate) fn files() -> &'static [(&'static str, &'static str)] {
-    FILES
-}
-
-/// The names that a file includes.
-fn includes(text: &str) -> impl Iterator<Item = &str> {
-    text.lines().filter_map(|line| line.strip_prefix("#include \"")?.split('"').next())
-}
-
-/// The files that a translation unit includes, itself or through others: a change of one of these is a change of its kernels.
-pub(crate) fn headers(source: &str) -> Vec<(&'static str, &'static str)> {
-    let mut found = vec![false; FILES.len()];
-    let mut texts = vec![source];
-    while let Some(text) = texts.pop() {
-        for name in includes(text) {
-            let file = FILES.iter().position(|(path, _)| *path == name);
-            if let Some(file) = file.filter(|file| !std::mem::replace(&mut found[*file], true)) {
-                texts.push(FILES[file].1);
-            }
-        }
-    }
-    FILES.iter().zip(found).filter(|(_, found)| *found).map(|(file, _)| *file).collect()
 }
 
 /// Every specialisation of `set` that has a kernel file and fits into the shared memory of a CTA.
@@ -455,9 +443,11 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                     let specialisation = Specialisation::new(kernel, set, dtype, head_dim, block_size);
                     all.push(specialisation);
                     match kernel {
-                        Kernel::Backward => all.extend(
-                            [QuerySums::Scaled, QuerySums::Partials].map(|x| specialisation.with_query_sums(x)),
-                        ),
+                        Kernel::Backward => {
+                            let scaled = specialisation.with_query_sums(QuerySums::Scaled);
+                            all.extend([scaled, specialisation.with_query_sums(QuerySums::Partials)]);
+                            all.extend(UNIT_HEADS.map(|heads| scaled.with_unit_heads(heads)));
+                        }
                         Kernel::Band => {
                             all.extend([specialisation.with_block_mask(block_size), specialisation.with_window_too()]);
                             all.extend(WINDOW_STEPS.map(|step_keys| specialisation.with_step_keys(step_keys)));

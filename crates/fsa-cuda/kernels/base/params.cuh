@@ -157,8 +157,8 @@ struct BackwardParams {
     Tensor out, grad_out;       // out only where the statistics are not given
     const f32* lse;             // [num_q_heads, total_q], natural log
     const f32* grad_lse;        // the same shape, or null
-    f32* row_stats;             // [heads in launch, rows] statistics of rows (block/row_stats.cuh), or [num_q_heads, total_q] given by the caller
-    void* grad_query;           // [heads in launch, rows, HEAD_DIM] f32 or scaled f16, fragment order; in_place: grad_query_out from the launch's first head on
+    f32* row_stats;             // [heads in launch, rows], or the other way round, statistics of rows (block/row_stats.cuh), or [num_q_heads, total_q] given by the caller
+    void* grad_query;           // [heads in launch, rows, HEAD_DIM] f32 or scaled f16, fragment order, the latter also [rows, heads in launch, HEAD_DIM]; in_place: grad_query_out from the launch's first head on
     void* partial;              // [heads in launch, rows, slots, HEAD_DIM] instead, with FSA_QUERY_PARTIALS
     Tensor grad_query_out;      // targets
     Tensor grad_key_out, grad_value_out;
@@ -177,7 +177,8 @@ struct BackwardParams {
     i32 group_size;
     i32 chunk;
     i32 first_head;             // query head of the launch's first
-    i32 unit_heads;             // heads of the launch that a unit takes in turn, all of one kv head, at most MAX_UNIT_HEADS; portable kernels and partials: 1
+    i32 stats_row;              // statistics from row to row and from head to head of row_stats
+    i32 stats_head;
     i32 rows;                   // rows that one head has in row_stats, grad_query and partial
     i32 first_sums;             // 1: nothing was added to grad_key and grad_value yet, and no two heads of the launch share them
     i32 finish_sums;            // 1: nothing will be, and no two heads do: a block's only unit writes rows of grad_key_out and grad_value_out
@@ -309,10 +310,15 @@ struct BlockChoice {
     i32 topk;
     i32 init_blocks;
     i32 local_blocks;
+    i32 window;                 // of who reads the mask: BlockMaskParams::window
+    BlockMask mask;             // of what is chosen, for tiles of as many rows and steps of as many keys as these; rows null: nobody asks. Of several heads and up to 128 blocks
+    Tensor value;               // of the tokens: which are not finite, is found for the mask
 };
 struct BandSelectParams {
     BandParams attention;       // key_map, value_map: boxes of every fourth of 128 keys
     BlockChoice choice;
+    TensorMap out_map;          // boxes as query_map's; of several heads
+    TensorMap sum_map;          // the same of attention.branch.sum
 };
 
 struct BandBackwardParams {

@@ -17,6 +17,12 @@ constexpr bool SCALED_SUMS = FSA_SCALED_SUMS != 0;
 #endif
 constexpr bool QUERY_PARTIALS = FSA_QUERY_PARTIALS != 0;
 static_assert(!(QUERY_PARTIALS && SCALED_SUMS), "partials are not added up in memory");
+// Heads of a group that a unit takes: they lie side by side in tiles of rows, and in statistics and sums of grad_query in memory.
+#ifndef FSA_TILE_HEADS
+#define FSA_TILE_HEADS 1
+#endif
+constexpr int TILE_HEADS = FSA_TILE_HEADS;
+static_assert(TILE_HEADS == 1 || SCALED_SUMS, "only scaled sums have strides");
 constexpr int QUERY_SUM_BYTES = HEAD_DIM * (SCALED_SUMS ? 2 : 4);      // of a row
 constexpr int ROW_WORDS = HEAD_DIM / 4;     // pieces of four f32 sums
 // In each kernel file, because the order of its sums is its own: four neighbouring columns of the 16 that a quad loaded, from what the
@@ -33,8 +39,8 @@ FSA_DEVICE bool in_range(const BackwardParams& p, int kv_row) { return kv_row >=
 // Statistics of a row of the launch's head `launch_head`, `token` being relative to the chunk. The caller's are those of all heads and tokens. From
 // parameters and memory alone: no register holds anything for it over a loop.
 FSA_DEVICE RowStats* row_stats_at(const BackwardParams& p, int launch_head, int token) {
-    if (!p.given_stats) return (RowStats*)p.row_stats + ((i64)launch_head * p.rows + token);
-    return (RowStats*)p.row_stats + ((i64)(p.first_head + launch_head) * p.layout.total_q + p.layout.chunk_token[p.chunk] + token);
+    RowStats* stats = (RowStats*)p.row_stats + ((i64)launch_head * p.stats_head + (i64)token * p.stats_row);
+    return p.given_stats ? stats + ((i64)p.first_head * p.stats_head + p.layout.chunk_token[p.chunk]) : stats;
 }
 
 // Sums of grad_query of a row of the launch's head `launch_head`, `row` being relative to the chunk, which begins at row `first`: in memory of their own, or where
@@ -74,12 +80,12 @@ FSA_DEVICE SumScale launch_scale(const BackwardParams& p, int launch_head) {
 FSA_DEVICE f32 dot_pairs(f32 sum, u32 a, u32 b) { return fmaf(unpack_lo(a), unpack_lo(b), fmaf(unpack_hi(a), unpack_hi(b), sum)); }
 
 // The kernels below take places of ctas of the main one for as long as their loads take, so no load waits for another that it does not need.
-// A cta has rows of a head of the launch, or blocks of a kv head; those of blocks come last, where the grid has them.
-FSA_DEVICE int block_cta(const BackwardParams& p, int rows) { return (int)blockIdx.x - ceil_div(p.rows, rows); }
-// The launch's head of a cta of rows, the last first: the main kernel goes from the first to the last, so it finds the first in L2 and leaves the last there.
-FSA_DEVICE int rows_head() { return gridDim.y - 1 - blockIdx.y; }
+// A cta has rows of TILE_HEADS heads of the launch, `rows` of all together, or blocks of a kv head; those of blocks come last, where the grid has them.
+FSA_DEVICE int block_cta(const BackwardParams& p, int rows) { return (int)blockIdx.x - ceil_div(p.rows, rows / TILE_HEADS); }
+// The launch's first head of a cta of rows, the last first: the main kernel goes from the first to the last, so it finds the first in L2 and leaves the last there.
+FSA_DEVICE int rows_head() { return (gridDim.y - 1 - blockIdx.y) * TILE_HEADS; }
 // kv heads of the launch. Where it has a part of a group, one.
-FSA_DEVICE int launch_kv_heads(const BackwardParams& p) { return max_i(gridDim.y / p.group_size, 1); }
+FSA_DEVICE int launch_kv_heads(const BackwardParams& p) { return max_i(gridDim.y * TILE_HEADS / p.group_size, 1); }
 
 // Rows of the launch.
 struct ChunkRows {
@@ -122,8 +128,9 @@ FSA_DEVICE f32 sum_lanes(f32 x) {
 }
 FSA_DEVICE void prepare_rows(const BackwardParams& p) {
     const ChunkRows rows = chunk_rows(p);
-    const int lane = threadIdx.x & 31, piece = lane % DELTA_LANES, launch_head = rows_head(), head = p.first_head + launch_head;
-    const int first = rows.first + blockIdx.x * PREPARE_ROWS + threadIdx.x / 32 * 8 + lane / DELTA_LANES;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, piece = lane % DELTA_LANES;
+    const int launch_head = rows_head() + warp % TILE_HEADS, head = p.first_head + launch_head;
+    const int first = rows.first + blockIdx.x * (PREPARE_ROWS / TILE_HEADS) + warp / TILE_HEADS * 8 + lane / DELTA_LANES;
     auto token = [&](int step) { return first + step * (32 / DELTA_LANES); };
     auto exists = [&](int step) { return piece < HEAD_DIM / 8 && token(step) < rows.end; };
     auto clear = [&](int step) {
@@ -157,7 +164,7 @@ FSA_DEVICE void prepare_rows(const BackwardParams& p) {
         most.grad = max_u(most.grad, bound_bits(size));
         most.delta = max_u(most.delta, bound_bits(delta));
     }
-    if constexpr (SCALED_SUMS) raise_bounds<256>(&p.row_bounds[head].grad, most.grad, most.delta);
+    if constexpr (SCALED_SUMS) raise_bounds<256, TILE_HEADS>(&p.row_bounds[p.first_head + rows_head()].grad, most.grad, most.delta);
 }
 
 // Before the main kernel. Of blocks: the bounds of those that rows list, zeros for sums that units will be added to, and for gradients where no row lists the block.
@@ -235,14 +242,15 @@ FSA_DEVICE void finish_rows(const BackwardParams& p) {
 #else
 // Some rows a thread, whose loads are under way together: of f16 sums 16 bytes a lane, which are as many of the gradient; of f32 sums a lane has four of the 16
 // columns of its quad.
-constexpr int FINISH_LANES = QUERY_SUM_BYTES / 16, FINISH_STEPS = 4, STEP_ROWS = 256 / FINISH_LANES, FINISH_ROWS = FINISH_STEPS * STEP_ROWS;
+constexpr int FINISH_LANES = QUERY_SUM_BYTES / 16, FINISH_STEPS = 4, STEP_ROWS = 256 / FINISH_LANES / TILE_HEADS * TILE_HEADS, FINISH_ROWS = FINISH_STEPS * STEP_ROWS;
 FSA_DEVICE void finish_rows(const BackwardParams& p) {
+    constexpr int STEP = STEP_ROWS / TILE_HEADS;        // rows of a head
     const ChunkRows chunk = chunk_rows(p);
-    const int first = blockIdx.x * FINISH_ROWS + threadIdx.x / FINISH_LANES, lane = threadIdx.x % FINISH_LANES;
-    const int launch_head = rows_head(), head = p.first_head + launch_head;
-    auto present = [&](int step) { return threadIdx.x < STEP_ROWS * FINISH_LANES && first + step * STEP_ROWS < chunk.end - chunk.first; };
-    auto sums = [&](int step) { return query_sums(p, launch_head, chunk.first, first + step * STEP_ROWS) + lane * 16; };
-    auto target = [&](int step) { return (char*)tensor_row(p.grad_query_out, chunk.first + first + step * STEP_ROWS, head); };
+    const int row = threadIdx.x / FINISH_LANES, lane = threadIdx.x % FINISH_LANES, first = blockIdx.x * (FINISH_ROWS / TILE_HEADS) + row / TILE_HEADS;
+    const int launch_head = rows_head() + row % TILE_HEADS, head = p.first_head + launch_head;
+    auto present = [&](int step) { return threadIdx.x < STEP_ROWS * FINISH_LANES && first + step * STEP < chunk.end - chunk.first; };
+    auto sums = [&](int step) { return query_sums(p, launch_head, chunk.first, first + step * STEP) + lane * 16; };
+    auto target = [&](int step) { return (char*)tensor_row(p.grad_query_out, chunk.first + first + step * STEP, head); };
     const bool adds_sums = SCALED_SUMS && p.sums[0].rows != nullptr;        // to scaled f16 of other attentions
     Vec4 v[FINISH_STEPS], before[FINISH_STEPS];
     FSA_UNROLL for (int step = 0; step < FINISH_STEPS; ++step) {
@@ -278,7 +286,7 @@ FSA_DEVICE void finish_rows(const BackwardParams& p) {
 #endif
 
 // After the main kernel. Of blocks that have sums, two ctas each, for keys and values: rows of the storage type. What a single unit finished is left alone.
-extern "C" __global__ void __launch_bounds__(256) backward_finish(const __grid_constant__ BackwardParams p) {
+extern "C" __global__ void __launch_bounds__(256, TILE_HEADS == 1 ? 0 : 4) backward_finish(const __grid_constant__ BackwardParams p) {
     const int number = block_cta(p, FINISH_ROWS), kv_head = p.first_head / p.group_size + blockIdx.y;
     if (number < 0) return finish_rows(p);
     if (blockIdx.y >= launch_kv_heads(p)) return;

@@ -25,8 +25,8 @@ constexpr int STEP_KEYS = FSA_STEP_KEYS;
 constexpr int CHECKERS = 3, CHECKER_THREADS = CHECKERS * 32;    // warps of the producing warpgroup besides the one that loads
 // Together at most what the warpgroups start with, 168 per thread of three, 128 of four: registers beyond that belong to nobody, and who asks for them waits
 // for ever.
-constexpr int PRODUCER_REGISTERS = HAS_CHOOSERS ? 24 : CONSUMERS == 2 ? 40 : 32, CHOOSER_REGISTERS = HAS_CHOOSERS ? 88 : 0;
-constexpr int CONSUMER_REGISTERS = HAS_CHOOSERS ? 200 : CONSUMERS == 2 ? 232 : 160;
+constexpr int PRODUCER_REGISTERS = HAS_CHOOSERS || CONSUMERS != 2 ? 32 : 40, CHOOSER_REGISTERS = HAS_CHOOSERS ? 96 : 0;
+constexpr int CONSUMER_REGISTERS = HAS_CHOOSERS ? 192 : CONSUMERS == 2 ? 232 : 160;
 static_assert(PRODUCER_REGISTERS + CHOOSER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= WARPGROUPS * (65536 / THREADS / 8 * 8), "the registers of a cta");
 typedef SwizzledTile<CTA_ROWS> RowTile;
 typedef SwizzledTile<STEP_KEYS> KeyTile;
@@ -35,7 +35,7 @@ typedef f32 Scores[STEP_KEYS / 2];
 typedef u32 Fragments[STEP_KEYS / 16][4];   // scores of 64 rows as A
 
 // Names of barriers; 0 is __syncthreads.
-constexpr int ALL_CONSUMERS = 1, ALL_CHECKERS = 2, TURN = 3;
+constexpr int ALL_CONSUMERS = 1, ALL_CHECKERS = 2, TURN = 3, CHOSEN = TURN + 2;
 
 // The tile that a cta takes after `number`; its first is that of its own number. Rounds of as many tiles as there are ctas go forwards and backwards in
 // turns: those with the most keys come first, so always forwards the first cta would get more keys than the last in every round. All warps of a cta have to
@@ -50,11 +50,13 @@ struct BandWork {
     i32 steps;
     i32 walk;                   // number of the interval, where a tile has several (block/band_walks.cuh)
     i32 last_row, last_keys;    // of the last of these: the sequence's key 0, and its keys
+    i32 number;                 // of the tile, in the order of launch
     const i32* listed;          // with a mask of blocks: the steps, of which there are gaps between
 
     // Number `number` of all heads' tiles, those with the most keys first; steps = 0 where there is no tile or it sees no key.
     FSA_DEVICE static BandWork find(const Band& band, int number, int num_kv_heads) {
         BandWork w;
+        w.number = number;
         w.kv_head = number % num_kv_heads;
         w.tile = find_band_tile(band, number / num_kv_heads, w.kv_head);
         w.walk = 0;

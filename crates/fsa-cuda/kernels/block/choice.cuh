@@ -25,6 +25,7 @@ struct Chooser {
     const BlockChoice& choice;
     const ScoreSlots& slots;
     ChoiceMemory& m;
+    ChosenBits& bits;
     int heads;                  // a power of two, 2 or more
 
     u32 slot;                   // number of the tile
@@ -217,36 +218,51 @@ struct Chooser {
         }
         __syncwarp();
     }
-    // Where the tile's lists go.
-    FSA_DEVICE i32* rows_of(int total_q) const {
+    // The tile's first row among those of all kv heads.
+    FSA_DEVICE i64 row_of(int total_q) const {
         const volatile ChosenTile& tile = slots.tile_of(slot);
-        return choice.topk_indices + ((i64)tile.kv_head * total_q + tile.token) * choice.topk;
+        return (i64)tile.kv_head * total_q + tile.token;
+    }
+    // Place of the tile's steps.
+    FSA_DEVICE int list_of(int num_kv_heads) const {
+        const volatile ChosenTile& tile = slots.tile_of(slot);
+        return tile.kv_head * choice.mask.num_tiles + tile.number / num_kv_heads;
     }
     // Writes a token's row. All is found again, so that less is kept in registers until then.
     FSA_DEVICE void list(int total_q, const Candidates& c, int token) const {
         const RowBlocks blocks = blocks_of(token);
-        list_blocks<TOKEN_LANES>(rows_of(total_q) + token * choice.topk, c, blocks, choice.topk, blocks.first_scored, token < tokens);
+        list_blocks<TOKEN_LANES>(choice.topk_indices + (row_of(total_q) + token) * choice.topk, c, blocks, choice.topk, blocks.first_scored, token < tokens);
     }
-    // The rows of the warp's tokens, which have few blocks.
+    // The rows of the warp's tokens, which have few blocks, and the tile's mask.
     template <int LANES>
-    FSA_DEVICE void choose_of_few(i32* rows) const {
+    FSA_DEVICE void choose_of_few(const BandParams& p) const {
         typedef FewChooser<LANES> Few;
         constexpr int STRIDE = CHOOSERS * Few::TOKENS;
         const Few few = {choice, slots, shared_address(&m.few[0][lane_number()]), slot, heads, position, tokens, steps};
+        const i64 first_row = row_of(p.band.total_q);
+        if (warp() == 0) bits.list[slot & 1] = list_of(p.num_kv_heads);    // before the slot is released
         int first = Few::TOKENS * warp();
         if (first >= tokens) slots.ring.release(slot);
         FSA_NO_UNROLL for (; first < tokens; first += STRIDE)
-            few.list(first, rows, [&] { if (first + STRIDE >= tokens) slots.ring.release(slot); });
+            few.list(first, first_row, bits, [&] { if (first + STRIDE >= tokens) slots.ring.release(slot); });
+        if (choice.mask.rows == nullptr) return;
+        named_sync(CHOSEN, CHOOSERS * 32);
+        if (warp() > 0) return;
+        const int tile = slot & 1, last = position + tokens - 1;
+        list_steps(choice.mask, {position, last, last + 1, choice.window, STEP_KEYS}, bits.list[tile], bits.any[tile], bits.all[tile]);
+        __syncwarp();       // who goes on to the tile after the next meets this warp before
+        if (lane_number() < CHOSEN_WORDS) bits.open(tile, lane_number());
     }
     // Writes the rows of the warp's tokens of a slot's tile, every CHOOSERS-th few of them, and releases the slot.
-    FSA_DEVICE void choose(int total_q) {
+    FSA_DEVICE void choose(const BandParams& p) {
+        const int total_q = p.band.total_q;
         const ChosenTile tile = slots.tile_of(slot);
         position = tile.position;
         tokens = tile.tokens;
         steps = tile.steps;
         if (end_of(max_i(tokens - WARP_TOKENS, 0)) <= FEW_STEPS) {
-            if (heads <= 4) choose_of_few<4>(rows_of(total_q));
-            else choose_of_few<8>(rows_of(total_q));
+            if (heads <= 4) choose_of_few<4>(p);
+            else choose_of_few<8>(p);
             return;
         }
         lane_sums = unknown(shared_address(&m.sums[0][0][0][lane_number()]));

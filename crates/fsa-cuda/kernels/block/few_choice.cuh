@@ -3,6 +3,7 @@
 // reach it than there are places. Exact: among equal scores the lower ids stay.
 #pragma once
 #include "block/candidates.cuh"
+#include "block/chosen_mask.cuh"
 #include "block/score_slots.cuh"
 
 constexpr int FEW_STEPS = PART_STEPS;               // that lanes have registers for
@@ -168,9 +169,9 @@ struct FewChooser {
         if (__any_sync(ALL_LANES, listed > places)) word = drop(word, word & word_of(score, steps, [&](i32 s) { return s == bound; }), places);
         return word;
     }
-    // Writes the lists of TOKENS tokens from `first` on. `read` is called once their sums are.
+    // Writes the lists of TOKENS tokens from `first` on, and the bits of these. `read` is called once their sums are.
     template <typename F>
-    FSA_DEVICE void list(int first, i32* rows, F read) const {
+    FSA_DEVICE void list(int first, i64 first_row, ChosenBits& bits, F read) const {
         const RowBlocks last = blocks_of(min_i(first + TOKENS, tokens) - 1);
         const int steps = last.lists_all() || last.places == 0 ? 0 : ceil_div(last.end_scored, GROUPS);
         Scores score;
@@ -184,15 +185,23 @@ struct FewChooser {
         u32 word = 0;
         int places = 0;
         if (steps > 0) word = best_of(score, unknown(first), steps, places);
-        const int token = unknown(first) + lane_number() / LANES, own = __popc(word), step = LANES == 8 ? place() / 2 : place();
+        const int token = unknown(first) + lane_number() / LANES, own = __popc(word);
         const RowBlocks blocks = blocks_of(token);
-        i32* row = rows + token * choice.topk;
+        i32* row = choice.topk_indices + (first_row + token) * choice.topk;
         i32* to = row + blocks.first_scored + up_to(own) - own;
+        if (choice.mask.rows != nullptr) {
+            u32 listed = word | forced_bits(blocks, places, choice.topk, step());
+            if (LANES == 8) listed |= __shfl_xor_sync(ALL_LANES, listed, 1);
+            if (token < tokens && step() < choice.mask.words) choice.mask.rows[(first_row + token) * choice.mask.words + step()] = listed;
+            bits.add<LANES>(slot & 1, step(), listed, token < tokens);
+        }
         FSA_NO_UNROLL while (__any_sync(ALL_LANES, word != 0))
             if (word != 0) {
-                *to++ = GROUPS * step + __ffs(word) - 1;
+                *to++ = GROUPS * step() + __ffs(word) - 1;
                 word &= word - 1;
             }
         if (token < tokens) list_forced<LANES>(row, blocks, places, choice.topk);
     }
+    // The step whose word of a token's bits the lane has.
+    FSA_DEVICE static int step() { return LANES == 8 ? place() / 2 : place(); }
 };

@@ -26,22 +26,24 @@ FSA_DEVICE void raise_bound(u32* bound, u32 bits) {
     bits = __reduce_max_sync(0xffffffffu, bits);
     if ((threadIdx.x & 31) == 0 && bits > load_relaxed(bound)) max_global(bound, bits);
 }
-// The largest of a cta of two bounds: thread 0 gets that of the first, thread 1 that of the second.
-template <int THREADS>
+// The largest of a cta of two bounds: thread 0 gets that of the first, thread 1 that of the second. Of each of HEADS heads, which warps take in turn, the
+// next two threads.
+template <int THREADS, int HEADS = 1>
 FSA_DEVICE u32 cta_bound(u32 first, u32 second) {
     __shared__ u32 most[2][THREADS / 32];
     first = __reduce_max_sync(0xffffffffu, first), second = __reduce_max_sync(0xffffffffu, second);
     if ((threadIdx.x & 31) == 0) most[0][threadIdx.x / 32] = first, most[1][threadIdx.x / 32] = second;
     __syncthreads();
     u32 bits = 0;
-    if (threadIdx.x < 2) FSA_UNROLL for (int warp = 0; warp < THREADS / 32; ++warp) bits = max_u(bits, most[threadIdx.x][warp]);
+    if (threadIdx.x < 2 * HEADS)
+        FSA_UNROLL for (int warp = 0; warp < THREADS / 32; warp += HEADS) bits = max_u(bits, most[threadIdx.x % 2][warp + threadIdx.x / 2]);
     return bits;
 }
-// Raises two bounds that lie side by side to the largest of a cta, once: additions to one word follow one another, and every cta has them.
-template <int THREADS>
+// Raises two bounds that lie side by side, of every head, to the largest of a cta, once: additions to one word follow one another, and every cta has them.
+template <int THREADS, int HEADS = 1>
 FSA_DEVICE void raise_bounds(u32* bounds, u32 first, u32 second) {
-    const u32 bits = cta_bound<THREADS>(first, second);
-    if (threadIdx.x < 2 && bits > load_relaxed(bounds + threadIdx.x)) max_global(bounds + threadIdx.x, bits);
+    const u32 bits = cta_bound<THREADS, HEADS>(first, second);
+    if (threadIdx.x < 2 * HEADS && bits > load_relaxed(bounds + threadIdx.x)) max_global(bounds + threadIdx.x, bits);
 }
 
 // Sum of the sizes of the elements of a piece.

@@ -14,6 +14,7 @@ constexpr int WARP_TILE_ROWS = 16, ROW_WARPS = CTA_ROWS / WARP_TILE_ROWS;   // r
 struct ChosenTile {
     i32 position, tokens, steps;    // of the first token; tokens that exist; steps whose scores there are
     i32 token, kv_head;
+    i32 number;                     // in the order of launch
 };
 
 struct ScoreSlots {

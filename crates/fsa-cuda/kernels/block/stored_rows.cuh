@@ -13,7 +13,7 @@ struct Results {
 };
 
 // Whether what is read for a tile's results is on its way while the last product runs: not where registers or L1 are short.
-constexpr bool OPENS_EARLY = HEAD_DIM <= 128 && FSA_BLOCK_SCORES != 2;
+constexpr bool OPENS_EARLY = HEAD_DIM <= 128 && !BLOCK_SCORES;
 
 // Where a thread's two rows go, and what is there already.
 struct StoredRows {

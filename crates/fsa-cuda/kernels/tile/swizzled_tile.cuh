@@ -58,22 +58,31 @@ FSA_DEVICE void copy_rows(u32 tile, const Tensor& source, int head, i64 first_ro
 // the first). Lane i holds the row number, relative to the bases, of row i % WARP_ROWS, or -1 for a row of zeros.
 // Row strides are below 2^32 bytes. What does not depend on the data is computed once: 5 instructions per pair of copies
 // where the obvious code took 16, and two warps per scheduler do not hide instructions.
-template <int WARP_ROWS, bool TWO>
-FSA_DEVICE void gather_rows(u32 tile, const char* base, u32 row_bytes, const char* second, u32 second_row_bytes, int row_of_lane, int first_row) {
+// HEADS > 1: row i of the tile is that of head i % HEADS, and HEADS rows side by side have one row number.
+template <int WARP_ROWS, bool TWO, int HEADS = 1>
+FSA_DEVICE void gather_rows(u32 tile, const char* base, u32 row_bytes, const char* second, u32 second_row_bytes, int row_of_lane, int first_row, u32 head_bytes = 0,
+                            u32 second_head_bytes = 0) {
     constexpr int COPIES = WARP_ROWS * PIECES_PER_ROW / 32, BYTES = SwizzledTile<TILE_ROWS>::BYTES;
     constexpr int STEP = 32 / PIECES_PER_ROW;   // rows per warp-wide copy, where lanes divide evenly into rows
+    constexpr int SAME = HEADS > STEP ? HEADS / STEP : 1;       // copies of the same row numbers
+    static_assert(WARP_ROWS % HEADS == 0, "a warp has all heads of its rows");
     const int lane = threadIdx.x & 31;
     const bool complete = __all_sync(0xffffffffu, row_of_lane >= 0);
     if (32 % PIECES_PER_ROW == 0 && complete) {
         const int row = lane / PIECES_PER_ROW, piece = lane % PIECES_PER_ROW;
         const u32 at = tile + SwizzledTile<TILE_ROWS>::offset(first_row + row, piece);     // first_row is a multiple of 8
-        base += piece * 16;
-        second += piece * 16;
+        base += piece * 16 + (HEADS > 1 ? (u64)(row % HEADS) * head_bytes : 0);
+        second += piece * 16 + (HEADS > 1 ? (u64)(row % HEADS) * second_head_bytes : 0);
+        const char *from = nullptr, *second_from = nullptr;
         FSA_UNROLL for (int i = 0; i < COPIES; ++i) {
-            const u32 source = (u32)__shfl_sync(0xffffffffu, row_of_lane, row + i * STEP);
-            const u32 target = (at ^ ((i * STEP & 7) << 4)) + i * STEP * 128;
-            copy_async(target, base + (u64)source * row_bytes);
-            if (TWO) copy_async(target + BYTES, second + (u64)source * second_row_bytes);
+            if (i % SAME == 0) {
+                const u32 source = (u32)__shfl_sync(0xffffffffu, row_of_lane, (HEADS < STEP ? row : 0) + i * STEP);
+                from = base + (u64)source * row_bytes;
+                second_from = second + (u64)source * second_row_bytes;
+            }
+            const u32 target = (at ^ ((i * STEP & 7) << 4)) + i * STEP * 128, head = i % SAME * STEP;
+            copy_async(target, from + (u64)head * head_bytes);
+            if (TWO) copy_async(target + BYTES, second_from + (u64)head * second_head_bytes);
         }
     } else {
         FSA_UNROLL for (int i = 0; i < COPIES; ++i) {
@@ -81,8 +90,9 @@ FSA_DEVICE void gather_rows(u32 tile, const char* base, u32 row_bytes, const cha
             const int source = __shfl_sync(0xffffffffu, row_of_lane, row);
             const int bytes = source < 0 ? 0 : 16;
             const u32 at = tile + SwizzledTile<TILE_ROWS>::offset(first_row + row, piece);
-            copy_async(at, base + (u64)(u32)max_i(source, 0) * row_bytes + piece * 16, bytes);
-            if (TWO) copy_async(at + BYTES, second + (u64)(u32)max_i(source, 0) * second_row_bytes + piece * 16, bytes);
+            const u32 head = row % HEADS;
+            copy_async(at, base + (u64)(u32)max_i(source, 0) * row_bytes + (u64)head * head_bytes + piece * 16, bytes);
+            if (TWO) copy_async(at + BYTES, second + (u64)(u32)max_i(source, 0) * second_row_bytes + (u64)head * second_head_bytes + piece * 16, bytes);
         }
     }
 }

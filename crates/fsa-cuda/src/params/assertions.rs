@@ -1,7 +1,9 @@
 //! What the translation unit asserts about structs and constants.
 
-use super::{DECLARED, Declared, TILE_ROWS};
+use super::{DECLARED, Declared, RECORD_BYTES, TILE_ROWS, Tile};
 use std::fmt::Write;
+
+const _: () = assert!(size_of::<Tile>() == RECORD_BYTES);
 
 /// The assertions of the translation unit about structs and constants.
 pub(crate) fn assertions() -> String {

@@ -5,9 +5,10 @@ use super::{
     BOUNDS_BYTES, IndexPlan, PlanOptions, Problem, QuerySums, Slot, Workspace, choose, kv_heads_per_pass, most_bytes,
 };
 use crate::arch::KernelSet;
-use crate::backward::{MAX_UNIT_HEADS, finishes_sums};
+use crate::backward::{UNIT_HEADS, finishes_sums};
 use crate::driver::DeviceFacts;
 use crate::params::TILE_ROWS;
+use crate::source::Specialisation;
 
 use serde::Serialize;
 use std::fmt;
@@ -21,23 +22,23 @@ const THREE_LANES_BYTES: usize = 64 << 20;
 /// pass took 3 % longer; longer units were no faster.
 const UNIT_ENTRIES_PER_KEY: usize = 32;
 const LEAST_UNIT_ENTRIES: usize = 3072;
-/// Units that take heads in turn have fewer where they would be few: this part of the rows of a head, and the fewest.
-const TURN_UNITS: usize = 16;
-const LEAST_TURN_ENTRIES: usize = 1024;
+/// Units that several heads share have fewer where they would be few: this part of the rows of a head, and the fewest.
+const SHARED_UNITS: usize = 16;
+const LEAST_SHARED_ENTRIES: usize = 1024;
+/// Four heads side by side are a working set four times as large: units that end sooner find more of it in L2 (1 % of the pass).
+const LEAST_ENTRIES_OF_FOUR: usize = 2048;
 /// Sums of gradients of queries that are under way in a lane, the largest that fit: they are to stay in L2 (50 MB on Hopper), except where
-/// units take heads in turn, which is worth more. The first is for these alone.
+/// heads share units, which is worth more. The first is for these alone.
 const QUERY_SUM_BYTES: [usize; 5] = [64 << 20, 32 << 20, 16 << 20, 8 << 20, 4 << 20];
 /// The same as partials, which pass through memory anyway.
 const QUERY_PARTIAL_BYTES: [usize; 4] = [128 << 20, 64 << 20, 32 << 20, 16 << 20];
-/// Rows of a head from which on a unit takes several heads in turn, and how many: its keys come once and its sums leave once. With fewer
+/// Rows of a head from which on several heads share units: keys come once, sums of keys leave once, and tiles of rows are fuller. With fewer
 /// rows there would be too few units for the device.
-const TURN_ROWS: usize = 1 << 13;
-const TURN_HEADS: [usize; 2] = [4, 2];
-const _: () = assert!(TURN_HEADS[0] <= MAX_UNIT_HEADS);
-/// Rows of a head that keep the device busy in a launch of its own, and where units take turns, of the heads of a unit: sums of keys are then
+const SHARED_ROWS: usize = 1 << 13;
+/// Rows of a head that keep the device busy in a launch of its own, and where heads share units, of the heads of a unit: sums of keys are then
 /// its own, which at 64K rows is worth 2 %.
 const FULL_LAUNCH_ROWS: usize = 1 << 16;
-const FULL_TURN_ROWS: usize = 1 << 15;
+const FULL_SHARED_ROWS: usize = 1 << 15;
 /// f32 gradients of keys and values of one launch.
 const KEY_SUM_BYTES: usize = 64 << 20;
 
@@ -63,7 +64,7 @@ pub struct BackwardPlan {
     pub kv_heads_per_launch: usize,
     /// Query heads of one launch.
     pub heads: usize,
-    /// Of these, those that a unit takes in turn.
+    /// Of these, those that share units.
     pub unit_heads: usize,
     /// Keys whose sums are under way: all, or a range of whole blocks where the next ranges follow.
     pub range_keys: usize,
@@ -129,7 +130,7 @@ impl BackwardPlan {
         let options = &PlanOptions { query_sums: Some(query_sums), ..*options };
         let apart = Self::best(problem, set, facts, options, false);
         // Scaled sums are as large as the gradients, whose memory nobody needs before, unless something is in it. Rows that lie apart cost
-        // up to 1 %, and more lanes alone gain nothing, so that is for units that take more heads in turn.
+        // up to 1 %, and more lanes alone gain nothing, so that is for units that more heads share.
         if query_sums != QuerySums::Scaled || options.adds_to_grads {
             return apart;
         }
@@ -140,7 +141,7 @@ impl BackwardPlan {
     /// The best plan without, or also of those with sums in place.
     fn best(problem: &Problem, set: KernelSet, facts: &DeviceFacts, options: &PlanOptions, in_place: bool) -> Self {
         let query_sums = options.query_sums.unwrap_or(QuerySums::F32);
-        let [_, main] = problem.backward_kernels(set, query_sums);
+        let [_, main] = problem.backward_kernels(set, (query_sums, 1));
         let main_finishes = finishes_sums(&main);
         let bytes = match options.query_sums {
             Some(QuerySums::Partials) => &QUERY_PARTIAL_BYTES[..],
@@ -265,6 +266,11 @@ impl BackwardPlan {
         }
     }
 
+    /// The kernels that it launches.
+    pub(crate) fn kernels(&self, set: KernelSet) -> [Specialisation; 2] {
+        self.problem.backward_kernels(set, (self.query_sums, self.unit_heads))
+    }
+
     /// Tiles of a piece of the index and of a chunk.
     fn chunk(problem: &Problem, query_sums: QuerySums, (kv_heads, query_bytes): (usize, usize)) -> [usize; 2] {
         let is_merged = query_sums == QuerySums::Partials;
@@ -286,8 +292,9 @@ impl BackwardPlan {
 
     /// Entries of a full unit.
     fn unit_entries(problem: &Problem, rows: usize, unit_heads: usize) -> usize {
-        let most = (UNIT_ENTRIES_PER_KEY * problem.block_size).max(LEAST_UNIT_ENTRIES);
-        if unit_heads == 1 { most } else { (rows / TURN_UNITS).clamp(LEAST_TURN_ENTRIES, most) }
+        let least = if unit_heads < 4 { LEAST_UNIT_ENTRIES } else { LEAST_ENTRIES_OF_FOUR };
+        let most = (UNIT_ENTRIES_PER_KEY * problem.block_size).max(least);
+        if unit_heads == 1 { most } else { (rows / SHARED_UNITS).clamp(LEAST_SHARED_ENTRIES, most) }
     }
 
     /// What a row of a head has as gradient of its query while it is added up.
@@ -307,7 +314,7 @@ impl BackwardPlan {
         (0..total_kv).step_by(step).map(move |first| first..(first + step).min(total_kv))
     }
 
-    /// kv heads and query heads of a launch, and of these those that a unit takes in turn: where sums of queries have `query_bytes`, a
+    /// kv heads and query heads of a launch, and of these those that share units: where sums of queries have `query_bytes`, a
     /// part of a group or whole groups, at most `kv_heads` of them.
     fn heads(
         problem: &Problem,
@@ -315,13 +322,13 @@ impl BackwardPlan {
         (kv_heads, query_bytes): (usize, usize),
     ) -> [usize; 3] {
         let (group, head_bytes) = (problem.gqa_group_size(), (rows * Self::row_bytes(problem, query_sums)).max(1));
-        let takes_turns = |heads: &usize| rows >= TURN_ROWS && group % heads == 0 && heads * head_bytes <= query_bytes;
+        let can_share = |heads: &usize| rows >= SHARED_ROWS && group % heads == 0 && heads * head_bytes <= query_bytes;
         let unit_heads = match query_sums {
             QuerySums::Partials => return [1, 1, 1],
-            QuerySums::Scaled => TURN_HEADS.into_iter().find(takes_turns).unwrap_or(1),
+            QuerySums::Scaled => UNIT_HEADS.into_iter().find(can_share).unwrap_or(1),
             QuerySums::F32 => 1,
         };
-        let full_rows = if unit_heads > 1 { FULL_TURN_ROWS } else { FULL_LAUNCH_ROWS };
+        let full_rows = if unit_heads > 1 { FULL_SHARED_ROWS } else { FULL_LAUNCH_ROWS };
         let fit = if rows < full_rows { query_bytes.min(QUERY_SUM_BYTES[1]) / head_bytes } else { unit_heads };
         let fit = (fit / unit_heads).max(1) * unit_heads;
         if fit < group {

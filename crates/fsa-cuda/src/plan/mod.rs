@@ -16,6 +16,7 @@ mod select;
 mod selected;
 mod sizes;
 mod tables;
+mod temporaries;
 mod workspace;
 
 #[cfg(test)]
@@ -37,7 +38,6 @@ pub use explain::{Explained, RouteReason};
 pub use forward::ForwardPlan;
 pub use index::IndexPlan;
 pub(crate) use index::MOST_UNIT_GROWTH;
-pub(crate) use nsa::ForwardTemporaries;
 pub use nsa::{NsaBackwardPlan, NsaForwardPlan, NsaProblem};
 pub use route::{Pass, Prediction, Route, Routing};
 pub use select::{ChoicePlan, ListPlan, ScorePlan, SelectPlan, SelectProblem};
@@ -45,6 +45,7 @@ pub use selected::{SelectedBackwardPlan, SelectedPlan};
 pub(crate) use sizes::BOUNDS_BYTES;
 pub use sizes::{Keys, Sizes, Windows};
 pub(crate) use tables::Tables;
+pub(crate) use temporaries::ForwardTemporaries;
 pub use workspace::{Slot, Workspace};
 
 use crate::arch::KernelSet;
@@ -169,10 +170,14 @@ impl Problem {
     }
 
     /// The kernels of the KV-outer backward: index, backward.
-    pub(crate) fn backward_kernels(&self, set: KernelSet, query_sums: QuerySums) -> [Specialisation; 2] {
+    pub(crate) fn backward_kernels(
+        &self,
+        set: KernelSet,
+        (query_sums, unit_heads): (QuerySums, usize),
+    ) -> [Specialisation; 2] {
         self.first_that_exists(set, |set| {
             let backward = self.specialisation(Kernel::Backward, set).with_query_sums(query_sums);
-            [self.specialisation(Kernel::Index, set), backward]
+            [self.specialisation(Kernel::Index, set), backward.with_unit_heads(unit_heads)]
         })
     }
 

@@ -6,8 +6,8 @@ use super::compress::{CompressProblem, CompressScratch, CompressionKind};
 use super::select::{Choice, ListPlan, SelectProblem};
 use super::tables::{TablePlan, TableSpec};
 use super::{
-    BOUNDS_BYTES, BandProblem, Keys, Lists, PlanOptions, Problem, QuerySums, RowTiles, SelectedBackwardPlan,
-    SelectedPlan, Sizes, Slot, Windows, Workspace, choose,
+    BOUNDS_BYTES, BandProblem, ForwardTemporaries, Keys, Lists, PlanOptions, Problem, QuerySums, RowTiles,
+    SelectedBackwardPlan, SelectedPlan, Sizes, Slot, Windows, Workspace, choose,
 };
 use crate::arch::KernelSet;
 use crate::band;
@@ -108,7 +108,7 @@ impl NsaProblem {
     }
 
     /// Bytes of a tensor of query rows, of token rows, of compressed rows.
-    fn row_bytes(&self) -> [usize; 3] {
+    pub(super) fn row_bytes(&self) -> [usize; 3] {
         let Sizes { total_q, total_kv, num_q_heads, num_kv_heads, .. } = self.sizes;
         let of_kv = |rows| self.sizes.tensor_bytes(rows, num_kv_heads);
         [self.sizes.tensor_bytes(total_q, num_q_heads), of_kv(total_kv), of_kv(self.total_compressed())]
@@ -192,16 +192,6 @@ const OTHER_LAUNCHES: usize = 16;
 const WINDOW_KEY_COST: usize = 148;
 const SELECTED_BLOCK_COST: usize = 23_000;
 
-/// What a pass of a forward keeps where the caller wants no state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(crate) struct ForwardTemporaries {
-    pub rotated: Option<[Slot; 2]>,
-    /// Of all heads, or of a pass and in the scratch, before stage `selected` has it.
-    pub compressed: [Slot; 2],
-    /// Of the compressed branch, in the scratch.
-    pub lse: Slot,
-}
-
 /// Passes and workspace of a forward.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NsaForwardPlan {
@@ -229,6 +219,8 @@ pub struct NsaForwardPlan {
     pub(crate) temporaries: Option<ForwardTemporaries>,
     /// Scratch of stage `selected`.
     pub(crate) scratch: Slot,
+    /// The same where those who choose the blocks make their mask: their scratch is in use by then.
+    pub(crate) mask: Option<Slot>,
     /// What stage `selected` may take.
     pub(crate) stage_budget_bytes: usize,
     /// Kernels of all passes, as heavy as those of stage `selected`.
@@ -296,7 +288,10 @@ impl NsaForwardPlan {
         let one_walk = |kernel: Specialisation| window_multiprocessors.is_none() && kernel.exists(1);
         let window_goes_on = lists.is_all_blocks() && plan.is_unmasked() && one_walk(pass.window_too_kernel(set));
         let window_beside = plan.masked().is_some() && one_walk(pass.specialisation(Kernel::BandPair, set));
-        let scratch = workspace.add("scratch", plan.workspace().size_bytes().max(before.size_bytes()));
+        let (own, before) = (plan.workspace().size_bytes(), before.size_bytes());
+        let makes_mask = window_beside && lists.makes_mask(&pass.select());
+        let scratch = workspace.add("scratch", if makes_mask { before } else { own.max(before) });
+        let mask = makes_mask.then(|| workspace.add("mask", own));
         Ok(Self {
             problem: *problem,
             saves,
@@ -311,6 +306,7 @@ impl NsaForwardPlan {
             compress,
             temporaries,
             scratch,
+            mask,
             stage_budget_bytes: options.budget_bytes,
             launches: (problem.sizes.num_kv_heads / kv_heads.max(1)) * (parts * plan.launches() + OTHER_LAUNCHES),
             workspace,
@@ -342,21 +338,6 @@ impl NsaForwardPlan {
 fn left(options: &PlanOptions, taken: &Workspace) -> PlanOptions {
     let budget_bytes = options.budget_bytes.saturating_sub(taken.size_bytes()).max(options.budget_bytes / 4);
     PlanOptions { budget_bytes, ..*options }
-}
-
-impl ForwardTemporaries {
-    /// `before` is the scratch until the blocks are selected. Heads that are compressed at once, and are not those of the pass, stay.
-    fn new(pass: &NsaProblem, at_once: &NsaProblem, workspace: &mut Workspace, before: &mut Workspace) -> Self {
-        let ([query, tokens, _], [_, _, compressed]) = (pass.row_bytes(), at_once.row_bytes());
-        let rotated = pass.rope.then(|| [workspace.add("rotated query", query), workspace.add("rotated key", tokens)]);
-        let stays = at_once.sizes.num_kv_heads > pass.sizes.num_kv_heads;
-        let place = if stays { workspace } else { &mut *before };
-        Self {
-            rotated,
-            compressed: [(); 2].map(|()| place.add("compressed", compressed)),
-            lse: before.add("lse", pass.sizes.lse_bytes()),
-        }
-    }
 }
 
 impl fmt::Display for NsaForwardPlan {

@@ -269,6 +269,12 @@ impl ListPlan {
         matches!(self, Self::OnePass(_))
     }
 
+    /// Whether those who choose make a mask of what they choose, too, if `problem` is what was planned.
+    pub(crate) fn makes_mask(&self, problem: &SelectProblem) -> bool {
+        let makes = |plan: &ChoicePlan| band_select::makes_masks(problem.scored_heads(), plan.max_steps);
+        matches!(self, Self::OnePass(plan) if makes(plan))
+    }
+
     /// Tables of its own.
     pub(crate) fn tables(&self) -> Option<&TablePlan> {
         match self {

@@ -181,7 +181,7 @@ impl SelectedBackwardPlan {
     /// The kernels that it launches.
     pub(crate) fn kernels(&self, set: KernelSet) -> Vec<Specialisation> {
         match self {
-            Self::KvOuter(plan) => plan.problem.backward_kernels(set, plan.query_sums).to_vec(),
+            Self::KvOuter(plan) => plan.kernels(set).to_vec(),
             Self::DenseMasked(plan) => plan.kernels(set),
         }
     }

@@ -88,7 +88,7 @@ fn ranges_of_keys_cover_all_keys_in_whole_blocks() {
 }
 
 #[test]
-fn units_take_heads_of_a_group_in_turn_where_launches_are_long() {
+fn heads_of_a_group_share_units_where_launches_are_long() {
     let unit_heads = |tokens, heads, change: fn(&mut Problem, &mut PlanOptions)| {
         let (mut problem, mut options) = (problem(tokens, heads, (64, 16)), PlanOptions::default());
         change(&mut problem, &mut options);

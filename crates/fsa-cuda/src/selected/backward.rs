@@ -45,7 +45,7 @@ struct Work {
 impl KvOuterBackward {
     /// Makes the kernels of a plan ready; compiles those that this process and the cache lack.
     pub(super) fn new(kernels: &Arc<Kernels>, plan: BackwardPlan) -> Result<Self> {
-        let specialisations = plan.problem.backward_kernels(kernels.set(), plan.query_sums);
+        let specialisations = plan.kernels(kernels.set());
         plan.problem.check(kernels.device().facts(), &specialisations)?;
         match &kernels.get(&specialisations)?[..] {
             [Loaded::Index(index), Loaded::Backward(backward)] => Ok(Self {
@@ -174,6 +174,13 @@ impl KvOuterBackward {
         (first_row / (plan.chunk_tiles * TILE_ROWS)).min(plan.num_chunks - 1)
     }
 
+    /// From row to row and from head to head, in rows, of what a launch of `heads` heads has of its own, and of its statistics, which may be given.
+    fn row_strides(&self, heads: usize, is_given: bool) -> ([usize; 2], [usize; 2]) {
+        let problem = &self.plan.problem;
+        let own = if self.plan.unit_heads > 1 { [heads, 1] } else { [1, self.plan.index.chunk_rows(problem)] };
+        (own, if is_given { [1, problem.total_q] } else { own })
+    }
+
     fn params(&self, pass: &Pass<'_>, sums: &LaneSums, Work { heads, chunk, keys }: &Work) -> BackwardParams {
         let (problem, tensors, chunk) = (&self.plan.problem, pass.tensors, *chunk);
         let (group, first_head) = (problem.gqa_group_size(), heads.start);
@@ -183,15 +190,14 @@ impl KvOuterBackward {
         // The kernels number kv heads from 0, the bounds are those of the pass.
         let skipped = pass.first_kv_head * self.plan.index.max_blocks * BOUNDS_BYTES;
         let block_bounds = Address(self.plan.block_bounds.address(&pass.workspace).0.wrapping_sub(skipped as u64));
-        let rows = self.plan.index.chunk_rows(problem);
+        let (own, [stats_row, stats_head]) = self.row_strides(heads.len(), tensors.row_stats.is_some());
         // Scaled sums have 16 bits, like the gradients.
         let (grad_query_out, word) = (tensors.grad_query.device(), size_of::<u16>() as i64);
         let (grad_query, [query_row_bytes, query_head_bytes]) = if sums.in_place {
             let strides = [grad_query_out.row_stride, grad_query_out.head_stride].map(|stride| stride * word);
             (grad_query_out.data.offset(first_head * strides[1] as usize), strides)
         } else {
-            let row_bytes = problem.head_dim as i64 * word;
-            (sums.grad_query.address(&pass.workspace), [row_bytes, rows as i64 * row_bytes])
+            (sums.grad_query.address(&pass.workspace), own.map(|rows| (rows * problem.head_dim) as i64 * word))
         };
         // The kernels number key rows from 0, the sums hold those of the range; no address before them is ever used.
         let skipped = keys.start * problem.head_dim * size_of::<f32>();
@@ -229,8 +235,9 @@ impl KvOuterBackward {
             group_size: group as i32,
             chunk: chunk as i32,
             first_head: first_head as i32,
-            unit_heads: self.plan.unit_heads as i32,
-            rows: rows as i32,
+            stats_row: stats_row as i32,
+            stats_head: stats_head as i32,
+            rows: self.plan.index.chunk_rows(problem) as i32,
             first_sums: first_sums.into(),
             finish_sums: (self.plan.finishes_sums && heads.end.is_multiple_of(group)).into(),
             first_key: keys.start as i32,

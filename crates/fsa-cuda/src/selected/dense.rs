@@ -44,7 +44,7 @@ impl MaskStep {
     }
 
     /// The mask in its workspace.
-    fn mask(&self, workspace: &DeviceSpan<'_>) -> BlockMask {
+    pub(crate) fn mask(&self, workspace: &DeviceSpan<'_>) -> BlockMask {
         self.kernel.as_ref().map_or_else(BlockMask::default, |(_, plan)| plan.device(workspace))
     }
 

@@ -1,3 +1,4 @@
+use super::files::{FILES, includes};
 use super::*;
 use crate::plan::MAX_TOPK;
 
@@ -8,7 +9,7 @@ fn the_index_is_compiled_once_per_block_size() {
     assert_eq!(count(Kernel::Index), 5);
     for kernel in [Kernel::Attend, Kernel::Reduce, Kernel::Backward] {
         // Large blocks of large heads do not fit.
-        assert!((2 * 20..=2 * 60).contains(&count(kernel)), "{kernel}: {}", count(kernel));
+        assert!((2 * 20..=2 * 80).contains(&count(kernel)), "{kernel}: {}", count(kernel));
     }
     assert!(all.iter().all(|specialisation| specialisation.smem_bytes(1) <= MAX_CTA_SMEM_BYTES));
 }
@@ -62,7 +63,10 @@ fn a_kernel_takes_its_tiles_in_one_order() {
         assert!(rounds || !code.contains("checked.check("), "{path}: what checks steps goes by next_tile");
         in_rounds += usize::from(rounds);
     }
-    assert_eq!(in_rounds, 3, "attention to intervals, to blocks and window, and the backward in two passes");
+    assert_eq!(
+        in_rounds, 4,
+        "attention to intervals, that chooses, to blocks and window, and the backward in two passes"
+    );
 }
 
 #[test]

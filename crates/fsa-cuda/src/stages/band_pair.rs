@@ -2,11 +2,12 @@
 
 use super::AttentionTensors;
 use super::band::attention_params;
+use super::select::ChosenMask;
 use crate::band::step_keys;
 use crate::band_pair::BandPairKernel;
 use crate::driver::{DeviceBatch, DeviceSpan};
 use crate::kernels::Kernels;
-use crate::launch::LaunchContext;
+use crate::launch::{LaunchContext, TensorSpan};
 use crate::params::{BandPairParams, Branch};
 use crate::plan::{DensePlan, Tables};
 use crate::selected::MaskStep;
@@ -39,12 +40,17 @@ impl BandPairStep {
         Ok(Self { plan, window_size, mask, kernel, specialisation, multiprocessors })
     }
 
-    /// What becomes of the blocks, then of the window: both add to one sum. The workspace is what the plan's scratch lies in.
+    /// The mask in the workspace, for those who choose the blocks of rows that attend to `value`.
+    pub(super) fn mask(&self, workspace: &DeviceSpan<'_>, value: &TensorSpan<'_>) -> ChosenMask {
+        ChosenMask { mask: self.mask.mask(workspace), value: value.device(), window: self.window_size }
+    }
+
+    /// What becomes of the blocks, then of the window: both add to one sum. The workspace is what the plan's scratch lies in. Without `topk_indices` the mask is there.
     pub(super) fn launch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
-        (tables, topk_indices): (&Tables, DeviceSpan<'_>),
+        (tables, topk_indices): (&Tables, Option<DeviceSpan<'_>>),
         [selected, (tensors, branch)]: [(&AttentionTensors<'_>, Branch); 2],
         softmax_scale: f32,
     ) -> Result<()> {
@@ -53,8 +59,11 @@ impl BandPairStep {
         if problem.total_q == 0 {
             return Ok(());
         }
-        // Behind what makes the lists, or attends to compressed keys where they are given.
-        let mask = self.mask.launch(context, batch, (tiles, tables, true), &selected.0.selected(topk_indices))?;
+        let mask = match topk_indices {
+            // Behind what makes the lists, or attends to compressed keys where they are given.
+            Some(lists) => self.mask.launch(context, batch, (tiles, tables, true), &selected.0.selected(lists))?,
+            None => self.mask.mask(&context.workspace),
+        };
         let band = self.plan.band();
         let call = (&band, tiles, self.specialisation.set);
         let boxes = (step_keys(&self.specialisation), 1);

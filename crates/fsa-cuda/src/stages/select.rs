@@ -8,7 +8,7 @@ use crate::band_select::BandSelectKernel;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale, check_words, scale_log2};
-use crate::params::{BandSelectParams, BlockChoice, BlockLists, Branch, SelectParams};
+use crate::params::{BandSelectParams, BlockChoice, BlockLists, BlockMask, Branch, SelectParams, Tensor};
 use crate::plan::{ChoicePlan, ListPlan, PlanOptions, RowTiles, ScorePlan, SelectPlan, SelectProblem, Sizes, Tables};
 use crate::prepare::PrepareKernel;
 use crate::select::{GROUP_KEYS, SelectKernel};
@@ -34,6 +34,20 @@ pub(super) struct SelectMemory<'a> {
     pub tables: &'a Tables,
     pub workspace: &'a DeviceSpan<'a>,
     pub scratch: &'a DeviceSpan<'a>,
+    /// The mask of what is chosen, where [`ListPlan::makes_mask`] and somebody wants it.
+    pub mask: Option<ChosenMask>,
+    /// Right ahead on the stream is what makes the compressed keys, which has waited for the tables, and nothing else that is read.
+    pub follows: bool,
+}
+
+/// A mask of blocks that those who choose make.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ChosenMask {
+    pub mask: BlockMask,
+    /// Of the tokens.
+    pub value: Tensor,
+    /// Earlier keys that the kernel which reads it attends to, too.
+    pub window: i32,
 }
 
 impl SelectStep {
@@ -112,7 +126,7 @@ impl ChoiceStep {
         &self,
         stream: &Stream,
         batch: &DeviceBatch<'_>,
-        SelectMemory { tables, scratch, .. }: SelectMemory<'_>,
+        SelectMemory { tables, scratch, mask, follows, .. }: SelectMemory<'_>,
         (tensors, branch, topk_indices): (&AttentionTensors<'_>, Branch, Option<&DeviceSpan<'_>>),
         softmax_scale: f32,
     ) -> Result<()> {
@@ -134,7 +148,15 @@ impl ChoiceStep {
             local_blocks: problem.local_blocks as i32,
             ..none
         });
-        Ok(kernel.launch(stream, plan.ctas, &BandSelectParams { attention, choice })?)
+        let choice = match (mask, topk_indices) {
+            (Some(ChosenMask { mask, value, window }), Some(_)) => BlockChoice { window, mask, value, ..choice },
+            _ => choice,
+        };
+        let sizes = &problem.sizes;
+        let rows = ([sizes.total_q, sizes.num_q_heads], [tiles.tile_tokens, tiles.tile_heads]);
+        let map = |tensor: Tensor| tensor.map_of_every(1, *set, rows, sizes);
+        let (out_map, sum_map) = (map(tensors.out.device())?, map(branch.sum)?);
+        Ok(kernel.launch(stream, plan.ctas, follows, &BandSelectParams { attention, choice, out_map, sum_map })?)
     }
 }
 
@@ -292,7 +314,8 @@ impl Select {
         self.plan.workspace.check(workspace)?;
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let tables = self.plan.tables.tables(workspace);
-        let memory = SelectMemory { tables: &tables, workspace, scratch: &self.plan.scratch.span(workspace) };
+        let scratch = &self.plan.scratch.span(workspace);
+        let memory = SelectMemory { tables: &tables, workspace, scratch, mask: None, follows: false };
         let work = (tensors, Branch::default(), Some(topk_indices));
         self.step.launch(context.stream, batch, memory, work, softmax_scale)
     }

@@ -16,7 +16,7 @@ use crate::stages::band::BandStep;
 use crate::stages::band_both::BandBothStep;
 use crate::stages::band_pair::BandPairStep;
 use crate::stages::compress::CompressStep;
-use crate::stages::select::{SelectMemory, SelectStep};
+use crate::stages::select::{ChosenMask, SelectMemory, SelectStep};
 use crate::stages::tensors::passes;
 use crate::stages::{AttentionTensors, CompressTensors, RopeRows, RopeTurn};
 use fsa_core::{Error, Result, Rope};
@@ -330,7 +330,9 @@ impl NsaForward {
         let compressed = attention(0, [key, value], tensors, state);
         // A state that is computed again has its lists.
         let lists = recompute.is_none().then_some(&tensors.topk_indices);
-        let memory = SelectMemory { tables, workspace: &workspace, scratch: &self.plan.scratch.span(&workspace) };
+        let mask = lists.and_then(|_| self.chosen_mask(&workspace, &tensors.value));
+        let (scratch, follows) = (&self.plan.scratch.span(&workspace), self.follows_compression());
+        let memory = SelectMemory { tables, workspace: &workspace, scratch, mask, follows };
         let branch = self.branch(0, tensors);
         if let Some(select) = &self.select {
             select.launch(stream, batch, memory, (&compressed, branch, lists), softmax_scale)?;
@@ -338,14 +340,16 @@ impl NsaForward {
         let (selected, window) = match &self.local {
             Local::Both(both) => {
                 let local = |number| (local_attention(number, tensors, state), self.branch(number as i32, tensors));
-                let (works, on) = ([(compressed, branch), local(1), local(2)], (stream, self.follows_compression()));
+                let (works, on) = ([(compressed, branch), local(1), local(2)], (stream, follows));
                 return both.launch(on, batch, (&self.plan.attention, tables), works, softmax_scale);
             }
             Local::Pair(pair) => {
                 let works = [1, 2].map(|branch| (local_attention(branch, tensors, state), branch));
                 let works = works.each_ref().map(|(work, branch)| (work, self.branch(*branch as i32, tensors)));
-                let context = LaunchContext { stream, workspace: self.plan.scratch.span(&workspace) };
-                return pair.launch(&context, batch, (tables, tensors.topk_indices), works, softmax_scale);
+                let memory = self.plan.mask.unwrap_or(self.plan.scratch).span(&workspace);
+                let context = LaunchContext { stream, workspace: memory };
+                let lists = mask.is_none().then_some(tensors.topk_indices);
+                return pair.launch(&context, batch, (tables, lists), works, softmax_scale);
             }
             Local::Apart(selected, window) => (selected, window),
         };
@@ -382,6 +386,14 @@ impl NsaForward {
             sides.join(stream, 1)?;
         }
         Ok(())
+    }
+
+    /// The mask of blocks, where those who choose these make it.
+    fn chosen_mask(&self, workspace: &DeviceSpan<'_>, value: &TensorSpan<'_>) -> Option<ChosenMask> {
+        match (&self.local, self.plan.mask) {
+            (Local::Pair(pair), Some(slot)) => Some(pair.mask(&slot.span(workspace), value)),
+            _ => None,
+        }
     }
 
     fn branch(&self, number: i32, tensors: &NsaForwardTensors<'_>) -> Branch {
