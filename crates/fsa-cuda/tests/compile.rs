@@ -48,7 +48,7 @@ fn a_damaged_cache_entry_is_compiled_again() {
     let path = compiler.cache().entries().expect("readable")[0].0.clone();
     std::fs::write(&path, b"damaged").expect("writable");
     let again = compiler.cubin(&specialisation, Arch::SM90).expect("compiles again");
-    assert_eq!(parse_resources(&again.log).len(), 4);
+    assert_eq!(parse_resources(&again.log).len(), 5);
     assert_eq!(again.image, first.image);
 
     // Another process without a compiler is served from the same folder.
