@@ -12,12 +12,14 @@
 #include "ptx/bulk.cuh"
 
 // Whether the rows of a tile leave as boxes, which hold all of its tokens: no cta waits for the memory that they go to.
-FSA_DEVICE bool leaves_as_box(const BandParams& p, const BandWork& w) { return w.steps > 0 && w.tile.tokens == p.band.tile_tokens && !p.branch.accumulate; }
+FSA_DEVICE bool leaves_as_box(const BandParams& p, const BandWork& w) {
+    return w.steps > 0 && w.tile.tokens == p.band.tile_tokens && w.tile.heads == p.band.tile_heads && !p.branch.accumulate;
+}
 
 // What a cta has besides the tiles of band_sm90.cuh.
 struct SelectMemory {
     BandWork (&works)[2];       // this tile and the next
-    u32 staged;                 // barrier: a tile's rows lie in the place of its last keys and values
+    u32 staged;                 // barriers, of tiles in turns: a tile's rows lie in the place of its last keys and values. Who attends may be done with the next tile, too
 
     FSA_DEVICE const BandWork& work(u32 tile) const { return works[tile & 1]; }
 };
@@ -26,7 +28,7 @@ struct SelectMemory {
 FSA_DEVICE void send_rows(const BandSelectParams& all, const BandMemory& m, const SelectMemory& s, u32 tile, u32 step) {
     const BandParams& p = all.attention;
     const BandWork& w = s.work(tile);
-    barrier_wait(s.staged, tile & 1);
+    barrier_wait(s.staged + 8 * (tile & 1), tile >> 1 & 1);
     if (!leaves_as_box(p, w)) return;
     FSA_UNROLL for (int half = 0; half < RowTile::HALVES; ++half) {
         if (!p.branch.discards) store_box(&all.out_map, m.key(step) + half * RowTile::HALF_BYTES, half * 64, w.tile.first_head, w.tile.token);
@@ -110,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
     let_next_start();
     const BandParams& p = all.attention;
     extern __shared__ __align__(1024) char shared[];
-    __shared__ __align__(8) u64 barriers[3 + 6 * STAGES];
+    __shared__ __align__(8) u64 barriers[4 + 6 * STAGES];
     __shared__ BandWork works[2];
     __shared__ i32 dirty[STAGES];
     __shared__ HandOver handover;
@@ -128,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
         m.key_ring.open();
         m.value_ring.open(CHECKED_READERS);
         m.checked.ring.open(0, CHECKERS);
-        barrier_init(s.staged, CONSUMER_THREADS / 32);
+        for (int i = 0; i < 2; ++i) barrier_init(s.staged + 8 * i, CONSUMER_THREADS / 32);
         handover.slots(all.choice).ring.open(CHOOSERS, CONSUMER_THREADS / 32);
         for (int i = 0; i < 2 * CHOSEN_WORDS; ++i) handover.bits.open(i / CHOSEN_WORDS, i % CHOSEN_WORDS);
         barriers_ready();
@@ -194,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band(const __grid_const
             store_branch(to.branch, target.low, target.high, c.out, target.held);
         }
         __syncwarp();
-        if (lane_number() == 0) barrier_arrive(s.staged);
+        if (lane_number() == 0) barrier_arrive(s.staged + 8 * (n & 1));
         if (w.steps > 0) {
             m.key_ring.release(c.step - 1);
             m.value_ring.release(c.step - 1);

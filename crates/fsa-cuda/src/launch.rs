@@ -68,6 +68,14 @@ pub(crate) fn check_words(name: &str, span: &DeviceSpan<'_>, bytes: usize) -> Re
     check_aligned(name, span, bytes, size_of::<u32>())
 }
 
+/// Kernels that gather rows have 32 bits for the bytes from one to the next.
+fn require_short(name: &str, what: &str, stride: usize) -> Result<()> {
+    if stride < 1 << 31 {
+        return Ok(());
+    }
+    Err(Error::input(name, format!("{what} that are less than 2^31 elements apart"), stride.to_string()))
+}
+
 /// A part of `span`, or none of one that is empty.
 pub(crate) fn part<'a>(span: &DeviceSpan<'a>, offset: usize) -> DeviceSpan<'a> {
     span.part(offset.min(span.size_bytes()), span.size_bytes().saturating_sub(offset))
@@ -106,10 +114,18 @@ impl<'a> TensorSpan<'a> {
             let got = format!("{} and {}", self.row_stride, self.head_stride);
             return Err(Error::input(name, format!("strides that are multiples of {pieces} elements"), got));
         }
+        if rows > 1 {
+            require_short(name, "rows", self.row_stride)?;
+        }
         let last = (rows - 1).checked_mul(self.row_stride).zip((heads - 1).checked_mul(self.head_stride));
         let elements = last.and_then(|(row, head)| row.checked_add(head)?.checked_add(sizes.head_dim));
         let bytes = elements.and_then(|elements| elements.checked_mul(element)).unwrap_or(usize::MAX);
         check_span(name, &self.span, bytes)
+    }
+
+    /// Checks that heads lie as near to each other as kernels want that have several of them at once.
+    pub(crate) fn require_near_heads(&self, name: &str, heads: usize) -> Result<()> {
+        if heads > 1 { require_short(name, "heads", self.head_stride) } else { Ok(()) }
     }
 
     /// The heads from `first` on.

@@ -18,17 +18,33 @@ use std::sync::Arc;
 const HEADS: usize = 2;
 const DIM: usize = 64;
 const CU_SEQLENS: [usize; 4] = [0, 300, 300, 1001];
+/// So many rows that units take several heads of a group, where there is room for their sums.
+const LONG: [usize; 4] = [0, 60, 60, 33_001];
 
-/// Every row lists the first block, and the two up to its own.
-fn indices(cu_seqlens: &[usize], topk: usize, block_size: usize) -> Vec<i32> {
-    let row = |position: usize| {
-        let own = (position / block_size) as i32;
-        let mut ids: Vec<i32> = [0, own - 1, own].into_iter().filter(|id| *id >= 0).collect();
+#[derive(Clone, Copy)]
+struct Shape {
+    q_heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    block_size: usize,
+}
+const SMALL: Shape = Shape { q_heads: HEADS, kv_heads: 1, dim: DIM, block_size: 64 };
+
+/// Every row lists the first block, the two up to its own and, of other kv heads than the first, one between.
+fn indices(cu_seqlens: &[usize], topk: usize, shape: Shape) -> Vec<i32> {
+    let row = |kv_head: usize, position: usize| {
+        let own = (position / shape.block_size) as i32;
+        let between = if kv_head > 0 { own / (1 + kv_head as i32) } else { 0 };
+        let mut ids: Vec<i32> = [0, between, own - 1, own].into_iter().filter(|id| *id >= 0).collect();
+        ids.sort_unstable();
         ids.dedup();
         ids.resize(topk, -1);
         ids
     };
-    cu_seqlens.windows(2).flat_map(|pair| (0..pair[1] - pair[0]).flat_map(row)).collect()
+    let rows = |kv_head| {
+        cu_seqlens.windows(2).flat_map(move |pair| (0..pair[1] - pair[0]).flat_map(move |at| row(kv_head, at)))
+    };
+    (0..shape.kv_heads).flat_map(rows).collect()
 }
 
 fn uploaded(kernels: &Kernels, stream: &Stream, data: &[bf16]) -> DeviceBuffer {
@@ -48,6 +64,7 @@ struct Given<'a> {
 }
 
 struct Call {
+    shape: Shape,
     kernels: Arc<Kernels>,
     stream: Stream,
     problem: Problem,
@@ -57,17 +74,17 @@ struct Call {
 }
 
 /// query, key, value, grad_out.
-fn noises(rows: usize) -> [Vec<bf16>; 4] {
-    let rows = rows * DIM;
-    [noise(rows * HEADS, 1), noise(rows, 2), noise(rows, 3), noise(rows * HEADS, 4)]
+fn noises(shape: Shape, rows: usize) -> [Vec<bf16>; 4] {
+    let (of_q, of_kv) = (rows * shape.q_heads * shape.dim, rows * shape.kv_heads * shape.dim);
+    [noise(of_q, 1), noise(of_kv, 2), noise(of_kv, 3), noise(of_q, 4)]
 }
 
 impl Call {
     fn new() -> Self {
-        Self::of(&CU_SEQLENS, &noises(CU_SEQLENS[3]))
+        Self::of(SMALL, &CU_SEQLENS, &noises(SMALL, CU_SEQLENS[3]))
     }
 
-    fn of(cu_seqlens: &[usize], [query, key, value, grad_out]: &[Vec<bf16>; 4]) -> Self {
+    fn of(shape: Shape, cu_seqlens: &[usize], [query, key, value, grad_out]: &[Vec<bf16>; 4]) -> Self {
         let kernels = Arc::clone(CudaBackend::new().expect("a device").kernels());
         let device = kernels.device();
         let stream = Stream::new(device).expect("a stream");
@@ -76,30 +93,38 @@ impl Call {
             total_q: rows,
             total_kv: rows,
             sequences: cu_seqlens.len() - 1,
-            num_q_heads: HEADS,
-            num_kv_heads: 1,
-            head_dim: DIM,
-            block_size: 64,
+            num_q_heads: shape.q_heads,
+            num_kv_heads: shape.kv_heads,
+            head_dim: shape.dim,
+            block_size: shape.block_size,
             topk: 4,
             dtype: DType::Bf16,
         };
-        let of_q = rows * HEADS * DIM;
+        let of_q = rows * shape.q_heads * shape.dim;
         let upload = |data: &[bf16]| uploaded(&kernels, &stream, data);
         let ids = DeviceBuffer::new(device, "topk_indices", problem.topk_indices_bytes()).expect("memory");
-        ids.upload(&indices(cu_seqlens, problem.topk, problem.block_size), &stream).expect("uploads");
-        let lse = DeviceBuffer::new(device, "lse", 4 * rows * HEADS).expect("memory");
+        ids.upload(&indices(cu_seqlens, problem.topk, shape), &stream).expect("uploads");
+        let lse = DeviceBuffer::new(device, "lse", 4 * rows * shape.q_heads).expect("memory");
         let inputs =
             [upload(query), upload(key), upload(value), ids, upload(&vec![bf16::ZERO; of_q]), lse, upload(grad_out)];
         let cu: Vec<i32> = cu_seqlens.iter().map(|end| *end as i32).collect();
         let batch = Batch::from_cu_seqlens(&cu, &cu).expect("valid");
         let batch = UploadedBatch::new(device, &batch, &stream).expect("uploads");
-        let call = Self { kernels, stream, problem, batch, inputs };
+        let call = Self { shape, kernels, stream, problem, batch, inputs };
         let forward = SelectedForward::plan(&call.kernels, &problem, &PlanOptions::default()).expect("plans");
         let workspace = call.workspace(forward.workspace_bytes());
         let context = LaunchContext { stream: &call.stream, workspace: workspace.span() };
         forward.launch(&context, &call.batch.get(), &call.forward(), 0.125).expect("launches");
         call.stream.synchronize().expect("runs");
         call
+    }
+
+    fn of_q<'a>(&self, buffer: &'a DeviceBuffer) -> TensorSpan<'a> {
+        TensorSpan::contiguous(buffer.span(), self.shape.q_heads, self.shape.dim)
+    }
+
+    fn of_kv<'a>(&self, buffer: &'a DeviceBuffer) -> TensorSpan<'a> {
+        TensorSpan::contiguous(buffer.span(), self.shape.kv_heads, self.shape.dim)
     }
 
     fn workspace(&self, bytes: usize) -> DeviceBuffer {
@@ -109,11 +134,11 @@ impl Call {
     fn forward(&self) -> ForwardTensors<'_> {
         let [query, key, value, ids, out, lse, _] = &self.inputs;
         ForwardTensors {
-            query: TensorSpan::contiguous(query.span(), HEADS, DIM),
-            key: TensorSpan::contiguous(key.span(), 1, DIM),
-            value: TensorSpan::contiguous(value.span(), 1, DIM),
+            query: self.of_q(query),
+            key: self.of_kv(key),
+            value: self.of_kv(value),
             topk_indices: ids.span(),
-            out: TensorSpan::contiguous(out.span(), HEADS, DIM),
+            out: self.of_q(out),
             lse: lse.span(),
         }
     }
@@ -135,22 +160,22 @@ impl Call {
 
     /// Statistics of all rows for the gates, as `BackwardTensors` explains them.
     fn row_stats(&self, gates: &[f32]) -> DeviceBuffer {
-        let rows = self.problem.total_q;
+        let (rows, Shape { q_heads: heads, dim, .. }) = (self.problem.total_q, self.shape);
         let [.., out, lse, grad_out] = &self.inputs;
-        let [out, grad_out] = [out, grad_out].map(|buffer| self.download(buffer, rows * HEADS * DIM));
-        let mut lses = vec![0f32; rows * HEADS];
+        let [out, grad_out] = [out, grad_out].map(|buffer| self.download(buffer, rows * heads * dim));
+        let mut lses = vec![0f32; rows * heads];
         lse.download(&mut lses, &self.stream).expect("downloads");
-        let stats = (0..HEADS * rows).flat_map(|at| {
+        let stats = (0..heads * rows).flat_map(|at| {
             let (head, row) = (at / rows, at % rows);
-            let vector = (row * HEADS + head) * DIM..(row * HEADS + head + 1) * DIM;
+            let vector = (row * heads + head) * dim..(row * heads + head + 1) * dim;
             let delta: f32 = out[vector.clone()].iter().zip(&grad_out[vector]).map(|(x, y)| x * y).sum();
-            let gate = gates[row * HEADS + head];
+            let gate = gates[row * heads + head];
             let sign = u32::from(gate < 0.0);
             [lses[at] * std::f32::consts::LOG2_E - gate.abs().log2(), f32::from_bits(delta.to_bits() & !1 | sign)]
         });
-        let bounds = (0..rows * HEADS).map(|at| {
+        let bounds = (0..rows * heads).map(|at| {
             let gate = gates[at].abs();
-            let vector = at * DIM..(at + 1) * DIM;
+            let vector = at * dim..(at + 1) * dim;
             let size: f32 = grad_out[vector.clone()].iter().map(|x| x.abs()).sum();
             let delta: f32 = out[vector.clone()].iter().zip(&grad_out[vector]).map(|(x, y)| x * y).sum();
             [gate * size, gate * delta.abs()]
@@ -164,8 +189,8 @@ impl Call {
 
     /// Gradients of query, key and value.
     fn gradients(&self, backward: &SelectedBackward, given: &Given<'_>) -> Vec<Vec<f32>> {
-        let rows = self.problem.total_q;
-        let sizes = [rows * HEADS * DIM, rows * DIM, rows * DIM];
+        let (rows, Shape { q_heads, kv_heads, dim, .. }) = (self.problem.total_q, self.shape);
+        let sizes = [q_heads, kv_heads, kv_heads].map(|heads| rows * heads * dim);
         let grads = sizes.map(|size| {
             let buffer = DeviceBuffer::new(self.kernels.device(), "gradient", 2 * size).expect("memory");
             buffer.upload(&vec![given.before.map_or(0xffff, bf16::to_bits); size], &self.stream).expect("uploads");
@@ -174,11 +199,11 @@ impl Call {
         let workspace = self.workspace(backward.workspace_bytes());
         let tensors = BackwardTensors {
             forward: self.forward(),
-            grad_out: TensorSpan::contiguous(given.grad_out.unwrap_or(&self.inputs[6]).span(), HEADS, DIM),
+            grad_out: self.of_q(given.grad_out.unwrap_or(&self.inputs[6])),
             grad_lse: None,
-            grad_query: TensorSpan::contiguous(grads[0].span(), HEADS, DIM),
-            grad_key: TensorSpan::contiguous(grads[1].span(), 1, DIM),
-            grad_value: TensorSpan::contiguous(grads[2].span(), 1, DIM),
+            grad_query: self.of_q(&grads[0]),
+            grad_key: self.of_kv(&grads[1]),
+            grad_value: self.of_kv(&grads[2]),
             row_stats: given.row_stats.map(DeviceBuffer::span),
             accumulate: given.before.is_some(),
         };
@@ -217,9 +242,7 @@ fn ranges_of_keys_give_the_gradients_of_all_keys_at_once() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn sums_in_place_give_the_gradients_of_sums_in_memory_of_their_own() {
-    // So many rows that units take both heads in turn, where there is room for their sums.
-    let cu_seqlens = [0, 60, 60, 33_001];
-    let call = Call::of(&cu_seqlens, &noises(cu_seqlens[3]));
+    let call = Call::of(SMALL, &LONG, &noises(SMALL, LONG[3]));
     let plan = |budget_bytes, adds_to_grads| {
         let route = Some(Route::KvOuter);
         call.plan_with(&PlanOptions { budget_bytes, adds_to_grads, route, ..PlanOptions::default() })
@@ -261,7 +284,7 @@ fn gates_in_the_statistics_of_rows_are_gates_of_grad_out_and_gradients_are_added
 /// Gradients of queries in scaled f16 and in f32: equal but for roundings of the largest element of a row, and what is far below the largest of all;
 /// and not finite in the same places.
 fn compare_sums(name: &str, inputs: &[Vec<bf16>; 4]) {
-    let call = Call::of(&CU_SEQLENS, inputs);
+    let call = Call::of(SMALL, &CU_SEQLENS, inputs);
     let [scaled, exact] = [QuerySums::Scaled, QuerySums::F32].map(|query_sums| {
         let (query_sums, route) = (Some(query_sums), Some(Route::KvOuter));
         let planned = call.plan_with(&PlanOptions { query_sums, route, ..PlanOptions::default() });
@@ -291,42 +314,80 @@ fn scaled_sums_are_those_in_f32_whatever_the_magnitudes() {
         ("large logits", [30.0, 30.0, 1.0, 1.0]),
     ];
     for (name, factors) in factors {
-        let mut inputs = noises(CU_SEQLENS[3]);
+        let mut inputs = noises(SMALL, CU_SEQLENS[3]);
         for (input, factor) in inputs.iter_mut().zip(factors) {
             input.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32() * factor));
         }
         compare_sums(name, &inputs);
     }
     // One row of grad_out and one value a thousand times as large as the others.
-    let mut inputs = noises(CU_SEQLENS[3]);
+    let mut inputs = noises(SMALL, CU_SEQLENS[3]);
     for (input, row) in [(3, 411 * HEADS), (2, 833)] {
         let large = |x: &mut bf16| *x = bf16::from_f32(x.to_f32() * 1e3);
         inputs[input][row * DIM..(row + 1) * DIM].iter_mut().for_each(large);
     }
     compare_sums("outliers", &inputs);
     // What later rows see, and what rows have themselves.
-    let mut inputs = noises(CU_SEQLENS[3]);
+    let mut inputs = noises(SMALL, CU_SEQLENS[3]);
     inputs[1][650 * DIM + 3] = bf16::NAN;
     inputs[2][130 * DIM] = bf16::INFINITY;
     inputs[0][720 * HEADS * DIM + 9] = bf16::NAN;
     inputs[3][40 * HEADS * DIM + 5] = bf16::NEG_INFINITY;
     compare_sums("not finite", &inputs);
-    let mut inputs = noises(CU_SEQLENS[3]);
+    let mut inputs = noises(SMALL, CU_SEQLENS[3]);
     inputs[2][900 * DIM + 1] = bf16::from_f32(1e36);
     compare_sums("near the end of the range", &inputs);
 }
 
 #[test]
 #[ignore = "needs a CUDA device"]
-fn units_that_take_heads_in_turn_give_the_gradients_of_heads_one_by_one() {
-    let cu_seqlens = [0, 60, 60, 33_001];
-    let call = Call::of(&cu_seqlens, &noises(cu_seqlens[3]));
-    let [turns, alone] = [QuerySums::Scaled, QuerySums::F32].map(|query_sums| {
+fn units_that_take_several_heads_give_the_gradients_of_heads_one_by_one() {
+    let call = Call::of(SMALL, &LONG, &noises(SMALL, LONG[3]));
+    let [several, alone] = [QuerySums::Scaled, QuerySums::F32].map(|query_sums| {
         let (query_sums, route) = (Some(query_sums), Some(Route::KvOuter));
         call.plan_with(&PlanOptions { query_sums, route, ..PlanOptions::default() })
     });
-    assert_eq!((kv_outer(&turns).unit_heads, kv_outer(&alone).unit_heads), (HEADS, 1));
+    assert_eq!((kv_outer(&several).unit_heads, kv_outer(&alone).unit_heads), (HEADS, 1));
     // All rows of the last sequence list its first block: it has several units, and only such blocks have sums in memory.
-    assert!(kv_outer(&turns).index.packs_sums && kv_outer(&turns).index.unit_entries < 32_000);
-    compare(&call.gradients(&alone, &Given::default()), &call.gradients(&turns, &Given::default()));
+    assert!(kv_outer(&several).index.packs_sums && kv_outer(&several).index.unit_entries < 32_000);
+    compare(&call.gradients(&alone, &Given::default()), &call.gradients(&several, &Given::default()));
+}
+
+/// Heads of a group side by side in tiles, and one by one, whose sums are f32: of given statistics, too, where gradients are added.
+fn compare_heads(shape: Shape, unit_heads: usize) {
+    let cu_seqlens = [0, 60, 60, 8_333];
+    let call = Call::of(shape, &cu_seqlens, &noises(shape, cu_seqlens[3]));
+    let gates: Vec<f32> = (0..cu_seqlens[3] * shape.q_heads).map(|at| [1.0, -0.25, 0.5, 2.0, 0.5][at % 5]).collect();
+    let stats = call.row_stats(&gates);
+    for adds_to_grads in [false, true] {
+        let [several, alone] = [QuerySums::Scaled, QuerySums::F32].map(|query_sums| {
+            let (query_sums, route) = (Some(query_sums), Some(Route::KvOuter));
+            call.plan_with(&PlanOptions { query_sums, route, adds_to_grads, ..PlanOptions::default() })
+        });
+        assert_eq!((kv_outer(&several).unit_heads, kv_outer(&alone).unit_heads), (unit_heads, 1));
+        let before = adds_to_grads.then(|| bf16::from_f32(1.0));
+        for row_stats in [None, Some(&stats)] {
+            let [one, other] = [&alone, &several]
+                .map(|planned| call.gradients(planned, &Given { row_stats, before, ..Given::default() }));
+            compare(&one, &other);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn heads_side_by_side_in_tiles_of_any_kind_give_the_gradients_of_heads_one_by_one() {
+    let shapes = [
+        ((8, 2), (128, 64), 4),
+        ((4, 1), (96, 64), 4),
+        ((4, 1), (192, 64), 4),
+        ((8, 2), (128, 128), 4),
+        ((4, 1), (64, 256), 4),
+        ((16, 1), (128, 64), 4),
+        ((6, 1), (64, 32), 2),
+        ((12, 2), (128, 16), 2),
+    ];
+    for ((q_heads, kv_heads), (dim, block_size), unit_heads) in shapes {
+        compare_heads(Shape { q_heads, kv_heads, dim, block_size }, unit_heads);
+    }
 }

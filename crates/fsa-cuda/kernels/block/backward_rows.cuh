@@ -23,6 +23,7 @@ static_assert(!(QUERY_PARTIALS && SCALED_SUMS), "partials are not added up in me
 #endif
 constexpr int TILE_HEADS = FSA_TILE_HEADS;
 static_assert(TILE_HEADS == 1 || SCALED_SUMS, "only scaled sums have strides");
+static_assert(8 % TILE_HEADS == 0, "every head has a warp of backward_prepare");
 constexpr int QUERY_SUM_BYTES = HEAD_DIM * (SCALED_SUMS ? 2 : 4);      // of a row
 constexpr int ROW_WORDS = HEAD_DIM / 4;     // pieces of four f32 sums
 // In each kernel file, because the order of its sums is its own: four neighbouring columns of the 16 that a quad loaded, from what the

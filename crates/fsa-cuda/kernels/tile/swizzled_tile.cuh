@@ -73,16 +73,12 @@ FSA_DEVICE void gather_rows(u32 tile, const char* base, u32 row_bytes, const cha
         const u32 at = tile + SwizzledTile<TILE_ROWS>::offset(first_row + row, piece);     // first_row is a multiple of 8
         base += piece * 16 + (HEADS > 1 ? (u64)(row % HEADS) * head_bytes : 0);
         second += piece * 16 + (HEADS > 1 ? (u64)(row % HEADS) * second_head_bytes : 0);
-        const char *from = nullptr, *second_from = nullptr;
+        u32 source = 0;
         FSA_UNROLL for (int i = 0; i < COPIES; ++i) {
-            if (i % SAME == 0) {
-                const u32 source = (u32)__shfl_sync(0xffffffffu, row_of_lane, (HEADS < STEP ? row : 0) + i * STEP);
-                from = base + (u64)source * row_bytes;
-                second_from = second + (u64)source * second_row_bytes;
-            }
-            const u32 target = (at ^ ((i * STEP & 7) << 4)) + i * STEP * 128, head = i % SAME * STEP;
-            copy_async(target, from + (u64)head * head_bytes);
-            if (TWO) copy_async(target + BYTES, second_from + (u64)head * second_head_bytes);
+            if (i % SAME == 0) source = (u32)__shfl_sync(0xffffffffu, row_of_lane, row + i * STEP);
+            const u32 target = (at ^ ((i * STEP & 7) << 4)) + i * STEP * 128, head = i * STEP % HEADS;
+            copy_async(target, base + (u64)source * row_bytes + (u64)head * head_bytes);
+            if (TWO) copy_async(target + BYTES, second + (u64)source * second_row_bytes + (u64)head * second_head_bytes);
         }
     } else {
         FSA_UNROLL for (int i = 0; i < COPIES; ++i) {

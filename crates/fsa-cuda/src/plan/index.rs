@@ -20,6 +20,9 @@ const MAX_SCATTER_WARPS: usize = 8;
 const IDS_AHEAD: usize = 16;
 const HELD_PARTS: usize = 2;
 const MAX_BUILD_THREADS: usize = 512;
+/// Its static shared memory, and what the system takes of every CTA's.
+const BUILD_STATIC_SMEM_BYTES: usize = 1024;
+const SYSTEM_SMEM_BYTES: usize = 1024;
 /// Blocks whose counters have 16-bit offsets, besides a word a lane.
 const MAX_BUILD_BLOCKS: usize = (1 << 14) - 32;
 /// How many times its least size a full unit may have.
@@ -156,15 +159,23 @@ impl IndexPlan {
         plan
     }
 
-    /// Whether one kernel can do it all: its CTAs hold their ids, count all blocks, and those of a chunk wait for each other. Two of the largest fit on a
-    /// multiprocessor, so that all of a chunk are on the device at once, and those of calls on two more streams, which may wait at the same time.
+    /// Whether one kernel can do it all: its CTAs hold their ids, count all blocks, and those of a chunk wait for each other. CTAs start in order, so of a launch one
+    /// chunk at most is there in part. All of it have places beside those of two more calls that wait at the same time; and one on each multiprocessor
+    /// is enough, however the driver divides its memory.
     fn can_build(&self, problem: &Problem, facts: &DeviceFacts) -> bool {
         let pieces = self.num_subs.min(self.chunk_tiles / self.sub_tiles);
         problem.topk <= HELD_PARTS * IDS_AHEAD
             && self.build_threads <= MAX_BUILD_THREADS
             && self.window_blocks == self.max_blocks
             && self.max_blocks <= MAX_BUILD_BLOCKS
-            && 3 * pieces * self.build_threads <= 2 * MAX_BUILD_THREADS * facts.multiprocessors
+            && pieces <= facts.multiprocessors
+            && 3 * pieces <= self.build_ctas(facts) * facts.multiprocessors
+    }
+
+    /// CTAs of that kernel on a multiprocessor: by their registers, and by shared memory, of which each has static variables and what the system takes besides.
+    fn build_ctas(&self, facts: &DeviceFacts) -> usize {
+        let each = self.build_smem_bytes().next_multiple_of(128) + BUILD_STATIC_SMEM_BYTES + SYSTEM_SMEM_BYTES;
+        (2 * MAX_BUILD_THREADS / self.build_threads).min((facts.smem_per_cta_bytes + SYSTEM_SMEM_BYTES) / each)
     }
 
     /// Shared memory of a CTA of that kernel: as one that scatters, and a word a lane.

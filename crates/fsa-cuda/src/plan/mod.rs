@@ -63,8 +63,8 @@ pub const DEFAULT_BUDGET_BYTES: usize = 256 << 20;
 /// Most blocks that a row may list: an entry names a slot of the row in 6 bits.
 pub const MAX_TOPK: usize = 64;
 
-/// Most blocks of all sequences: an id has 19 bits in a row's word, two values are taken.
-const MAX_BLOCKS: usize = (1 << 19) - 2;
+/// Most blocks of all sequences: an id has 18 bits in a row's word, two values are taken.
+const MAX_BLOCKS: usize = (1 << 18) - 2;
 
 /// Rows of a chunk that an entry can name: 24 bits.
 const MAX_CHUNK_TILES: usize = (1 << 24) / crate::params::TILE_ROWS;

@@ -196,6 +196,17 @@ fn entries_of_usual_lengths_are_put_in_order_in_shared_memory() {
 }
 
 #[test]
+fn no_index_waits_for_more_ctas_than_the_device_has_places_for() {
+    // Two CTAs of half of a multiprocessor's memory each, but for 128 bytes, do not fit.
+    let full = Problem { total_q: 81_920, total_kv: 163_840, ..problem(81_920, (1, 1), (16, 16)) };
+    for problem in [full, problem(262_144, (1, 1), (64, 16)), problem(90_112, (2, 2), (16, 16))] {
+        let index = backward(&problem).index;
+        let pieces = index.num_subs.min(index.chunk_tiles / index.sub_tiles);
+        assert!(!index.builds || pieces <= 132, "{problem}: {index:?}");
+    }
+}
+
+#[test]
 fn a_short_call_is_four_launches() {
     let plan = forward(&problem(1024, (32, 8), (64, 16)));
     assert_eq!((plan.index.num_chunks, plan.heads, plan.launches()), (1, 32, 4), "{plan}");
@@ -248,10 +259,13 @@ fn check_index(problem: &Problem, plan: &IndexPlan, facts: &DeviceFacts) -> Resu
     prop_assert!(plan.window_blocks > 0 && plan.scatter_smem_bytes() <= facts.smem_per_cta_bytes);
     prop_assert!(plan.max_blocks.div_ceil(plan.window_blocks) <= 65_535 && problem.num_kv_heads <= 65_535);
     if plan.builds {
-        // All of a chunk are on the device at once, two to a multiprocessor; a place in a run and the offset of a counter have 16 bits, a row of a piece has 10.
+        // All of a chunk are on the device at once, besides two thirds of what fits: 64 registers a thread, and each has 2 KB of shared memory that it did not ask for.
         let pieces = plan.num_subs.min(plan.chunk_tiles / plan.sub_tiles);
-        prop_assert!(plan.build_threads <= 512 && 2 * plan.build_smem_bytes() <= facts.smem_per_cta_bytes);
-        prop_assert!(pieces * plan.build_threads <= 1024 * facts.multiprocessors);
+        let memory = facts.smem_per_cta_bytes + 1024;
+        let fit = |n: &usize| n * plan.build_threads <= 1024 && n * (plan.build_smem_bytes() + 2048) <= memory;
+        prop_assert!(plan.build_threads <= 512 && pieces <= facts.multiprocessors);
+        prop_assert!(3 * pieces <= (1..=32).rfind(fit).unwrap_or(0) * facts.multiprocessors, "{plan:?}");
+        // A place in a run and the offset of a counter have 16 bits, a row of a piece has 10.
         prop_assert!(plan.sub_tiles * TILE_ROWS <= 1024 && plan.sub_tiles * TILE_ROWS * problem.topk < 1 << 16);
         prop_assert!((plan.max_blocks + 32) * 4 <= 1 << 16 && problem.topk <= 64 && !plan.ordered);
     }

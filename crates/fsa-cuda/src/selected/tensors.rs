@@ -83,6 +83,11 @@ impl BackwardTensors<'_> {
         self.grad_query.require("grad_query", [total_q, num_q_heads], sizes)?;
         self.grad_key.require("grad_key", [total_kv, num_kv_heads], sizes)?;
         self.grad_value.require("grad_value", [total_kv, num_kv_heads], sizes)?;
+        for (name, tensor) in
+            [("query", &self.forward.query), ("grad_out", &self.grad_out), ("grad_query", &self.grad_query)]
+        {
+            tensor.require_near_heads(name, num_q_heads)?;
+        }
         let bytes = num_q_heads * total_q * size_of::<f32>();
         self.grad_lse.as_ref().map_or(Ok(()), |grad| check_words("grad_lse", grad, bytes))?;
         let check = |stats| check_aligned("row_stats", stats, sizes.given_stats_bytes(), ROW_STATS_BYTES);
