@@ -78,8 +78,10 @@ class Selected:
         self.stage_bytes = 4 * (p.window_blocks + p.sub_tiles * TILE * p.slots)
         self.build_threads = p.sub_tiles * 32 * ceil_div(topk, 16)
         multiprocessors, pieces = torch.cuda.get_device_properties(dev).multi_processor_count, min(p.num_subs, p.chunk_tiles // p.sub_tiles)
+        shared = 8 * p.window_blocks + 4 * p.sub_tiles * TILE * p.slots + 128
+        places = min(1024 // self.build_threads, (228 << 10) // (ceil_div(shared, 128) * 128 + 2048))
         can_build = not ordered and topk <= 32 and self.build_threads <= 512 and p.window_blocks == p.max_blocks <= (1 << 14) - 32 and \
-            4 * p.window_blocks + self.stage_bytes <= (223 << 10) // 2 and 3 * pieces * self.build_threads <= 1024 * multiprocessors
+            4 * p.window_blocks + self.stage_bytes <= (223 << 10) // 2 and pieces <= multiprocessors and 3 * pieces <= places * multiprocessors
         self.builds = can_build and builds is not False
         if self.builds:
             p.plane_bytes = 4 * self.hk * p.num_chunks * (p.max_blocks + 1)

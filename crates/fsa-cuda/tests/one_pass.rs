@@ -100,6 +100,24 @@ fn many_tiles_conform() {
     ]);
 }
 
+/// The same in the whole, whose compressed rows leave through the place of keys; and more tiles than multiprocessors whose rows see no compressed key.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn many_tiles_of_the_whole_conform() {
+    let config = NsaConfig { kernel_size: 8, kernel_stride: 4, block_size: 16, topk: 6, ..NsaConfig::default() };
+    let of = |group: usize, lens: &[usize]| Case {
+        query_lens: lens.to_vec(),
+        kv_lens: lens.to_vec(),
+        num_q_heads: 2 * group,
+        num_kv_heads: 2,
+        config: config.clone(),
+        ..Case::new(Stage::Nsa, Pass::Forward, DType::Bf16)
+    };
+    let short: Vec<usize> = (0..300).map(|number| 1 + number % 7).collect();
+    let mixed: Vec<usize> = (0..100).map(|number| [3, 50, 7, 130][number % 4]).collect();
+    both_ways(&[of(4, &short), of(4, &mixed), of(2, &mixed), of(16, &[300, 0, 7, 400])]);
+}
+
 /// Rows of one head whose blocks are chosen from registers by two lanes, by eight, and those with more than fit: they are read twice. Of equal
 /// scores the first ones win.
 #[test]
