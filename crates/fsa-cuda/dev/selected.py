@@ -194,8 +194,8 @@ class SelectedBackward(Selected):
         chunk_tokens = chunk_tokens or budget // row_bytes
         group, rows = hq // hk, min(chunk_tokens, total_q)
         # Heads of a unit, side by side in its tiles, and those of one launch: their grad_query stays within the budget, and so do the sums of their kv heads.
-        turns = [n for n in (4, 2) if self.scaled_sums and rows >= 8192 and group % n == 0 and n * rows * row_bytes <= 64 * MIB]
-        self.unit_heads = unit_heads or (turns + [1])[0]
+        shared = [n for n in (4, 2) if self.scaled_sums and rows >= 8192 and group % n == 0 and n * rows * row_bytes <= 64 * MIB]
+        self.unit_heads = unit_heads or (shared + [1])[0]
         if heads is None:
             is_full = rows >= (32768 if self.unit_heads > 1 else 65536) and not query_partials
             heads = self.unit_heads if is_full else max(budget // (rows * row_bytes) // self.unit_heads, 1) * self.unit_heads

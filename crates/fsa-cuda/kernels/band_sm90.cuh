@@ -7,8 +7,8 @@
 // ROLES  Two warpgroups of 64 rows consume, a thread of a third produces, its other warps check values. It finds the tiles ahead, too. A consumer computes the next scores beside the
 //        current values' product, and the two consumers take turns to start products, so that the softmax of one runs under the products of the other.
 //        With FSA_BLOCK_SCORES keys and values come every fourth at a time, first steps first; consumers pool the probabilities of a step and leave the sums
-//        in memory (block/score_slots.cuh), and the warps of a fourth warpgroup choose for a tile's tokens (block/choice.cuh) while the next is attended to. Of
-//        one head there are too many lists for these: the consumers' warps choose for their own rows at the end of a tile (block/pair_choice.cuh,
+//        in memory (block/score_slots.cuh). Of several heads a fourth warpgroup chooses, in a kernel of its own that is made of these parts (band_select_sm90.cuh). Of
+//        one head there are too many lists for that: the consumers' warps choose for their own rows at the end of a tile (block/pair_choice.cuh,
 //        block/row_choice.cuh).
 // SMEM   Query tile of 128 rows, two stages of keys and of values (128 rows each; 64 above head_dim 128). Boxes land swizzled as wgmma reads them. Behind
 //        them what the warps that choose need; with FSA_WINDOW_TOO two tiles of rows on their way out.
