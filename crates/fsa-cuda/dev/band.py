@@ -100,7 +100,7 @@ def forward_select(s, q, k, v, out, lse, ids, scale, block_size=64, init=1, loca
         c.mask, c.value, c.window = mask[0], tensor(mask[1]), mask[2]
     p.out_map = tensor_map(out, s.tile_tokens, s.tile_heads)
     shared = -(-q.shape[2] // 64) * 128 * (128 + 4 * 128) + CHOICE_BYTES[way]
-    Module.get("band_sm90.cuh", dict(defines(q.shape[2], q.dtype, block_size), FSA_BLOCK_SCORES=way)).launch("band", grid, 640 - 128 * way, shared, p)
+    Module.get(("band_select_sm90.cuh", "band_select_rows_sm90.cuh")[way - 1], defines(q.shape[2], q.dtype, block_size)).launch("band", grid, 640 - 128 * way, shared, p)
 
 
 def step_keys(s, d):

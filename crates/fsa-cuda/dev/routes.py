@@ -275,6 +275,10 @@ def check_pair():
         v[330:340] = float("nan"); v[350, :, 3] = float("inf"); k[360] = float("nan")
         return q, k, v, ids.contiguous()
 
+    def one_head(q, k, v, ids):                         # values of one head of many
+        v[600:610, 4] = float("nan")
+        return q, k, v, ids
+
     def loud(first, end, factor, unlisted):             # logits of some keys far above the others; blocks that nobody lists
         def twist(q, k, v, ids):
             k[first:end] *= factor
@@ -298,6 +302,7 @@ def check_pair():
     ok &= pair_case("unseen NaN", [0, 700], [0, 700], 2, 1, 6, 100, twist=unseen(float("nan")))
     ok &= pair_case("unseen infinity", [0, 700], [0, 700], 4, 2, 6, 100, twist=unseen(float("inf")))
     ok &= pair_case("NaN seen by some", [0, 700], [0, 700], 2, 1, 16, 100, twist=some)
+    ok &= pair_case("NaN in one head", [0, 4200], [0, 4200], 8, 8, 4, 100, twist=one_head, rows=12)
     for dtype in (torch.bfloat16, torch.float16):
         ok &= pair_case(f"window far above {dtype}", [0, 700], [0, 700], 4, 1, 4, 150, dtype=dtype, twist=loud(448, 560, 40, (7, 8)))
         ok &= pair_case(f"window above {dtype}", [0, 700], [0, 700], 4, 1, 4, 150, dtype=dtype, twist=loud(448, 560, 4, (7, 8)))

@@ -13,6 +13,7 @@
 
 static_assert(HEAD_DIM <= 128, "registers are for two accumulators of this size");
 constexpr u32 ALL_LANES = 0xffffffffu;
+constexpr int HEADS_FOUND = CHOSEN + 1;     // a named barrier, of all threads
 
 // A tile, in shared memory: consumers have no registers for what is not used all the time, nor time to find it. Without tokens: there are no more.
 struct PairTile {
@@ -30,19 +31,19 @@ struct __align__(128) PairRows {
 // As produce(); a tile comes with its queries, also one whose rows see no key.
 FSA_DEVICE void produce_pairs(const BandParams& p, int window, const BandMemory& m, PairTile (&tiles)[2]) {
     u32 step = 0;
-    prefetch_map(&p.query_map);
-    prefetch_map(&p.key_map);
-    prefetch_map(&p.value_map);
     int number = blockIdx.x;
     FSA_NO_UNROLL for (u32 tile = 0;; ++tile, number = next_tile(number)) {
         BandWork w = {};
         if (number < total_tiles(p)) w = BandWork::find(p.band, number, p.num_kv_heads);
         m.query_ring.wait_free(tile);       // so all consumers have left the tile before the last
         tiles[tile & 1].work = w;
-        if (w.steps > 0) tiles[tile & 1].halves = Halves::of(w, window);
-        const u32 barrier = m.query_ring.expect(tile, w.steps > 0 ? row_tile_bytes(p.band) : 0);
+        if (w.steps > 0) {      // the rows are on their way while the halves are found; the tile is there with the arrival behind it
+            m.query_ring.expect_more(tile, row_tile_bytes(p.band));
+            load_tile<CTA_ROWS>(m.query, &p.query_map, m.query_ring.full, w.tile.first_head, w.tile.token);
+            tiles[tile & 1].halves = Halves::of(w, window);
+        }
+        barrier_arrive(m.query_ring.full);
         if (w.tile.tokens == 0) return;
-        if (w.steps > 0) load_tile<CTA_ROWS>(m.query, &p.query_map, barrier, w.tile.first_head, w.tile.token);
         FSA_NO_UNROLL for (int n = 0; n < w.steps; ++n, ++step) {
             const int row = w.tile.key_row + w.key(n);
             load_step(m.key(step), &p.key_map, m.key_ring.start(step, KeyTile::BYTES), w.kv_head, row);
@@ -225,7 +226,7 @@ struct PairConsumer : Consumer {
         ListedBlocks blocks;
         if (h.before > 0) {
             Fragments a;
-            walk(w, h.before, limits, lists, a);
+            walk<false>(w, h.before, limits, lists, a);
             const bool dirty = wait_for_values(w, h.before - 1);
             m.key_ring.wait(step + 1);
             take_turn();
@@ -335,6 +336,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_pair(const __grid_
     m.key_ring = Ring<STAGES>::at(shared_address(barriers + 2));
     m.value_ring = Ring<STAGES>::at(shared_address(barriers + 2 + 2 * STAGES));
     m.checked = {Ring<STAGES>::at(shared_address(barriers + 2 + 4 * STAGES)), dirty, &nonfinite_heads};
+    if (threadIdx.x == CONSUMER_THREADS) {
+        prefetch_map(&p.query_map);
+        prefetch_map(&p.key_map);
+        prefetch_map(&p.value_map);
+    }
     if (threadIdx.x == 0) {
         nonfinite_heads = 0;
         m.query_ring.open();
@@ -344,9 +350,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_pair(const __grid_
         barriers_ready();
     }
     __syncthreads();
-    find_nonfinite_heads(p, &nonfinite_heads);
-    __syncthreads();
-    const int group = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0);
+    const int group = __shfl_sync(ALL_LANES, threadIdx.x / WARPGROUP, 0), warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0);
+    // All others look for values that are not finite and wait for each other; the warp that loads, which does not ask, starts meanwhile.
+    if (warp == CONSUMER_THREADS / 32) {
+        named_arrive(HEADS_FOUND, THREADS);
+    } else {
+        find_nonfinite_heads(p, &nonfinite_heads, threadIdx.x < CONSUMER_THREADS ? threadIdx.x : threadIdx.x - 32, THREADS - 32);
+        named_sync(HEADS_FOUND, THREADS);
+    }
     if (group == CONSUMERS) {
         registers_shrink<PRODUCER_REGISTERS>();
         if (threadIdx.x == CONSUMER_THREADS) produce_pairs(p, all.window, m, tiles);

@@ -187,11 +187,12 @@ struct Consumer {
     }
     // As softmax, of a step after the first, but relative to the maximum of the steps before: any reference will do that is not far below the step's own, which then
     // need not be found, nor is anything scaled. Blocks that a row does not list have infinity in its place. Where probabilities become too large or are NaN,
-    // perhaps of such a block, or a row has no maximum yet, softmax does it. Whether it did.
+    // perhaps of such a block, or a row has no maximum yet, softmax does it. Whether it did. Without ENDS every row's position sees all of the step.
+    template <bool ENDS = true>
     FSA_DEVICE bool softmax_kept(Scores& s, const BandWork& w, const RowLimits& limits, ListedBlocks blocks, int n, f32& carry_low, f32& carry_high) {
         const bool sees_low = limits.end_low != 0, sees_high = limits.end_high != 0;    // rows that do not exist may have any scores
         if (__all_sync(0xffffffffu, (low.max > neg_inf() || !sees_low) && (high.max > neg_inf() || !sees_high))) {
-            if (w.has_end(n)) mask_scores(s, limits.from(w.key(n)), neg_inf());
+            if (ENDS && w.has_end(n)) mask_scores(s, limits.from(w.key(n)), neg_inf());
             const f32 low_sum = kept_step<STEP_KEYS, false>(s, low.max, p.scale_log2, [&](int column) { return blocks.low_lists(column); });
             const f32 high_sum = kept_step<STEP_KEYS, true>(s, high.max, p.scale_log2, [&](int column) { return blocks.high_lists(column); });
             if (!__any_sync(0xffffffffu, (!(low_sum <= LARGE_SUM) && sees_low) || (!(high_sum <= LARGE_SUM) && sees_high))) {
@@ -210,13 +211,16 @@ struct Consumer {
         return m.checked.checks(w, n) && m.checked.wait(checks++);
     }
 
-    // The keys of step n, and after the last one the queries, are not read again.
+    // The keys of step n, and after the last one the queries, are not read again; without ENDS there is a step behind it.
+    template <bool ENDS = true>
     FSA_DEVICE void release_scored(const BandWork& w, int n, u32 number) {
         if (!LEAVES_BY_KEYS || n + 1 < w.steps) m.key_ring.release(number);
-        if (n + 1 == w.steps && (!WINDOW_TOO || w.walk == LAST_WALK)) m.query_ring.release(tile++);
+        if (ENDS && n + 1 == w.steps && (!WINDOW_TOO || w.walk == LAST_WALK)) m.query_ring.release(tile++);
     }
 
     // The first `steps` steps of a tile, but for the product with the values of the last, whose probabilities are left. `lists` says what the rows list.
+    // Without ENDS they are not a tile's last, and every row's position sees all of their keys.
+    template <bool ENDS = true>
     FSA_DEVICE void walk(const BandWork& w, int steps, const RowLimits& limits, const RowLists& lists, Fragments& a) {
         const u32 query = m.query + group * 64 * 128;
         Scores s;
@@ -229,7 +233,7 @@ struct Consumer {
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_pin(s);
-        release_scored(w, 0, step);
+        release_scored<ENDS>(w, 0, step);
         softmax(s, w, limits, blocks, 0, carry_low, carry_high);
         if (WINDOW_TOO) scale_rows(out, carry_low, carry_high);     // the sums of the interval before, if there was one
         FSA_UNROLL for (int k = 0; k < STEP_KEYS / 16; ++k) to_fragment<STEP_KEYS>(a[k], s, k);
@@ -249,10 +253,10 @@ struct Consumer {
             wgmma_pin(s);
             bool scales = true;
             if constexpr (KEEPS_MAXIMA) {
-                scales = softmax_kept(s, w, limits, blocks, n, carry_low, carry_high);
-                release_scored(w, n, step + 1);
+                scales = softmax_kept<ENDS>(s, w, limits, blocks, n, carry_low, carry_high);
+                release_scored<ENDS>(w, n, step + 1);
             } else {
-                release_scored(w, n, step + 1);
+                release_scored<ENDS>(w, n, step + 1);
                 scales = softmax(s, w, limits, blocks, n, carry_low, carry_high);
             }
             wgmma_wait<0>();

@@ -14,6 +14,7 @@
 //        rows the statistics, and for each key the rows that see it, as bits.
 // SYNC   mbarriers: keys, values loaded; rows loaded, checked, free; dS full, free; sums full, free. dS of a tile is multiplied beside the products of the
 //        next.
+#define FSA_HALF_SPLITS 1       // block/band_gradients.cuh
 #include "block/key_walk.cuh"
 #include "block/sums_targets.cuh"
 #include "ptx/bulk.cuh"
@@ -172,9 +173,7 @@ constexpr int DS_HALF_BYTES = SUM_ROWS * 128, DS_BYTES = CONSUMERS * DS_HALF_BYT
 constexpr int SUMS_SMEM_BYTES = 2 * KeyTile::BYTES + SumRowRing::BYTES + DS_STAGES * DS_BYTES + CONSUMERS * SUM_BYTES;
 
 // What keys are multiplied by in shared memory, a power of two, and what their scores are multiplied by in exponents.
-struct KeyScale {
-    f32 of_keys, of_scores;
-};
+struct KeyScale { f32 of_keys, of_scores; };
 
 struct SumMemory {
     u32 key, value, ds, sums;

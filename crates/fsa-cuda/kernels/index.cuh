@@ -6,13 +6,14 @@
 // ROLES  count: shared-memory histogram of a piece. scan: starts of all (block, piece), and the units. scatter: each
 //        warp owns consecutive tiles, a lane a row, and takes places from counters; repeatably, from the warp's own, with ranks inside
 //        a step by match.any. The entries of a small piece are put in order in shared memory, so that what leaves are runs, not words.
-//        build: a lane holds the ids of its rows from the count on; one atomic sum a block orders the pieces, in any order.
+//        build: a lane holds the ids of its rows, of other tiles than its neighbours', from the count on; one atomic sum a block orders the pieces, in any order.
 // SMEM   count: window_blocks counters. scatter: as many, in order for every warp; staged: the shifts of window_blocks runs, and the entries. build: as staged.
 // SYNC   two or four launches on one stream. The ctas of build that share a chunk wait until all of them have counted: the host asks for it only
 //        where they are on the device at once.
 #include "block/sequence.cuh"
 #include "block/unit_writer.cuh"
 #include "ptx/memory.cuh"
+#include "ptx/thread.cuh"
 
 FSA_DEVICE void no_rows(int, u32) {}
 
@@ -292,15 +293,20 @@ extern "C" __global__ void __launch_bounds__(BUILD_THREADS, 2) index_build(const
     const Index& index = p.index;
     const int piece = blockIdx.x, kv_head = p.first_kv_head + blockIdx.y, blocks = index.max_blocks, topk = index.topk;
     const int pieces_per_chunk = p.layout.chunk_tiles / index.sub_tiles, chunk = piece / pieces_per_chunk, chunk_first = chunk * pieces_per_chunk;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    const int lane = threadIdx.x & 31;
     i32 *shifts = places + blocks + 32, *sums = chunk_sums(p, kv_head, chunk) + 1;
     u32* stage = (u32*)(shifts + blocks);
     const u32 counters = shared_address(places), entry_base = shared_address(stage);
     for (int i = threadIdx.x; i < blocks; i += blockDim.x) places[i] = 0;
     wait_for_previous();
-    // A warp has a tile, or half of one where a row has two parts.
+    // A tile has 32 lanes, or 64 where a row has two parts, by fours: a warp counts for rows of all over the piece, because rows side by side list the
+    // same blocks, and lanes that count the same block wait for each other.
     const bool is_long = topk > IDS_AHEAD;
-    const int number = piece * index.sub_tiles + (is_long ? warp / 2 : warp), first_row = lane + (is_long ? warp % 2 * 32 : 0);
+    const int number = piece * index.sub_tiles + (threadIdx.x / 4 & (index.sub_tiles - 1)), lanes_log = 33 - __clz(index.sub_tiles);    // a power of two
+    auto first_row = [&]() {    // has no register of its own
+        const int thread = thread_number();
+        return (thread & 3) + (thread >> lanes_log << 2);
+    };
     Tile t = {};
     if (number < p.layout.max_tiles) t = p.layout.tiles[number];        // that does not exist: no rows
     const DenseRule rule = dense_rule(t, index.has_dense);
@@ -308,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(BUILD_THREADS, 2) index_build(const
     const bool vectors = topk % 4 == 0 && ((u64)index.topk_indices & 15) == 0;
     int held[HELD_PARTS][IDS_AHEAD];
     FSA_UNROLL for (int part = 0; part < HELD_PARTS; ++part) {
-        const int row = first_row + (is_long ? 0 : part * 32);
+        const int row = first_row() + (is_long ? 0 : part * 32);
         load_ids(held[part], index.topk_indices + (head_row + row) * topk, is_long ? part * IDS_AHEAD : 0, topk, row < t.rows, vectors);
     }
     __syncthreads();
@@ -316,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(BUILD_THREADS, 2) index_build(const
     int rank = 0;
     u32 dense = 0;
     FSA_UNROLL for (int part = 0; part < HELD_PARTS; ++part) {
-        const int row = first_row + (is_long ? 0 : part * 32), own = (t.position + row) / BLOCK_SIZE;
+        const int row = first_row() + (is_long ? 0 : part * 32), own = (t.position + row) / BLOCK_SIZE;
         const u32 range_size = rule.enabled ? rule.first_local - 1 : own + 1;
         FSA_UNROLL for (int i = 0; i < IDS_AHEAD; i += COUNTS_AHEAD) {
             u32 offset[COUNTS_AHEAD], place[COUNTS_AHEAD];
@@ -359,7 +365,7 @@ extern "C" __global__ void __launch_bounds__(BUILD_THREADS, 2) index_build(const
     const int piece_token = p.layout.tiles[piece * index.sub_tiles].token;
     u32 word = 0;
     FSA_UNROLL for (int part = 0; part < HELD_PARTS; ++part) {
-        if (!is_long || part == 0) word = t.token - piece_token + first_row + (is_long ? 0 : part * 32);
+        if (!is_long || part == 0) word = t.token - piece_token + first_row() + (is_long ? 0 : part * 32);
         FSA_UNROLL for (int i = 0; i < IDS_AHEAD; ++i) {
             const u32 kept = (u32)held[part][i], offset = kept & 0xffff, place = kept >> 16;
             const bool keep = offset < 4 * (u32)blocks;

@@ -83,6 +83,14 @@ pub(crate) fn one_pass(kernel: &Specialisation, group_size: usize) -> Specialisa
     kernel.with_query_sums(QuerySums::Scaled).with_wide_rows(pays && !is_short)
 }
 
+/// Bytes of what a split leaves of a row of a gradient of keys: f32, or f16 and its factor in the one pass.
+pub(crate) fn split_row_bytes(head_dim: usize, query_sums: QuerySums) -> usize {
+    match query_sums {
+        QuerySums::Scaled => 2 * head_dim + size_of::<f32>(),
+        _ => 4 * head_dim,
+    }
+}
+
 /// Keys of a step of the pass of queries.
 pub(crate) fn step_keys(specialisation: &Specialisation) -> usize {
     match (specialisation.set, specialisation.head_dim) {

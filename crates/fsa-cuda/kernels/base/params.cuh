@@ -334,7 +334,7 @@ struct BandBackwardParams {
     u32* clearing;              // shares of grad_query that somebody clears, and those that are clear, of all launches that add to it; null: it is zero
     const RowStats* window_stats;       // with FSA_WINDOW_TOO: of the same rows and keys in a softmax of its own, that of the last window_size earlier keys
     Tensor grad_query, grad_key, grad_value;
-    f32* partial_keys;          // [splits, 2, total_keys, num_kv_heads, HEAD_DIM] f32 in natural order; null where splits = 1
+    f32* partial_keys;          // [splits, 2, total_keys, num_kv_heads, HEAD_DIM] f32 in natural order, or HalfSplits; null where splits = 1
     f32 scale_log2;
     f32 scale;
     i32 num_kv_heads;

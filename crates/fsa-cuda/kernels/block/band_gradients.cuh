@@ -49,9 +49,73 @@ extern "C" __global__ void __launch_bounds__(DELTA_TOKENS * 32) band_delta(const
     raise_bound(&p.row_bounds->delta, sees ? bound_bits(delta) : 0);
 }
 
-// Sums of keys: the splits in order, to the storage type. Four columns of both gradients per thread.
-constexpr int MERGE_THREADS = 256, MERGE_COLUMNS = 4;
+#ifndef FSA_HALF_SPLITS     // 1: splits leave f16
+#define FSA_HALF_SPLITS 0
+#endif
+constexpr bool HALF_SPLITS = FSA_HALF_SPLITS;
+constexpr int MERGE_THREADS = 256, MERGE_COLUMNS = 4;        // of both gradients, for a thread
+
+// What a split leaves of a row of grad_key or of grad_value in f16: half the bytes of f32, which are most of what stands behind the passes of short calls.
+// In fragment order, multiplied by a power of two such that the row's largest finite element is between 2^14 and 2^15, so that rounding is an eighth of that
+// to bf16. Behind all rows lies what takes the factors back.
+struct HalfSplits {
+    char* rows;
+    f32* inverses;
+    i64 split_rows;     // of a split and one of both gradients
+
+    FSA_DEVICE static HalfSplits of(const BandBackwardParams& p) {
+        const i64 rows = (i64)p.band.total_keys * p.num_kv_heads;
+        return {(char*)p.partial_keys, (f32*)((char*)p.partial_keys + 2 * p.splits * rows * HEAD_DIM * 2), rows};
+    }
+    // Number of a row of the first or second gradient: those of more than 2^32 fit nowhere.
+    FSA_DEVICE u32 number(int split, int which, i64 row) const { return (u32)((2 * split + which) * split_rows + row); }
+    FSA_DEVICE static f32 scale(u32 exponent) { return __uint_as_float((268 - exponent) << 23); }
+    FSA_DEVICE static f32 inverse(u32 exponent) { return __uint_as_float((exponent - 14) << 23); }
+    // Of a row's largest element, as floats have it; both factors are normal.
+    FSA_DEVICE static u32 exponent(f32 most) { return max_u(__float_as_uint(most) >> 23, 15); }
+};
+
+// Sums of keys: the splits in order, to the storage type. A thread has a piece of 16 bytes of one of both gradients, so that it needs few registers.
+FSA_DEVICE void merge_half_splits(const BandBackwardParams& p, int cta) {
+    constexpr int AHEAD = 4, PIECES = MERGE_THREADS / 2;        // splits whose loads are under way together; of a cta and a gradient
+    const int which = threadIdx.x / PIECES, piece = threadIdx.x % PIECES_PER_ROW;
+    const i64 row = ((i64)cta * PIECES + threadIdx.x % PIECES) / PIECES_PER_ROW;
+    const HalfSplits splits = HalfSplits::of(p);
+    const u32 key = (u32)row / (u32)p.num_kv_heads, head = (u32)row % (u32)p.num_kv_heads;
+    // total_keys may be a bound: nothing was summed for such rows. All threads come to the end, whose quads exchange words.
+    const bool exists = row < splits.split_rows && key < (u32)p.band.cu_keys[p.band.batch];
+    char* const target = (char*)tensor_row(which == 0 ? p.grad_key : p.grad_value, key, head) + piece * 16;
+    const Vec4 natural = p.accumulate_keys && exists ? load_global_once(target) : Vec4{0, 0, 0, 0};
+    f32 sum[8] = {};
+    FSA_NO_UNROLL for (int first = 0; first < p.splits; first += AHEAD) {
+        Vec4 v[AHEAD];
+        f32 inverse[AHEAD];
+        FSA_UNROLL for (int i = 0; i < AHEAD; ++i) {
+            const u32 number = splits.number(first + i, which, row);
+            const bool present = exists && first + i < p.splits;
+            v[i] = present ? load_global_once(splits.rows + (i64)number * (HEAD_DIM * 2) + piece * 16) : Vec4{0, 0, 0, 0};
+            inverse[i] = present ? splits.inverses[number] : 0.0f;
+        }
+        FSA_UNROLL for (int i = 0; i < AHEAD; ++i) {
+            const u32 word[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+            FSA_UNROLL for (int j = 0; j < 4; ++j) {
+                f32 low, high;
+                unpack_sums(word[j], low, high);
+                sum[2 * j] = fmaf(low, inverse[i], sum[2 * j]);
+                sum[2 * j + 1] = fmaf(high, inverse[i], sum[2 * j + 1]);
+            }
+        }
+    }
+    const f32 scale = which == 0 ? p.scale : 1.0f;
+    const Vec4 held = transpose_quad(natural);
+    const auto pair = [&](int j, u32 word) { return pack2(fmaf(sum[2 * j], scale, unpack_lo(word)), fmaf(sum[2 * j + 1], scale, unpack_hi(word))); };
+    const Vec4 all = transpose_quad(Vec4{pair(0, held.x), pair(1, held.y), pair(2, held.z), pair(3, held.w)});
+    if (exists) store_global(target, all);
+}
+
+// The same of f32 in natural order: a thread has four columns of both gradients.
 FSA_DEVICE void merge_splits(const BandBackwardParams& p, int cta) {
+    if constexpr (HALF_SPLITS) return merge_half_splits(p, cta);
     constexpr int AHEAD = 4;        // splits whose loads are under way together
     const i64 n = (i64)cta * MERGE_THREADS + threadIdx.x, row = n / (HEAD_DIM / MERGE_COLUMNS), rows = (i64)p.band.total_keys * p.num_kv_heads;
     const int column = (int)(n % (HEAD_DIM / MERGE_COLUMNS)) * MERGE_COLUMNS;

@@ -112,6 +112,8 @@ struct Ring {
         barrier_expect(full + 8 * place(n), bytes);
         return full + 8 * place(n);
     }
+    // As expect(), but does not arrive: whoever calls it does, before the phase can be over.
+    FSA_DEVICE void expect_more(u32 n, int bytes) const { barrier_expect_more(full + 8 * place(n), bytes); }
     FSA_DEVICE u32 start(u32 n, int bytes) const {
         wait_free(n);
         return expect(n, bytes);

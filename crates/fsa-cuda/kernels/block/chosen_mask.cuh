@@ -32,7 +32,7 @@ struct ChosenBits {
 
 // The first n bits of a word; n may be negative or more than there are.
 FSA_DEVICE u32 first_bits(int n) { return n <= 0 ? 0 : ~0u >> max_i(0, 32 - n); }
-// What list_forced lists of the blocks of a step, 32 of them.
+// What a row lists besides the best `places` blocks, as list_forced does, of the blocks of a step, 32 of them.
 FSA_DEVICE u32 forced_bits(const RowBlocks& blocks, int places, int topk, int step) {
     const int skipped = blocks.lists_all() ? blocks.first_scored : blocks.end_scored;
     const int end = skipped + min_i(blocks.candidates - skipped, max_i(0, topk - blocks.first_scored - places));

@@ -185,22 +185,35 @@ struct FewChooser {
         u32 word = 0;
         int places = 0;
         if (steps > 0) word = best_of(score, unknown(first), steps, places);
-        const int token = unknown(first) + lane_number() / LANES, own = __popc(word);
+        const int token = unknown(first) + lane_number() / LANES;
         const RowBlocks blocks = blocks_of(token);
-        i32* row = choice.topk_indices + (first_row + token) * choice.topk;
-        i32* to = row + blocks.first_scored + up_to(own) - own;
+        u32 listed = word | forced_bits(blocks, places, choice.topk, step());
+        if (LANES == 8) listed |= __shfl_xor_sync(ALL_LANES, listed, 1);
         if (choice.mask.rows != nullptr) {
-            u32 listed = word | forced_bits(blocks, places, choice.topk, step());
-            if (LANES == 8) listed |= __shfl_xor_sync(ALL_LANES, listed, 1);
             if (token < tokens && step() < choice.mask.words) choice.mask.rows[(first_row + token) * choice.mask.words + step()] = listed;
             bits.add<LANES>(slot & 1, step(), listed, token < tokens);
         }
-        FSA_NO_UNROLL while (__any_sync(ALL_LANES, word != 0))
-            if (word != 0) {
-                *to++ = GROUPS * step() + __ffs(word) - 1;
-                word &= word - 1;
+        write(choice.topk_indices + (first_row + token) * choice.topk, blocks, listed, token < tokens, choice.topk, min_i(ceil_div(last.candidates, GROUPS), FEW_STEPS));
+    }
+    // Writes the token's list: blocks of `words` words of bits, of which the lanes have one each, in the order of ids. A lane has a piece of every word.
+    FSA_DEVICE static void write(i32* row, const RowBlocks& blocks, u32 listed, bool exists, int topk, int words) {
+        const int own = first_block();
+        const char* list = (const char*)row;
+        keep(list);
+        int count = 0;
+        FSA_NO_UNROLL for (int w = 0; w < words; ++w) {
+            u32 bits = __shfl_sync(ALL_LANES, listed, w * (LANES / 4), LANES);
+            if (!exists) bits = 0;
+            FSA_UNROLL for (int k = 0; k < KEYS; ++k) {
+                const u32 bit = 1u << own << distance(k);
+                store_global_if(bits & bit, (i32*)list + (count + __popc(bits & (bit - 1))), GROUPS * w + distance(k) + own);
             }
-        if (token < tokens) list_forced<LANES>(row, blocks, places, choice.topk);
+            count += __popc(bits);
+        }
+        if (!exists) return;
+        // Behind the words there are last blocks alone.
+        const int behind = max_i(blocks.lists_all() ? blocks.first_scored : blocks.end_scored, GROUPS * FEW_STEPS), end = count + blocks.candidates - behind;
+        FSA_NO_UNROLL for (int slot = count + place(); slot < topk; slot += LANES) row[slot] = slot < end ? behind + slot - count : -1;
     }
     // The step whose word of a token's bits the lane has.
     FSA_DEVICE static int step() { return LANES == 8 ? place() / 2 : place(); }

@@ -155,6 +155,36 @@ FSA_DEVICE void load_keys(const TensorMap& map, u32 tile, u32 barrier, const Key
     load_tile<CTA_KEYS>(tile, &map, barrier, w.kv_head, w.tokens.key_row + w.rows.first_key);
 }
 
+// One of the thread's two rows of sums of a split (HIGH: the second), which has that number. Two quads write whole lines, as in block/rows.cuh.
+template <bool HIGH>
+FSA_DEVICE void store_half_split(const HalfSplits& splits, const Columns& acc, u32 number, bool present) {
+    f32 most = 0.0f;
+    FSA_UNROLL for (int i = 0; i < HEAD_DIM / 8; ++i)
+        FSA_UNROLL for (int e = 0; e < 2; ++e) {
+            const f32 x = acc[4 * i + e + (HIGH ? 2 : 0)];
+            most = fmaxf(most, fabsf(fmaf(x, 0.0f, x)));        // NaN of what is not finite, which does not count
+        }
+    const u32 exponent = HalfSplits::exponent(quad_max(most));
+    const f32 scale = HalfSplits::scale(exponent);
+    const bool odd = threadIdx.x & 4;
+    const FragmentRows rows = fragment_rows(splits.rows, number, present);
+    FSA_UNROLL for (int piece = 0; piece < HEAD_DIM / 64; ++piece) {
+        Vec4 groups[2];
+        FSA_UNROLL for (int group = 0; group < 2; ++group) {
+            u32 w[4];
+            FSA_UNROLL for (int j = 0; j < 4; ++j) {
+                const int e = ((2 * piece + group) * 4 + j) * 4 + (HIGH ? 2 : 0);
+                w[j] = pack_sums(acc[e] * scale, acc[e + 1] * scale);
+            }
+            groups[group] = Vec4{w[0], w[1], w[2], w[3]};
+        }
+        const Vec4 received = swap_with_neighbour(odd ? groups[0] : groups[1]);
+        if (rows.keep_even) store_global(rows.even + piece * 128, odd ? received : groups[0]);
+        if (rows.keep_odd) store_global(rows.odd + piece * 128, odd ? groups[1] : received);
+    }
+    if (present && (threadIdx.x & 3) == 0) splits.inverses[number] = HalfSplits::inverse(exponent);
+}
+
 // Sums of 64 keys, of which the thread has key_low and + 8: to the storage type, or to the split's own.
 FSA_DEVICE void store_key_sums(const BandBackwardParams& p, Columns& acc, const Tensor& target, f32 scale, int which, const KeyWork& w, int key_low) {
     const int row = w.tokens.key_row + w.rows.first_key + key_low;
@@ -168,6 +198,13 @@ FSA_DEVICE void store_key_sums(const BandBackwardParams& p, Columns& acc, const 
         }
         store_row<false>(low, acc, scale, has_low);
         store_row<true>(high, acc, scale, has_high);
+        return;
+    }
+    if constexpr (HALF_SPLITS) {
+        const HalfSplits splits = HalfSplits::of(p);
+        const u32 number = splits.number(w.split, which, (i64)row * p.num_kv_heads + w.kv_head);
+        store_half_split<false>(splits, acc, number, has_low);
+        store_half_split<true>(splits, acc, number + 8 * p.num_kv_heads, has_high);
         return;
     }
     f32* sums = p.partial_keys + ((((i64)w.split * 2 + which) * p.band.total_keys + row) * p.num_kv_heads + w.kv_head) * HEAD_DIM + 2 * (threadIdx.x & 3);

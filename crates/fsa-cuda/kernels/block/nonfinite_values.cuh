@@ -2,11 +2,11 @@
 #pragma once
 #include "block/band_pipeline.cuh"
 
-// Sets the bits of the kv heads, modulo 32, that have values which are not finite.
-FSA_DEVICE void find_nonfinite_heads(const BandParams& p, u32* bits) {
+// Sets the bits of the kv heads, modulo 32, that have values which are not finite; by `threads` threads, of which this is number `thread`.
+FSA_DEVICE void find_nonfinite_heads(const BandParams& p, u32* bits, int thread = threadIdx.x, int threads = THREADS) {
     const int groups = p.band.mask.value_groups;
     u32 found = 0;
-    FSA_NO_UNROLL for (int i = threadIdx.x; i < groups * p.num_kv_heads; i += THREADS)
+    FSA_NO_UNROLL for (int i = thread; i < groups * p.num_kv_heads; i += threads)
         if (p.band.mask.nonfinite[i] != 0) found |= 1u << (i / groups & 31);
     if (found != 0) atomicOr(bits, found);
 }

@@ -6,10 +6,19 @@
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 
+constexpr int REST_CLASSES = 4;     // of remainders of blocks (write_lists)
+constexpr int MOST_SUMS = 3 + REST_CLASSES;
+// One for all scans of a kernel, which follow one another.
+FSA_DEVICE int (&warp_sums())[MOST_SUMS][32] {
+    __shared__ int sums[MOST_SUMS][32];
+    return sums;
+}
+
 // Exclusive sums of COUNT values over the cta; `total` gets the sums over all threads.
 template <int COUNT>
 FSA_DEVICE void cta_scan(int (&value)[COUNT], int (&total)[COUNT]) {
-    __shared__ int warp_sum[COUNT][32];
+    static_assert(COUNT <= MOST_SUMS, "sums of warps have a place");
+    int(&warp_sum)[MOST_SUMS][32] = warp_sums();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     auto sum_lanes = [&](int x) {
         FSA_UNROLL for (int delta = 1; delta < 32; delta *= 2) {
@@ -116,30 +125,48 @@ FSA_DEVICE void write_lists(const IndexParams& p, int chunk, int kv_head, F coun
         cta_scan(beyond, total);
         unit_entries = fitting_unit_size(index, total);
     }
-    const bool counted = index.spare_units < index.full_units && index.max_blocks <= threads;
-    int carry[4] = {0, 0, 0, 0};    // entries, full units, remainders, blocks of several units
-    for (int base = 0; base < index.max_blocks; base += threads) {
+    const bool counted = index.max_blocks <= threads;
+    if (counted && index.spare_units >= index.full_units) count = count_block(threadIdx.x);
+    // Remainders of a backward of one chunk by their size, the longest first and those of a class in order: the later a block the fewer rows see it, but what is
+    // left of a late block that all rows list can be long, and what starts last all wait for. Others have one class: rows in order of blocks are more often in L2.
+    __shared__ int members[REST_CLASSES];
+    const bool sorts = index.block_sums != nullptr;
+    const f32 per_entry = sorts ? (f32)REST_CLASSES / unit_entries : 0.0f;
+    auto rest_class = [&](int rest) { return REST_CLASSES - 1 - min_i((int)(rest * per_entry), REST_CLASSES - 1); };
+    if (threadIdx.x < REST_CLASSES) members[threadIdx.x] = 0;
+    __syncthreads();
+    FSA_NO_UNROLL for (int base = 0; sorts && base < index.max_blocks; base += threads) {
+        const int rest = (counted ? count : count_block(base + threadIdx.x)) % unit_entries;
+        if (rest > 0) atomicAdd(&members[rest_class(rest)], 1);
+    }
+    __syncthreads();
+    int carry[3 + REST_CLASSES] = {};   // entries, full units, blocks of several units, then the next place of each class
+    FSA_UNROLL for (int i = 1; i < REST_CLASSES; ++i) carry[3 + i] = carry[2 + i] + members[i - 1];
+    FSA_NO_UNROLL for (int base = 0; base < index.max_blocks; base += threads) {
         const int block = base + threadIdx.x;
         const bool exists = block < index.max_blocks;
         if (!counted) count = count_block(block);
         const bool splits = count > unit_entries;
-        int sum[4] = {count, count / unit_entries, count % unit_entries != 0, splits}, total[4];
+        const int left = count % unit_entries, kind = left > 0 ? rest_class(left) : -1;
+        int sum[3 + REST_CLASSES] = {count, count / unit_entries, splits}, total[3 + REST_CLASSES], rest = 0;
+        FSA_UNROLL for (int i = 0; i < REST_CLASSES; ++i) sum[3 + i] = kind == i;
         cta_scan(sum, total);
+        FSA_UNROLL for (int i = 0; i < REST_CLASSES; ++i) if (kind == i) rest = carry[3 + i] + sum[3 + i];
         const int start = carry[0] + sum[0];
         i32 sums = LISTED_BY_NONE;
         if (count > 0) {
-            const i32 row = write_units(p, units, unit_entries, block, start, count, carry[1] + sum[1], carry[2] + sum[2], carry[3] + sum[3]);
+            const i32 row = write_units(p, units, unit_entries, block, start, count, carry[1] + sum[1], rest, carry[2] + sum[2]);
             sums = splits ? row : LISTED_BY_ONE_UNIT;
-            if (splits && index.packs_sums) split_blocks[carry[3] + sum[3]] = block;
+            if (splits && index.packs_sums) split_blocks[carry[2] + sum[2]] = block;
         }
         if (index.block_sums && exists) index.block_sums[(i64)kv_head * index.max_blocks + block] = sums;
         open_block(block, start);
-        FSA_UNROLL for (int k = 0; k < 4; ++k) carry[k] += total[k];
+        FSA_UNROLL for (int k = 0; k < 3 + REST_CLASSES; ++k) carry[k] += total[k];
     }
-    if (index.packs_sums) for (int i = carry[3] + threadIdx.x; i < index.max_split_blocks; i += threads) split_blocks[i] = -1;
+    if (index.packs_sums) for (int i = carry[2] + threadIdx.x; i < index.max_split_blocks; i += threads) split_blocks[i] = -1;
     if (threadIdx.x == 0) {
         i32* counts = index.unit_counts + ((i64)kv_head * p.layout.num_chunks + chunk) * 2;
         counts[0] = carry[1];
-        counts[1] = carry[2];
+        counts[1] = carry[2 + REST_CLASSES];    // behind the last class
     }
 }

@@ -11,6 +11,8 @@ FSA_DEVICE void barrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shar
 FSA_DEVICE void barrier_expect(u32 barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// Makes the phase wait for `bytes` bytes of copies as well, without an arrival, which has to come behind it.
+FSA_DEVICE void barrier_expect_more(u32 barrier, int bytes) { asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory"); }
 // Waits until the phase of this parity is over; phases are numbered from 0, and parity 1 of a fresh barrier is.
 FSA_DEVICE void barrier_wait(u32 barrier, u32 parity) {
     asm volatile("{ .reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait; }" ::"r"(barrier), "r"(parity) : "memory");

@@ -26,6 +26,10 @@ FSA_DEVICE Vec4 load_global_written(const void* pointer) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(pointer) : "memory");
     return v;
 }
+// Where `keep` is not 0, without a branch.
+FSA_DEVICE void store_global_if(u32 keep, i32* pointer, i32 word) {
+    asm volatile("{ .reg .pred k; setp.ne.u32 k, %0, 0; @k st.global.u32 [%1], %2; }" ::"r"(keep), "l"(pointer), "r"(word) : "memory");
+}
 FSA_DEVICE void store_global(void* pointer, Vec4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }

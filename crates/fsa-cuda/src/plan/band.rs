@@ -241,7 +241,8 @@ impl BandBackwardPlan {
         let num_key_tiles = bound(problem.total_keys(), sizes.sequences, tile_keys);
         let all = sizes.num_kv_heads.max(1);
         let kv_heads = options.budget_bytes.checked_div(head_bytes).map_or(all, |heads| heads.clamp(1, all));
-        let split_bytes = 2 * problem.total_keys() * kv_heads * sizes.head_dim * size_of::<f32>();
+        let split_rows = 2 * problem.total_keys() * kv_heads;
+        let split_bytes = split_rows * band_backward::split_row_bytes(sizes.head_dim, QuerySums::F32);
         let left = options.budget_bytes.saturating_sub(kv_heads * head_bytes);
         let (ctas, tiles) = (3 * facts.multiprocessors / 2, (num_key_tiles * kv_heads).max(1));
         let (wanted, nearest) = (ctas.div_ceil(tiles), (2 * ctas + tiles) / (2 * tiles));
@@ -272,7 +273,10 @@ impl BandBackwardPlan {
         let scratch = BandScratch {
             row_stats: (head_bytes > 0).then(|| workspace.add("row_stats", kv_heads * head_bytes)),
             bounds: (query_sums == QuerySums::Scaled).then(|| workspace.add("bounds", 2 * BOUNDS_BYTES)),
-            partial_keys: (splits > 1).then(|| workspace.add("partial_keys", splits * split_bytes)),
+            partial_keys: (splits > 1).then(|| {
+                let row_bytes = band_backward::split_row_bytes(sizes.head_dim, query_sums);
+                workspace.add("partial_keys", splits * split_rows * row_bytes)
+            }),
         };
         Self {
             problem: *problem,

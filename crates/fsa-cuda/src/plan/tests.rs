@@ -266,7 +266,11 @@ fn check_index(problem: &Problem, plan: &IndexPlan, facts: &DeviceFacts) -> Resu
         prop_assert!(plan.build_threads <= 512 && pieces <= facts.multiprocessors);
         prop_assert!(3 * pieces <= (1..=32).rfind(fit).unwrap_or(0) * facts.multiprocessors, "{plan:?}");
         // A place in a run and the offset of a counter have 16 bits, a row of a piece has 10.
-        prop_assert!(plan.sub_tiles * TILE_ROWS <= 1024 && plan.sub_tiles * TILE_ROWS * problem.topk < 1 << 16);
+        prop_assert!(
+            plan.sub_tiles.is_power_of_two()
+                && plan.sub_tiles * TILE_ROWS <= 1024
+                && plan.sub_tiles * TILE_ROWS * problem.topk < 1 << 16
+        );
         prop_assert!((plan.max_blocks + 32) * 4 <= 1 << 16 && problem.topk <= 64 && !plan.ordered);
     }
     // However the entries of a chunk spread over blocks, their full units fit.
