@@ -250,6 +250,30 @@ fn a_call_that_comes_again_is_replayed_on_the_data_of_the_day() {
     assert!(run(&workspaces[0]).iter().all(|lse| *lse == f32::NEG_INFINITY), "rows that list nothing");
 }
 
+/// Of memory and of kernels, which are loaded, run and dropped by the other thread while the capture is open.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn what_another_thread_loads_and_drops_leaves_a_capture_whole() {
+    let backend = CudaBackend::new().expect("a device");
+    let device = backend.kernels().device();
+    let stream = Stream::new(device).expect("a stream");
+    let buffer = DeviceBuffer::new(device, "memory", 4096).expect("small");
+    let elsewhere = |work: fn()| std::thread::scope(|scope| scope.spawn(work).join().expect("passes"));
+    let graph = Graph::capture(&stream, || {
+        buffer.span().fill(1, &stream)?;
+        elsewhere(|| {
+            let backend = CudaBackend::new().expect("a device");
+            drop(DeviceBuffer::new(backend.kernels().device(), "other memory", 1 << 20).expect("small"));
+            conform(&backend, &[Stage::Combine], Pass::Forward, 2);
+        });
+        buffer.span().fill(2, &stream)
+    });
+    graph.expect("records").launch(&stream).expect("launches");
+    let mut bytes = [0u8; 4096];
+    buffer.download(&mut bytes, &stream).expect("downloads");
+    assert!(bytes.iter().all(|&byte| byte == 2));
+}
+
 #[test]
 #[ignore = "needs a CUDA device"]
 fn timed_events_measure_the_device_and_others_are_refused() {

@@ -158,7 +158,8 @@ impl Device {
         Ok(Bound { pushed, thread: PhantomData })
     }
 
-    /// Waits until the device has done everything that it was given.
+    /// Waits until the device has done everything that it was given. Not while a stream of the device is captured, by whatever
+    /// thread: the driver refuses, and breaks off the capture.
     pub fn synchronize(&self) -> Result<()> {
         let _bound = self.bind()?;
         // SAFETY: the context is current.
@@ -195,6 +196,33 @@ impl Drop for Bound {
             let mut context = std::ptr::null_mut();
             // SAFETY: pops what `bind` pushed on this thread's stack.
             ignore(unsafe { sys::cuCtxPopCurrent_v2(&mut context) });
+        }
+    }
+}
+
+/// While it is held this thread may allocate, free, load and unload although a stream is captured, by this thread or another: that is
+/// no part of what is captured.
+#[derive(Debug)]
+pub(super) struct OutsideCaptures {
+    before: Option<sys::CUstreamCaptureMode>,
+    thread: PhantomData<*const ()>,
+}
+
+impl OutsideCaptures {
+    pub(super) fn enter() -> Self {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the driver is initialised, for there is a device, and `mode` outlives the call.
+        let entered =
+            check("cuThreadExchangeStreamCaptureMode", unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) });
+        Self { before: entered.is_ok().then_some(mode), thread: PhantomData }
+    }
+}
+
+impl Drop for OutsideCaptures {
+    fn drop(&mut self) {
+        if let Some(mut mode) = self.before {
+            // SAFETY: as in `enter`, on the same thread.
+            ignore(unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) });
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Device memory: addresses, spans whose size is known, and owned buffers.
 
+use super::device::OutsideCaptures;
 use super::{Device, Stream, check, ignore};
 use crate::error::{CudaError, Result};
 use bytemuck::Pod;
@@ -90,6 +91,7 @@ impl DeviceBuffer {
         let mut address = 0;
         if bytes > 0 {
             let _bound = device.bind()?;
+            let _outside = OutsideCaptures::enter();
             // SAFETY: the context is current, `bytes` is not 0, and `address` outlives the call.
             match unsafe { sys::cuMemAlloc_v2(&mut address, bytes) } {
                 sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
@@ -148,11 +150,11 @@ impl Drop for DeviceBuffer {
         if self.bytes == 0 {
             return;
         }
-        // A span of this buffer may have been launched on and dropped before the launch is done.
+        // A span of this buffer may have been launched on and dropped before the launch is done: to free waits for all that runs.
+        // Nothing else does here, because to wait for the context would break off captures of other threads.
         let Ok(_bound) = self.device.bind() else { return };
-        // SAFETY: the context is current.
-        ignore(unsafe { sys::cuCtxSynchronize() });
-        // SAFETY: `new` allocated this, and the device is done with it.
+        let _outside = OutsideCaptures::enter();
+        // SAFETY: the context is current, `new` allocated this, and the driver frees it when the device is done with it.
         ignore(unsafe { sys::cuMemFree_v2(self.address.0) });
     }
 }

@@ -1,7 +1,8 @@
 //! Loaded modules, their kernels, and the launch.
 
+use super::device::OutsideCaptures;
 use super::recording::Launch;
-use super::{Device, Stream, check, ignore};
+use super::{Device, DeviceBuffer, Stream, check, ignore};
 use crate::error::Result;
 use cudarc::driver::sys;
 use std::ffi::{CString, c_int, c_void};
@@ -30,6 +31,7 @@ impl Module {
     /// Loads a cubin as the compiler made it.
     pub(crate) fn load(device: &Arc<Device>, cubin: &[u8]) -> Result<Arc<Self>> {
         let _bound = device.bind()?;
+        let _outside = OutsideCaptures::enter();
         let mut raw = std::ptr::null_mut();
         // SAFETY: the context is current; a cubin is an ELF image that carries its own size, and the driver copies it.
         check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut raw, cubin.as_ptr().cast()) })?;
@@ -60,9 +62,10 @@ impl Module {
 impl Drop for Module {
     fn drop(&mut self) {
         if let Ok(_bound) = self.device.bind() {
-            // SAFETY: the context is current. What was launched must end before its code goes.
-            ignore(unsafe { sys::cuCtxSynchronize() });
-            // SAFETY: `load` loaded it, and every kernel of it holds an `Arc` of it.
+            // What was launched must end before its code goes. To free memory waits for that, and leaves captures of other threads whole.
+            drop(DeviceBuffer::new(&self.device, "a byte to free", 1));
+            let _outside = OutsideCaptures::enter();
+            // SAFETY: the context is current, `load` loaded it, and every kernel of it holds an `Arc` of it.
             ignore(unsafe { sys::cuModuleUnload(self.raw) });
         }
     }
