@@ -62,8 +62,13 @@ impl Module {
 impl Drop for Module {
     fn drop(&mut self) {
         if let Ok(_bound) = self.device.bind() {
-            // What was launched must end before its code goes. To free memory waits for that, and leaves captures of other threads whole.
-            drop(DeviceBuffer::new(&self.device, "a byte to free", 1));
+            // What was launched must end before its code goes. To free memory waits for that, and leaves captures of other threads whole; to wait
+            // for the context does not.
+            match DeviceBuffer::new(&self.device, "a byte to free", 1) {
+                Ok(byte) => drop(byte),
+                // SAFETY: the context is current.
+                Err(_) => ignore(unsafe { sys::cuCtxSynchronize() }),
+            }
             let _outside = OutsideCaptures::enter();
             // SAFETY: the context is current, `load` loaded it, and every kernel of it holds an `Arc` of it.
             ignore(unsafe { sys::cuModuleUnload(self.raw) });
