@@ -4,7 +4,7 @@
 // ROLES  As there. A tile first takes the steps before its window, which are of the listed blocks alone, then those of the window, half a step at a time, with
 //        accumulators for both branches.
 // SMEM   As there. Two tiles, which the thread that loads finds, and what the consumers have no registers for.
-// SYNC   As there; a tile comes with its queries.
+// SYNC   As there; a tile comes with its queries. A named barrier when it is known which heads have values that are not finite; the warp that loads does not wait there.
 #define FSA_BLOCK_MASK 1
 #define FSA_BAND_PARTS 1
 #include "band_sm90.cuh"

@@ -242,6 +242,7 @@ impl BandBackwardPlan {
         let all = sizes.num_kv_heads.max(1);
         let kv_heads = options.budget_bytes.checked_div(head_bytes).map_or(all, |heads| heads.clamp(1, all));
         let split_rows = 2 * problem.total_keys() * kv_heads;
+        // By f32, which may be twice of what they leave: how many fit is asked before the format is known.
         let split_bytes = split_rows * band_backward::split_row_bytes(sizes.head_dim, QuerySums::F32);
         let left = options.budget_bytes.saturating_sub(kv_heads * head_bytes);
         let (ctas, tiles) = (3 * facts.multiprocessors / 2, (num_key_tiles * kv_heads).max(1));
