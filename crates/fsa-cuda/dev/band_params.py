@@ -38,7 +38,7 @@ class BandParams(ctypes.Structure):
 
 class BandPairParams(ctypes.Structure):
     _pack_ = 1
-    _fields_ = [("attention", BandParams), ("out", Tensor), ("lse", ptr), ("branch", Branch), ("window", i32)]
+    _fields_ = [("attention", BandParams), ("out", Tensor), ("lse", ptr), ("branch", Branch), ("compressed", Tensor), ("window", i32)]
     _fields_.append(("_end", ctypes.c_char * (-sum(ctypes.sizeof(kind) for _, kind in _fields_) % 64)))
 
 

@@ -178,17 +178,17 @@ def branch_of(total, gates, number, discards):
     return Branch(band.tensor(total), Gates(gates.data_ptr(), gates.stride(0), gates.stride(1)), number, 1, discards)
 
 
-def forward_pair(s, window, tensors, rows, total, gates, scale, discards=0):
-    """Selected blocks and window in one walk; `s` is Masked with the steps of the window; `rows` are out and lse of both branches."""
+def forward_pair(s, window, tensors, rows, compressed, total, gates, scale, discards=0):
+    """Selected blocks and window in one walk; `s` is Masked with the steps of the window; `rows` are out and lse of both branches, `compressed` those of the third, which may be `total`."""
     p, (out, lse, near_out, near_lse) = aligned(BandPairParams), rows
     band.fill_forward(p.attention, s, *tensors, out, lse, scale, 128, branch=branch_of(total, gates, 1, discards))
-    p.out, p.lse, p.branch, p.window = band.tensor(near_out), near_lse.data_ptr(), branch_of(total, gates, 2, discards), window
+    p.out, p.lse, p.branch, p.compressed, p.window = band.tensor(near_out), near_lse.data_ptr(), branch_of(total, gates, 2, discards), band.tensor(compressed), window
     d = out.shape[2]
     Module.get("band_pair_sm90.cuh", band.defines(d, out.dtype, s.block_size)).launch("band_pair", s.persistent(s.hk), 384, -(-d // 64) * 128 * 5 * 128, p)
 
 
 def pair_case(name, cu_q, cu_kv, hq, hk, topk, window, d=128, dtype=torch.bfloat16, block_size=64, kind="random", twist=None, rows=40):
-    """Both branches and their sum against float64; a call that discards its rows gives the same sum."""
+    """Both branches and the sum of all three against float64; a call that discards its rows, with those of the third in the sum, gives the same sum."""
     q, k, v = band.make(Shape(cu_q, cu_kv, hq, hk), d, dtype)
     ids, scale = cases.select(cu_q, cu_kv, hk, topk, block_size, kind), d ** -0.5
     if twist:
@@ -197,10 +197,10 @@ def pair_case(name, cu_q, cu_kv, hq, hk, topk, window, d=128, dtype=torch.bfloat
     gates, before = torch.randn(n, hq, 3, device=DEVICE).to(dtype), torch.randn_like(q)
     results = []
     for discards in (0, 1):
-        outs, lses, total = [torch.full_like(q, 7.0) for _ in range(2)], [torch.full((hq, n), 7.0, device=DEVICE) for _ in range(2)], before.clone()
+        outs, lses, total = [torch.full_like(q, 7.0) for _ in range(2)], [torch.full((hq, n), 7.0, device=DEVICE) for _ in range(2)], before.clone() if discards else torch.full_like(q, 7.0)
         s.prepare()
         s.build(v, window)
-        forward_pair(s, window, (q, k, v), (outs[0], lses[0], outs[1], lses[1]), total, gates, scale, discards)
+        forward_pair(s, window, (q, k, v), (outs[0], lses[0], outs[1], lses[1]), total if discards else before, total, gates, scale, discards)
         torch.cuda.synchronize()
         results.append((outs, lses, total))
     same = torch.equal(results[0][2].view(torch.int16), results[1][2].view(torch.int16)) and all(bool((x == 7.0).all()) for x in results[1][0])
@@ -208,7 +208,7 @@ def pair_case(name, cu_q, cu_kv, hq, hk, topk, window, d=128, dtype=torch.bfloat
     position = cases.positions(cu_q, cu_kv)[1].to(DEVICE)
     reach = min(window, int(position.max()))
     seen = (position[:, None] - torch.arange(reach + 1, device=DEVICE)[None]).clamp(min=-1).int().expand(hk, n, reach + 1).contiguous()
-    ok, want_sum = same, before[picked.to(DEVICE)].double().cpu().numpy()
+    ok, want_sum = same, (gates[picked.to(DEVICE), :, 0, None].double() * before[picked.to(DEVICE)].double()).cpu().numpy()
     if not same:
         print(f"FAIL {name}: sums of calls that save and discard differ")
     for number, (lists, size) in enumerate(((ids, block_size), (seen, 1))):
@@ -323,10 +323,10 @@ def bench_pair(shapes=[(n, g) for n in (1536, 2048, 4096) for g in (4, 1, 16)], 
         s.build(v)
         both.build(v, window)
         rows = [torch.empty_like(q), torch.empty(hq, n, device=DEVICE), torch.empty_like(q), torch.empty(hq, n, device=DEVICE)]
-        gates, totals = torch.rand(n, hq, 3, device=DEVICE).to(q.dtype), [torch.zeros_like(q) for _ in range(2)]
+        gates, totals, before = torch.rand(n, hq, 3, device=DEVICE).to(q.dtype), [torch.zeros_like(q) for _ in range(2)], torch.zeros_like(q)
         selected = lambda: band.forward(s, q, k, v, *rows[:2], scale, branch_of(totals[0], gates, 1, not saves))
         local = lambda: band.forward(near, q, k, v, *rows[2:], scale, branch_of(totals[0], gates, 2, not saves))
-        pair = lambda: forward_pair(both, window, (q, k, v), rows, totals[1], gates, scale, not saves)
+        pair = lambda: forward_pair(both, window, (q, k, v), rows, before if saves else totals[1], totals[1], gates, scale, not saves)
         selected(), local()
         apart = [x.clone() for x in rows]
         pair()

@@ -1,5 +1,6 @@
 // WHAT   Attention of rows to the blocks that they list and to their window, two branches of the whole, in one walk of the keys on Hopper: a key that both may see
-//        takes one product with the query and one exponential for both. Adds both branches to the sum at once.
+//        takes one product with the query and one exponential for both. Writes the sum of the whole's branches: both times their gates, and the rows of compressed
+//        attention, which are there, times theirs.
 // GRID   As band_sm90.cuh, of whose parts it is made.
 // ROLES  As there. A tile first takes the steps before its window, which are of the listed blocks alone, then those of the window, half a step at a time, with
 //        accumulators for both branches.
@@ -377,12 +378,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_pair(const __grid_
         c.low = c.high = {neg_inf(), 0.0f};
         PairRow low, high;
         HeldGroups held;
-        PairGates weights;
+        PairGates low_gates, high_gates;
         const auto meanwhile = [&] {
-            weights = PairGates::of(all, w.tile, first_row_of_thread());
+            low_gates = PairGates::of(all, w.tile, first_row_of_thread());
+            high_gates = PairGates::of(all, w.tile, first_row_of_thread() + 8);
             low.open(all, w.tile, first_row_of_thread());
             high.open(all, w.tile, first_row_of_thread() + 8);
-            load_held(held, p.branch, low.sum, high.sum, true, true, 0);
+            load_row(held[0], low.compressed, true);
+            load_row(held[1], high.compressed, true);
         };
         if (w.steps > 0) {
             c.attend_both(meanwhile);
@@ -393,8 +396,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_pair(const __grid_
             m.query_ring.release(c.tile);
         }
         wgmma_pin(c.near);
-        low.close(all, w.tile, first_row_of_thread(), &c.maxima()[0], &c.sums()[0], weights.low_listed, weights.low_near);
-        high.close(all, w.tile, first_row_of_thread() + 8, &c.maxima()[2], &c.sums()[2], weights.high_listed, weights.high_near);
+        low.close(all, w.tile, first_row_of_thread(), &c.maxima()[0], &c.sums()[0], low_gates);
+        high.close(all, w.tile, first_row_of_thread() + 8, &c.maxima()[2], &c.sums()[2], high_gates);
         __syncwarp();       // what lies in the warp's rows was read
         store_pair<0>(all, StagedRows::at(shared_address(&c.warp_rows())), low, high, c.out, c.near, held);
     }

@@ -1,7 +1,6 @@
 //! Parameter structs and constants that Rust and the kernels share, declared here once.
 //!
-//! A kernel file spells the same structs in CUDA (`kernels/base/params.cuh`); the translation unit that is generated
-//! around it asserts size and offsets of each against these, so a drift of either side does not compile.
+//! CUDA has the same structs in `kernels/base/params.cuh`; every translation unit asserts sizes and offsets, so a drift of either side does not compile.
 
 mod assertions;
 mod declare;
@@ -329,6 +328,7 @@ device_structs! {
         out: Tensor,
         lse: Address,
         branch: Branch,
+        compressed: Tensor,
         window: i32,
     }
 

@@ -174,6 +174,8 @@ pub struct Specialisation {
     pub wide_rows: bool,
     /// Attention that chooses blocks only: a group has one head.
     pub one_head: bool,
+    /// Attention that chooses blocks only: of one sequence whose compressed keys are a single step.
+    pub few_keys: bool,
     /// Hopper's attention to a window only: keys of a step, where they are not what other attentions take.
     pub step_keys: Option<usize>,
 }
@@ -184,7 +186,7 @@ impl Specialisation {
         let depends = kernel.depends();
         let (is_bf16, head_dim) = if depends.rows { (dtype == DType::Bf16, head_dim) } else { (true, 128) };
         let block_size = if depends.block_size { block_size } else { 64 };
-        let (query_sums, [block_mask, window_too, wide_rows, one_head]) = (QuerySums::F32, [false; 4]);
+        let (query_sums, [block_mask, window_too, wide_rows, one_head, few_keys]) = (QuerySums::F32, [false; 5]);
         let (unit_heads, step_keys) = (1, None);
         Self {
             kernel,
@@ -198,6 +200,7 @@ impl Specialisation {
             window_too,
             wide_rows,
             one_head,
+            few_keys,
             step_keys,
         }
     }
@@ -245,6 +248,11 @@ impl Specialisation {
         Self { one_head, ..self }
     }
 
+    /// The specialisation for one sequence of few keys, and groups of any number of heads.
+    pub fn with_few_keys(self) -> Self {
+        Self { one_head: false, few_keys: true, ..self }
+    }
+
     /// The specialisation with steps of so many keys.
     pub fn with_step_keys(self, step_keys: usize) -> Self {
         Self { step_keys: Some(step_keys), ..self }
@@ -258,6 +266,7 @@ impl Specialisation {
         let stem = match (self.kernel, self.query_sums) {
             (Kernel::BandBackward, QuerySums::Scaled) => "band_sums",
             (Kernel::BandSelect, _) if self.one_head => "band_select_rows",
+            (Kernel::BandSelect, _) if self.few_keys => "band_select_few",
             (kernel, _) => kernel.name(),
         };
         let names = [format!("{stem}.cuh"), format!("{stem}_{}.cuh", self.set)];
@@ -415,6 +424,7 @@ impl fmt::Display for Specialisation {
             (self.window_too, " window too"),
             (self.wide_rows, " wide tiles"),
             (self.one_head, " one head"),
+            (self.few_keys, " few keys"),
         ];
         for (_, text) in flags.into_iter().filter(|(is_set, _)| *is_set) {
             f.write_str(text)?;
@@ -452,7 +462,9 @@ pub fn specialisations(set: KernelSet) -> Vec<Specialisation> {
                             all.extend([specialisation.with_block_mask(block_size), specialisation.with_window_too()]);
                             all.extend(WINDOW_STEPS.map(|step_keys| specialisation.with_step_keys(step_keys)));
                         }
-                        Kernel::BandSelect => all.push(specialisation.with_one_head(true)),
+                        Kernel::BandSelect => {
+                            all.extend([specialisation.with_one_head(true), specialisation.with_few_keys()]);
+                        }
                         Kernel::BandBackward => all.extend([
                             specialisation.with_block_mask(block_size),
                             specialisation.with_query_sums(QuerySums::Scaled),

@@ -298,7 +298,8 @@ struct BandPairParams {
     BandParams attention;       // to the blocks; the mask has the steps of the window, too
     Tensor out;                 // of the window
     f32* lse;
-    Branch branch;              // the same sum and gates
+    Branch branch;              // the same gates, and the same sum, which is not added to
+    Tensor compressed;          // rows of compressed attention without their gates, which are number 0 of these; may be the sum's place
     i32 window;                 // earlier keys that it shows
 };
 

@@ -1,39 +1,38 @@
-// Where the rows of two attentions at once go (band_pair_sm90.cuh): their weights, factors and log-sum-exps, the sum of the branches, and the branches' own rows. Accumulator
-// layout of block/rows.cuh.
+// Where the rows of two attentions at once go (band_pair_sm90.cuh): their weights, factors and log-sum-exps, the sum of the branches, of which compressed attention has left
+// rows without their gates, and the branches' own rows. Accumulator layout of block/rows.cuh.
 #pragma once
 #include "block/band_pipeline.cuh"
 #include "block/branch_rows.cuh"
 #include "tile/fragments.cuh"
 
-// Weights of a thread's two rows in both branches, as they are in memory.
+// Weights of one of a thread's rows in the three branches, as they are in memory.
 struct PairGates {
-    u16 low_listed, low_near, high_listed, high_near;
+    u16 compressed, listed, near;
 
     // Of a row that does not exist those of the tile's first, without a branch, so that all loads are under way together.
     FSA_DEVICE static PairGates of(const BandPairParams& all, const BandTile& t, int row) {
-        const int low = t.exists(row) ? row : 0, high = t.exists(row + 8) ? row + 8 : 0;
-        return {load(all.attention.branch, t, low), load(all.branch, t, low), load(all.attention.branch, t, high), load(all.branch, t, high)};
-    }
-
-  private:
-    FSA_DEVICE static u16 load(const Branch& branch, const BandTile& t, int row) {
-        return __ldg((const u16*)branch.gates.data + (i64)(t.token + t.token_of(row)) * branch.gates.row_stride + (t.first_head + t.head_of(row)) * branch.gates.head_stride + branch.number);
+        const Gates& gates = all.branch.gates;
+        const int r = t.exists(row) ? row : 0;
+        const u16* of_row = (const u16*)gates.data + (i64)(t.token + t.token_of(r)) * gates.row_stride + (t.first_head + t.head_of(r)) * gates.head_stride;
+        return {__ldg(of_row), __ldg(of_row + all.attention.branch.number), __ldg(of_row + all.branch.number)};
     }
 };
 
 // Where one of a thread's rows goes, and its factors there.
 struct PairRow {
-    char *sum, *listed, *near;      // first bytes in the sum of the branches, and of their own rows
+    const char* compressed;         // first bytes of the row of the branch that is done,
+    char *sum, *listed, *near;      // in the sum of the branches, which may be the same, and of the other branches' own rows
     f32 listed_scale, near_scale;   // of the thread's sums
     f32 listed_gate, near_gate;     // the same times the weights
+    f32 compressed_gate;
     bool exists;
 
-    // Its place in the sum alone. One that does not exist has the places of the tile's first, without a branch, so that all loads are under way together.
+    // Where it is read alone. One that does not exist has the place of the tile's first, without a branch, so that all loads are under way together.
     FSA_DEVICE void open(const BandPairParams& all, const BandTile& t, int row) {
-        sum = (char*)t.row_of(all.branch.sum, t.exists(row) ? row : 0);
+        compressed = (const char*)t.row_of(all.compressed, t.exists(row) ? row : 0);
     }
     // Both branches are done: the sums of their probabilities become factors, their log-sum-exps are written.
-    FSA_DEVICE void close(const BandPairParams& all, const BandTile& t, int row, const f32* maxima, const f32* sums, u16 gate_of_listed, u16 gate_of_near) {
+    FSA_DEVICE void close(const BandPairParams& all, const BandTile& t, int row, const f32* maxima, const f32* sums, const PairGates& gates) {
         const f32 listed = quad_sum(sums[0]), near = quad_sum(sums[1]);
         exists = t.exists(row);
         if ((threadIdx.x & 3) == 0 && exists) {
@@ -41,12 +40,14 @@ struct PairRow {
             if (all.attention.lse != nullptr) all.attention.lse[place] = log_sum_exp(maxima[0], listed);
             if (all.lse != nullptr) all.lse[place] = log_sum_exp(maxima[1], near);
         }
+        sum = (char*)t.row_of(all.branch.sum, exists ? row : 0);
         this->listed = (char*)t.row_of(all.attention.out, exists ? row : 0);
         this->near = (char*)t.row_of(all.out, exists ? row : 0);
         listed_scale = listed == 0.0f ? 0.0f : reciprocal_fast(listed);
         near_scale = near == 0.0f ? 0.0f : reciprocal_fast(near);
-        listed_gate = listed_scale * unpack_lo(gate_of_listed);
-        near_gate = near_scale * unpack_lo(gate_of_near);
+        listed_gate = listed_scale * unpack_lo(gates.listed);
+        near_gate = near_scale * unpack_lo(gates.near);
+        compressed_gate = unpack_lo(gates.compressed);
     }
 
   private:
@@ -101,7 +102,7 @@ struct StoredColumns {
         }
         write(to_low, to_high);
     }
-    // Of both, added to what is held of the sum, rounded once.
+    // Of both, and of the rows of the branch that is done, which are held, rounded once. A thread holds just what it writes: it may lie there.
     FSA_DEVICE void store_sum(const Columns& listed, const Columns& near, const HeldGroups& held) const {
         FSA_UNROLL for (int group = 0; group < GROUPS; ++group)
             FSA_UNROLL for (int row = 0; row < 2; ++row) store_shared(staged.piece(group, row), held[row][FIRST / 32 + group]);
@@ -112,7 +113,7 @@ struct StoredColumns {
             FSA_UNROLL for (int j = 0; j < 4; ++j) {
                 const int e = FIRST / 2 + 8 * i + 2 * j;
                 const PairRow& row = j & 1 ? high : low;
-                const f32 lo = fmaf(near[e], row.near_gate, unpack_lo(v[j])), hi = fmaf(near[e + 1], row.near_gate, unpack_hi(v[j]));
+                const f32 lo = fmaf(near[e], row.near_gate, unpack_lo(v[j]) * row.compressed_gate), hi = fmaf(near[e + 1], row.near_gate, unpack_hi(v[j]) * row.compressed_gate);
                 v[j] = pack2(fmaf(listed[e], row.listed_gate, lo), fmaf(listed[e + 1], row.listed_gate, hi));
             }
             store_matrices(staged.matrix(i), v);

@@ -47,6 +47,7 @@ FSA_DEVICE void store_kept(f32* pointer, f32 x, f32 y) {
 }
 FSA_DEVICE Vec4 as_words(f32 x, f32 y, f32 z, f32 w) { return {__float_as_uint(x), __float_as_uint(y), __float_as_uint(z), __float_as_uint(w)}; }
 FSA_DEVICE void store_shared(u32 address, u32 word) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory"); }
+FSA_DEVICE void store_shared8(u32 address, u32 x, u32 y) { asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory"); }
 FSA_DEVICE void store_shared_if(bool keep, u32 address, u32 word) {
     asm volatile("{ .reg .pred k; setp.ne.u32 k, %0, 0; @k st.shared.u32 [%1], %2; }" ::"r"((u32)keep), "r"(address), "r"(word) : "memory");
 }

@@ -289,7 +289,7 @@ impl NsaForwardPlan {
         let window_goes_on = lists.is_all_blocks() && plan.is_unmasked() && one_walk(pass.window_too_kernel(set));
         let window_beside = plan.masked().is_some() && one_walk(pass.specialisation(Kernel::BandPair, set));
         let (own, before) = (plan.workspace().size_bytes(), before.size_bytes());
-        let makes_mask = window_beside && lists.makes_mask(&pass.select());
+        let makes_mask = window_beside && lists.makes_mask();
         let scratch = workspace.add("scratch", if makes_mask { before } else { own.max(before) });
         let mask = makes_mask.then(|| workspace.add("mask", own));
         Ok(Self {

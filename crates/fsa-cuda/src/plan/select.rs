@@ -81,10 +81,19 @@ impl SelectProblem {
         self.sizes.specialisation(Kernel::Select, set, self.block_size)
     }
 
+    /// Whether all blocks and compressed keys of the call fit one step: there is a kernel for one such sequence, for groups of any size.
+    fn has_few_keys(&self) -> bool {
+        let Sizes { sequences, total_kv, .. } = self.sizes;
+        sequences == 1 && total_kv <= band_select::FEW_BLOCKS * self.block_size
+    }
+
     /// The kernel that attends to the compressed keys and makes the lists.
     pub(crate) fn choosing_kernel(&self, set: KernelSet) -> Specialisation {
         let Sizes { dtype, head_dim, .. } = self.sizes;
         let kernel = Specialisation::new(Kernel::BandSelect, set, dtype, head_dim, self.block_size);
+        if self.has_few_keys() {
+            return kernel.with_few_keys();
+        }
         kernel.with_one_head(self.sizes.gqa_group_size() == 1)
     }
 
@@ -98,7 +107,7 @@ impl SelectProblem {
     /// How blocks are chosen: if nobody says so, in one pass where that is faster and its scores fit.
     pub(crate) fn choice(&self, set: KernelSet, options: &PlanOptions, fits: impl FnOnce(Choice) -> bool) -> Choice {
         let Sizes { total_kv, sequences, .. } = self.sizes;
-        let faster = self.scored_heads() > 1 || total_kv >= sequences * ONE_HEAD_KEYS;
+        let faster = self.scored_heads() > 1 || self.has_few_keys() || total_kv >= sequences * ONE_HEAD_KEYS;
         let one_pass = self.one_pass_kernel(set).map(Choice::OnePass);
         let taken = one_pass.filter(|choice| options.one_pass.unwrap_or_else(|| faster && fits(*choice)));
         taken.unwrap_or(Choice::OwnPass)
@@ -181,6 +190,8 @@ pub struct ChoicePlan {
     pub ctas: usize,
     /// Bound on the steps of blocks of a tile.
     pub(crate) max_steps: usize,
+    /// Whether they leave a mask of what is chosen, too.
+    makes_masks: bool,
     /// Scores of the CTAs' tiles, in scratch that later stages may have.
     pub(crate) scores: Slot,
 }
@@ -230,11 +241,12 @@ impl ChoicePlan {
         attention: &RowTiles,
         scratch: &mut Workspace,
     ) -> Self {
-        let ctas = (attention.ctas() * problem.sizes.num_kv_heads).min(facts.multiprocessors);
+        let Sizes { num_kv_heads, .. } = problem.sizes;
+        let ctas = band_select::ctas(kernel, attention.ctas(), num_kv_heads, facts.multiprocessors);
         // All tokens may be those of one sequence.
         let max_steps = band_select::max_steps(kernel, problem.sizes.total_kv);
         let scores = scratch.add("block scores", band_select::scores_bytes(kernel, ctas, max_steps));
-        Self { ctas, max_steps, scores }
+        Self { ctas, max_steps, makes_masks: band_select::makes_masks(kernel, max_steps), scores }
     }
 }
 
@@ -269,10 +281,9 @@ impl ListPlan {
         matches!(self, Self::OnePass(_))
     }
 
-    /// Whether those who choose make a mask of what they choose, too, if `problem` is what was planned.
-    pub(crate) fn makes_mask(&self, problem: &SelectProblem) -> bool {
-        let makes = |plan: &ChoicePlan| band_select::makes_masks(problem.scored_heads(), plan.max_steps);
-        matches!(self, Self::OnePass(plan) if makes(plan))
+    /// Whether those who choose make a mask of what they choose, too.
+    pub(crate) fn makes_mask(&self) -> bool {
+        matches!(self, Self::OnePass(plan) if plan.makes_masks)
     }
 
     /// Tables of its own.

@@ -244,10 +244,13 @@ fn compressed_attention_makes_the_lists_where_it_can_and_has_room() {
         assert!(makes_lists(&nsa(65_536, heads, false), &options), "{heads:?}");
         assert!(!makes_lists(&nsa(262_144, heads, false), &options), "more than the budget: {heads:?}");
     }
-    assert!(
-        [2048, 1024].map(|tokens| makes_lists(&nsa(tokens, (32, 32), true), &options)) == [true, false],
-        "one head"
-    );
+    let one_head = |tokens, sequences| {
+        let problem = nsa(tokens, (32, 32), true);
+        NsaProblem { sizes: Sizes { sequences, ..problem.sizes }, ..problem }
+    };
+    let made = [(4096, 1), (2048, 1), (2048, 2)]
+        .map(|(tokens, sequences)| makes_lists(&one_head(tokens, sequences), &options));
+    assert_eq!(made, [true, true, false], "one head");
     let long = PlanOptions { one_pass: Some(true), ..options };
     assert!(makes_lists(&nsa(262_144, (32, 8), false), &long));
     let never = PlanOptions { one_pass: Some(false), ..options };

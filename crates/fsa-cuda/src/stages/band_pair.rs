@@ -45,13 +45,14 @@ impl BandPairStep {
         ChosenMask { mask: self.mask.mask(workspace), value: value.device(), window: self.window_size }
     }
 
-    /// What becomes of the blocks, then of the window: both add to one sum. The workspace is what the plan's scratch lies in. Without `topk_indices` the mask is there.
+    /// What becomes of the blocks, then of the window: one sum of both and of `compressed`, the rows of compressed attention without their gates, which may lie
+    /// in its place. The workspace is what the plan's scratch lies in. Without `topk_indices` the mask is there.
     pub(super) fn launch(
         &self,
         context: &LaunchContext<'_>,
         batch: &DeviceBatch<'_>,
         (tables, topk_indices): (&Tables, Option<DeviceSpan<'_>>),
-        [selected, (tensors, branch)]: [(&AttentionTensors<'_>, Branch); 2],
+        ([selected, (tensors, branch)], compressed): ([(&AttentionTensors<'_>, Branch); 2], &TensorSpan<'_>),
         softmax_scale: f32,
     ) -> Result<()> {
         let DensePlan { problem, tiles, workspace, .. } = &self.plan;
@@ -70,7 +71,8 @@ impl BandPairStep {
         let mut attention = attention_params(call, (batch, tables), selected, boxes, softmax_scale)?;
         attention.band.mask = mask;
         let (out, lse) = (tensors.out.device(), branch.lse(tensors.lse.address()));
-        let params = BandPairParams { attention, out, lse, branch, window: self.window_size };
+        let params =
+            BandPairParams { attention, out, lse, branch, compressed: compressed.device(), window: self.window_size };
         Ok(self.kernel.launch(context.stream, tiles, self.multiprocessors, &params)?)
     }
 }

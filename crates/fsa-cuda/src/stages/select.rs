@@ -4,7 +4,7 @@
 use super::AttentionTensors;
 use super::band::{BandStep, attention_params, band, box_keys};
 use crate::arch::KernelSet;
-use crate::band_select::BandSelectKernel;
+use crate::band_select::{self, BandSelectKernel};
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Stream};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, check_batch, check_scale, check_words, scale_log2};
@@ -153,7 +153,8 @@ impl ChoiceStep {
             _ => choice,
         };
         let sizes = &problem.sizes;
-        let rows = ([sizes.total_q, sizes.num_q_heads], [tiles.tile_tokens, tiles.tile_heads]);
+        let tokens = band_select::box_tokens(&problem.choosing_kernel(*set), tiles.tile_tokens);
+        let rows = ([sizes.total_q, sizes.num_q_heads], [tokens, tiles.tile_heads]);
         let map = |tensor: Tensor| tensor.map_of_every(1, *set, rows, sizes);
         let (out_map, sum_map) = (map(tensors.out.device())?, map(branch.sum)?);
         Ok(kernel.launch(stream, plan.ctas, follows, &BandSelectParams { attention, choice, out_map, sum_map })?)

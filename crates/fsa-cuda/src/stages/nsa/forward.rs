@@ -1,4 +1,5 @@
-//! Forward of the whole: compression, rotation, and the three branches, each of which adds its rows, times their gates, to the output.
+//! Forward of the whole: compression, rotation, and the three branches, each of which adds its rows, times their gates, to the output. Where
+//! selected blocks and window are attended to in one walk, that adds those of compressed attention, too.
 
 use super::tensors::{NsaForwardTensors, NsaSavedTensors};
 use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
@@ -333,7 +334,7 @@ impl NsaForward {
         let mask = lists.and_then(|_| self.chosen_mask(&workspace, &tensors.value));
         let (scratch, follows) = (&self.plan.scratch.span(&workspace), self.follows_compression());
         let memory = SelectMemory { tables, workspace: &workspace, scratch, mask, follows };
-        let branch = self.branch(0, tensors);
+        let branch = self.compressed_branch(tensors);
         if let Some(select) = &self.select {
             select.launch(stream, batch, memory, (&compressed, branch, lists), softmax_scale)?;
         }
@@ -349,7 +350,7 @@ impl NsaForward {
                 let memory = self.plan.mask.unwrap_or(self.plan.scratch).span(&workspace);
                 let context = LaunchContext { stream, workspace: memory };
                 let lists = mask.is_none().then_some(tensors.topk_indices);
-                return pair.launch(&context, batch, (tables, lists), works, softmax_scale);
+                return pair.launch(&context, batch, (tables, lists), (works, &compressed.out), softmax_scale);
             }
             Local::Apart(selected, window) => (selected, window),
         };
@@ -394,6 +395,12 @@ impl NsaForward {
             (Local::Pair(pair), Some(slot)) => Some(pair.mask(&slot.span(workspace), value)),
             _ => None,
         }
+    }
+
+    /// What becomes of compressed attention. Where one walk follows, which multiplies by the gates and adds up, rows are written as they are: to the state or,
+    /// without one, to `out`.
+    fn compressed_branch(&self, tensors: &NsaForwardTensors<'_>) -> Branch {
+        if matches!(self.local, Local::Pair(_)) { Branch::default() } else { self.branch(0, tensors) }
     }
 
     fn branch(&self, number: i32, tensors: &NsaForwardTensors<'_>) -> Branch {
