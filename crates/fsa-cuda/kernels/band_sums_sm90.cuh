@@ -13,7 +13,7 @@
 // SMEM   128 keys and values, three stages of 64 or two of 80 rows of query and gradient, two of dS, sums of 64 columns of each warpgroup; of every stage's
 //        rows the statistics, and for each key the rows that see it, as bits.
 // SYNC   mbarriers: keys, values loaded; rows loaded, checked, free; dS full, free; sums full, free. dS of a tile is multiplied beside the products of the
-//        next.
+//        next. It may overlap the kernel ahead up to the barrier behind one thread's wait for that; tables and keys, read before, are older than that kernel.
 #define FSA_HALF_SPLITS 1       // block/band_gradients.cuh
 #include "block/key_walk.cuh"
 #include "block/sums_targets.cuh"
@@ -455,6 +455,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) band_sums(const __grid_
             load_keys(p.value_map, m.value, m.loaded_values, w);
         }
     } else if (threadIdx.x == 32) {
+        wait_for_previous(), let_next_start();      // for all threads, which the barrier below holds until then
         const SumScale of_sums = sum_scale(p.sums);
         scale = {of_sums.scale, p.scale_log2 * of_sums.inverse};
     } else if (threadIdx.x == 64) {

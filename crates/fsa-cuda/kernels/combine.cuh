@@ -7,13 +7,14 @@
 // SMEM   Sums of the gates' gradients of a row's phases, where heads share a gate. combine_statistics: the sums of up to 32 heads.
 // SYNC   combine: none; each element is read and written by one thread, so out may be one of the branches. The others: sums within a head by
 //        shuffles; over the heads each phase in their order, then one barrier and the phases in theirs. combine_statistics: two barriers for every
-//        32 heads; over the heads in their order. It may overlap the kernel before it, which clears the bounds, until it raises them.
+//        32 heads; over the heads in their order. It may overlap the kernel before it, which clears the bounds and
+//        fills tables, until a cta has loaded rows; then the next kernel may start, which reads tables before it waits for this one.
 #include "block/gates.cuh"
 #include "block/query_sums.cuh"
 #include "block/row_stats.cuh"
 #include "block/sums_opening.cuh"
 
-constexpr int CTA_THREADS = 256, CTA_ROWS = 4, ROW_THREADS = CTA_THREADS / CTA_ROWS, BRANCHES = 3;
+constexpr int CTA_THREADS = 256, CTAS_OF_MULTIPROCESSOR = 4, CTA_ROWS = 4, ROW_THREADS = CTA_THREADS / CTA_ROWS, BRANCHES = 3;
 // Threads side by side on a head's row: a power of two, so that they can shuffle. At 96 and 192 a quarter of them has nothing to do.
 constexpr int LANES = PIECES_PER_ROW <= 8 ? 8 : PIECES_PER_ROW <= 16 ? 16 : 32, PHASES = ROW_THREADS / LANES;
 
@@ -197,12 +198,13 @@ FSA_DEVICE void clear_heads(const Tensor& t, int first_row, int rows, int first,
             if (r < rows && team + head < count) store_global(place + (r * t.row_stride + head * t.head_stride) * ELEMENT_BYTES, Vec4{0, 0, 0, 0});
 }
 
-extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) combine_statistics(const __grid_constant__ CombineStatisticsParams p) {
+extern "C" __global__ void __launch_bounds__(CTA_THREADS, CTAS_OF_MULTIPROCESSOR) combine_statistics(const __grid_constant__ CombineStatisticsParams p) {
     __shared__ SumsOfRows sums;
     const CombineParams& f = p.forward;
-    const int cta = (int)blockIdx.x - p.opening.ctas;
-    if (cta < 0) return open_keys<CTA_THREADS>(p.opening, blockIdx.x);
-    const int first_row = cta * CTA_ROWS, rows = min_i(f.rows - first_row, CTA_ROWS);
+    const int first_row = ((int)blockIdx.x - p.opening.row_cta) * CTA_ROWS;
+    if (first_row < 0) return open_keys<CTA_THREADS>(p.opening, blockIdx.x);
+    if (first_row >= f.rows) return open_keys<CTA_THREADS>(p.opening, (int)blockIdx.x - ceil_div(f.rows, CTA_ROWS));
+    const int rows = min_i(f.rows - first_row, CTA_ROWS);
     if (threadIdx.x < 2 * BRANCHES) sums.bounds[threadIdx.x / 2][threadIdx.x % 2] = 0;
     const int row = first_row + min_i(threadIdx.x / ROW_THREADS, rows - 1), piece = min_i(threadIdx.x % LANES, PIECES_PER_ROW - 1);
     const auto piece_of = [&](const Tensor& t) { return tensor_row(t, row, 0) + piece * 16; };
@@ -215,6 +217,8 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) combine_statistics(
         Stat stats[STATS];
         FSA_UNROLL for (int i = 0; i < STATS; ++i) stats[i].find(f, i, first, first_row), stats[i].load(p);
         sum_heads(p, at, first, count, sums);
+        wait_for_previous();        // it clears the bounds, and fills the tables that the next reads at once
+        let_next_start();
         clear_heads(p.opening.grad_query, first_row, rows, first, count);
         __syncthreads();
         FSA_UNROLL for (int i = 0; i < STATS; ++i)
@@ -223,7 +227,6 @@ extern "C" __global__ void __launch_bounds__(CTA_THREADS, 4) combine_statistics(
         __syncthreads();
     }
     if (has_shared_gate) store_element(p.grad_gates, (i64)(first_row + shared_row) * BRANCHES + shared_branch, total);
-    wait_for_previous();        // it clears the bounds
     if (threadIdx.x < 2 * BRANCHES && p.row_bounds[0] != nullptr) {
         const int branch = threadIdx.x / 2, which = threadIdx.x % 2;
         u32* const bound = &of_branch(p.row_bounds, branch)->grad + which;

@@ -263,15 +263,17 @@ impl BandBackwardKernels {
             return if merges { self.merge(stream, false, params) } else { Ok(()) };
         };
         let ctas = self.targets(params) + if merges { self.merge_ctas(params) } else { 0 };
-        finish.launch(stream, dims([ctas, 1, 1], SMALL_THREADS, 0), params)
+        let dims = LaunchDims { overlaps: true, ..dims([ctas, 1, 1], SMALL_THREADS, 0) };
+        finish.launch(stream, dims, params)
     }
 
     /// All gradients of the kv heads that `params` names, but what splits leave; of those of queries the sums, where there are such, which are
-    /// open. With `ahead` its CTAs go ahead of those of other streams.
+    /// open. With `ahead` its CTAs go ahead of those of other streams. With `overlaps` those of one pass start under the end of the kernel
+    /// ahead, and read tables and keys before they wait for that: these are older, and that one waited for them before it let this start.
     pub(crate) fn launch(
         &self,
         stream: &Stream,
-        (tiles, ahead): (&RowTiles, bool),
+        (tiles, ahead, overlaps): (&RowTiles, bool, bool),
         multiprocessors: usize,
         params: &BandBackwardParams,
     ) -> Result<()> {
@@ -288,7 +290,7 @@ impl BandBackwardKernels {
                 keys.launch(stream, dims(of_keys, threads, keys_smem_bytes(&self.specialisation)), params)?;
             }
             Main::OnePass { sums, .. } => {
-                let dims = dims(of_keys, threads, sums_smem_bytes(&self.specialisation));
+                let dims = LaunchDims { overlaps, ..dims(of_keys, threads, sums_smem_bytes(&self.specialisation)) };
                 if ahead { sums.launch_ahead(stream, dims, params)? } else { sums.launch(stream, dims, params)? }
             }
         }

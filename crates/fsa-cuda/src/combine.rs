@@ -21,10 +21,17 @@ pub(crate) const ENTRY_POINTS: &[(&str, &str)] = &[
 /// Rows of a CTA, and its threads.
 const CTA_ROWS: usize = 4;
 const THREADS: usize = 256;
+/// CTAs that a multiprocessor runs at one time, as the kernel is bounded.
+const CTAS_OF_MULTIPROCESSOR: usize = 4;
 
 /// What the kernel file must agree with.
 pub(crate) fn constants(_: &Specialisation) -> Vec<(&'static str, usize)> {
-    vec![("CTA_ROWS", CTA_ROWS), ("CTA_THREADS", THREADS), ("VALUE_ROWS", VALUE_ROWS)]
+    vec![
+        ("CTA_ROWS", CTA_ROWS),
+        ("CTA_THREADS", THREADS),
+        ("CTAS_OF_MULTIPROCESSOR", CTAS_OF_MULTIPROCESSOR),
+        ("VALUE_ROWS", VALUE_ROWS),
+    ]
 }
 
 /// The loaded kernels.
@@ -67,10 +74,14 @@ impl CombineKernels {
 }
 
 impl SumsOpening {
-    /// The same with the CTAs that it takes for `total_kv` tokens and, if there is a mask, the lists of all rows.
-    pub(crate) fn with_ctas(self, total_kv: usize) -> Self {
+    /// The same with the CTAs that it takes for `total_kv` tokens and, if there is a mask, the lists of all rows. They come first,
+    /// because they load in two turns, but behind those of rows where all run at once: else some multiprocessors got more rows than others.
+    pub(crate) fn with_ctas(self, total_kv: usize, multiprocessors: usize) -> Self {
         let lists = if self.mask.rows == Address::default() { 0 } else { self.total_q as usize };
-        Self { ctas: self.num_kv_heads * total_kv.max(lists).div_ceil(VALUE_ROWS) as i32, ..self }
+        let ctas = self.num_kv_heads as usize * total_kv.max(lists).div_ceil(VALUE_ROWS);
+        let of_rows = (self.total_q as usize).div_ceil(CTA_ROWS);
+        let run_at_once = of_rows + ctas <= CTAS_OF_MULTIPROCESSOR * multiprocessors;
+        Self { ctas: ctas as i32, row_cta: if run_at_once { 0 } else { ctas as i32 }, ..self }
     }
 }
 

@@ -5,9 +5,8 @@
 mod assertions;
 mod declare;
 
-pub(crate) use assertions::assertions;
-
 use crate::driver::{Address, KernelParams, MapWords};
+pub(crate) use assertions::assertions;
 use declare::{Declared, device_structs};
 
 /// Query rows of a tile.
@@ -479,6 +478,7 @@ device_structs! {
         block_size: i32,
         total_q: i32,
         ctas: i32,
+        row_cta: i32,
     }
 
     /// Parameters of `combine_statistics`.

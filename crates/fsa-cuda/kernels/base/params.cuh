@@ -447,7 +447,8 @@ struct SumsOpening {
     i32 topk;
     i32 block_size;
     i32 total_q;
-    i32 ctas;                   // the first: for VALUE_ROWS tokens of a kv head each
+    i32 ctas;                   // for VALUE_ROWS tokens of a kv head each; before or behind those of rows
+    i32 row_cta;                // the first of those of rows: ctas or 0
 };
 
 struct CombineStatisticsParams {

@@ -34,6 +34,7 @@ FSA_DEVICE void open_keys(const SumsOpening& o, int cta) {
     if (o.mask.rows != nullptr && threadIdx.x == 0 && group < o.mask.value_groups) o.mask.nonfinite[(i64)head * o.mask.value_groups + group] = nonfinite;
     if (o.mask.rows != nullptr) open_lists<THREADS>(o, head, first);
     wait_for_previous();
+    let_next_start();
     raise_bounds<THREADS>(&o.keys[0].bounds->key, tokens.key.bits(), tokens.value.bits());
     if (rows(o.keys[1]) == 0) return;
     const LargestElements compressed = find(o.keys[1]);

@@ -30,8 +30,10 @@ extern "C" __global__ void __launch_bounds__(SMALL_THREADS) band_sums_open(const
     raise(p.other);
 }
 
-// bf16 of the sums, in their place; ctas behind those that this takes add up splits. Last rows and last keys first: those that L2 still has.
+// bf16 of the sums, in their place; ctas behind those that this takes add up splits. Last rows and last keys first: those that L2 still has. It may
+// be there before the kernels ahead have ended.
 extern "C" __global__ void __launch_bounds__(SMALL_THREADS, 5) band_sums_finish(const __grid_constant__ BandBackwardParams p) {
+    wait_for_previous();
     const i64 bytes = (i64)p.band.total_q * (p.num_kv_heads * p.band.group_size) * ROW_BYTES;
     const int splits = (int)(gridDim.x - (bytes + TARGET_BYTES - 1) / TARGET_BYTES), number = (int)(gridDim.x - 1 - blockIdx.x), cta = number - splits;
     if (cta < 0) return merge_splits(p, number);

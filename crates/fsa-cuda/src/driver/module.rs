@@ -129,20 +129,15 @@ impl<P: KernelParams> Function<P> {
             // SAFETY: as for the launch below.
             return unsafe { recording.kernel(&launch, argument, overlaps, priority) };
         }
-        // One of them at most is asked for.
-        let mut attribute = if overlaps {
-            sys::CUlaunchAttribute {
-                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                pad: [0; 4],
-                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-            }
-        } else {
-            sys::CUlaunchAttribute {
-                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PRIORITY,
-                pad: [0; 4],
-                value: sys::CUlaunchAttributeValue { priority },
-            }
-        };
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let overlapping = attribute(
+            sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        );
+        let ahead =
+            attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PRIORITY, sys::CUlaunchAttributeValue { priority });
+        // Those that are asked for come first.
+        let mut attributes = if overlaps { [overlapping, ahead] } else { [ahead, overlapping] };
         let config = sys::CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
@@ -152,8 +147,8 @@ impl<P: KernelParams> Function<P> {
             blockDimZ: 1,
             sharedMemBytes: smem_bytes,
             hStream: stream.raw(),
-            attrs: &mut attribute,
-            numAttrs: u32::from(overlaps || priority != 0),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: u32::from(overlaps) + u32::from(priority != 0),
         };
         // SAFETY: the kernel takes one `P`, which its translation unit asserts by name, size and offsets; the driver
         // copies it and the configuration before it returns. The addresses in it are spans whose sizes the plan of the

@@ -107,8 +107,8 @@ impl Recording {
         Ok(())
     }
 
-    /// Writes down a kernel. With `overlaps` it may start before the kernel ahead of it has ended, if that is what it follows. A `priority`
-    /// other than 0 is that of its node.
+    /// Writes down a kernel. With `overlaps` it may start before the kernels that it follows have ended, if it follows nothing else. A
+    /// `priority` other than 0 is that of its node.
     ///
     /// # Safety
     /// The grid and `argument` are what the kernel takes, as at a launch.
@@ -135,12 +135,11 @@ impl Recording {
             kern: std::ptr::null_mut(),
             ctx: std::ptr::null_mut(),
         };
-        let ahead = match self.last()[..] {
-            [Node { raw, is_kernel: true }] if overlaps && self.graph.device.facts().driver >= OVERLAPS_SINCE => raw,
-            _ => std::ptr::null_mut(),
-        };
-        self.add("cuGraphAddKernelNode", true, |node, graph, before, count| {
-            let count = if ahead.is_null() { count } else { 0 };
+        let follows_kernels = |last: &[Node]| !last.is_empty() && last.iter().all(|node| node.is_kernel);
+        let knows = self.graph.device.facts().driver >= OVERLAPS_SINCE;
+        let overlaps = overlaps && knows && follows_kernels(&self.last());
+        self.add("cuGraphAddKernelNode", true, |node, graph, ahead, number| {
+            let (before, count) = if overlaps { (std::ptr::null(), 0) } else { (ahead, number) };
             // SAFETY: `before` holds `count` nodes of `graph`; the driver copies parameters and argument.
             let mut status = unsafe { sys::cuGraphAddKernelNode_v2(node, graph, before, count, &params) };
             if priority != 0 && status == sys::CUresult::CUDA_SUCCESS {
@@ -149,7 +148,7 @@ impl Recording {
                 status =
                     unsafe { sys::cuGraphKernelNodeSetAttribute(*node, id, &sys::CUlaunchAttributeValue { priority }) };
             }
-            if ahead.is_null() || status != sys::CUresult::CUDA_SUCCESS {
+            if !overlaps || status != sys::CUresult::CUDA_SUCCESS {
                 return status;
             }
             let edge = sys::CUgraphEdgeData {
@@ -158,8 +157,10 @@ impl Recording {
                 type_: sys::CUgraphDependencyType::CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC as u8,
                 reserved: [0; 5],
             };
-            // SAFETY: two nodes of `graph`, both kernels; the driver is new enough to have the function.
-            unsafe { sys::cuGraphAddDependencies_v2(graph, &ahead, node, &edge, 1) }
+            let (nodes, edges) = (vec![*node; number], vec![edge; number]);
+            // SAFETY: `ahead` and the others hold `number` nodes of `graph`, all kernels, and edges; the driver is new enough to have the
+            // function.
+            unsafe { sys::cuGraphAddDependencies_v2(graph, ahead, nodes.as_ptr(), edges.as_ptr(), number) }
         })
     }
 

@@ -283,7 +283,9 @@ impl BandBackwardStep {
                 }
                 None => self.kernels.open(stream, &params)?,
             }
-            self.kernels.launch(stream, (&self.plan.tiles, branch.ahead), self.multiprocessors, &params)?;
+            // Ahead is what makes statistics and opens shared sums, or another attention that adds to these.
+            let turn = (&self.plan.tiles, branch.ahead, branch.sums.is_some());
+            self.kernels.launch(stream, turn, self.multiprocessors, &params)?;
             match (&branch.sums, branch.merges_later) {
                 (None, merges_later) => self.kernels.finish(stream, !merges_later, &params)?,
                 (Some(_), false) => self.kernels.merge(stream, branch.ahead, &params)?,

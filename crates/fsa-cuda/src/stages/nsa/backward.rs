@@ -277,7 +277,7 @@ impl NsaBackward {
             total_q: sizes.total_q as i32,
             ..SumsOpening::default()
         };
-        opening.with_ctas(sizes.total_kv)
+        opening.with_ctas(sizes.total_kv, self.kernels.device().facts().multiprocessors)
     }
 
     /// The gradients of query, key and value through every branch. Those of queries: the window, which may have the selected blocks with
