@@ -10,7 +10,7 @@ class BlockMask(ctypes.Structure):
 
 class Band(ctypes.Structure):
     _fields_ = [(n, ptr) for n in ("cu_seqlens_q", "cu_seqlens_kv", "cu_keys", "tile_base", "key_tile_base")] + [
-        (n, i32) for n in ("batch", "total_q", "total_keys", "kernel_size", "kernel_stride", "window", "group_size", "tile_heads", "tile_tokens", "head_tiles")] + [("mask", BlockMask)]
+        (n, i32) for n in ("batch", "total_q", "total_keys", "kernel_size", "kernel_stride", "window", "group_size", "tile_heads", "tile_tokens", "head_tiles", "split")] + [("mask", BlockMask)]
 
 
 class BlockMaskParams(ctypes.Structure):

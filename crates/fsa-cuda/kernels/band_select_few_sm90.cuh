@@ -51,7 +51,7 @@ FSA_DEVICE void load_all(const BandParams& p, const FewMemory& m, FewTile* tiles
     const int lane = lane_number(), kv_head = blockIdx.x % p.num_kv_heads;
     const BandSequence sequence = band_sequence(p.band, 0);
     const int number = blockIdx.x / p.num_kv_heads + lane * (gridDim.x / p.num_kv_heads), count = ceil_div(sequence.tokens, p.band.tile_tokens);
-    const bool exists = lane < TILES && number < count;
+    const bool exists = lane < TILES && number < count - (p.band.split > 0 ? early_tiles(p.band, sequence) : 0);
     FewTile t = {};
     if (exists) t = {band_tile(p.band, sequence, count - 1 - number, 0, kv_head), number};
     if (lane < TILES) tiles[lane] = t;      // without tokens where there is none

@@ -28,12 +28,13 @@ impl BandPairKernel {
         Ok(Self { band_pair: module.function("band_pair")?, specialisation: *specialisation })
     }
 
-    /// Writes the rows of both branches and adds them to their sum: CTAs that take one tile after the other, as many as run at a time.
+    /// Writes the rows of both branches and adds them to their sum: CTAs that take one tile after the other, as many as run at a time,
+    /// ahead of what runs beside them or not.
     pub(crate) fn launch(
         &self,
         stream: &Stream,
         tiles: &RowTiles,
-        multiprocessors: usize,
+        (multiprocessors, ahead): (usize, bool),
         params: &BandPairParams,
     ) -> Result<()> {
         let heads = params.attention.num_kv_heads as usize;
@@ -43,6 +44,10 @@ impl BandPairKernel {
             smem_bytes: band::smem_bytes(&self.specialisation) as u32,
             overlaps: false,
         };
-        self.band_pair.launch(stream, dims, params)
+        if ahead {
+            self.band_pair.launch_ahead(stream, dims, params)
+        } else {
+            self.band_pair.launch(stream, dims, params)
+        }
     }
 }

@@ -1,5 +1,4 @@
 //! Parameter structs and constants that Rust and the kernels share, declared here once.
-//!
 //! CUDA has the same structs in `kernels/base/params.cuh`; every translation unit asserts sizes and offsets, so a drift of either side does not compile.
 
 mod assertions;
@@ -234,6 +233,7 @@ device_structs! {
         tile_heads: i32,
         tile_tokens: i32,
         head_tiles: i32,
+        split: i32,
         mask: BlockMask,
     }
 

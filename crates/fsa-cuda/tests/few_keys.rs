@@ -1,4 +1,5 @@
-//! Compressed attention that chooses blocks of one sequence with few keys, on a GPU: alone, before the one walk, and with gates of its own.
+//! Compressed attention that chooses blocks of one sequence with few keys, on a GPU: alone, before the one walk, and with gates of its own; and the whole
+//! where rows that list all blocks that they see are attended to apart.
 
 use fsa_core::{DType, NsaConfig, Stage};
 use fsa_cuda::plan::{Route, Routing};
@@ -87,5 +88,29 @@ fn hostile_cases_conform() {
         let kinds = [Hostile::NanFuture, Hostile::NanUnseen, Hostile::LogitOffset, Hostile::Huge, Hostile::Peaked];
         check(kinds.map(|hostile| Case { hostile, ..usual.clone() }));
         check([0.0, 3.0].map(|scale| Case { softmax_scale: Some(scale), ..usual.clone() }));
+    }
+}
+
+/// Enough heads that the first rows are work for every multiprocessor; the others leave room beside them in some cases, not in others. The backward reads
+/// what both have saved.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn rows_that_list_all_blocks_conform_apart() {
+    let environment =
+        Environment { routing: Routing::Always(Route::DenseMasked), ..Environment::read().expect("valid") };
+    let backend = CudaBackend::with(&environment).expect("a device");
+    let cases = [(68, 17, 300), (68, 17, 511), (66, 66, 512), (80, 5, 270), (80, 5, 450)];
+    for (number, (num_q_heads, num_kv_heads, tokens)) in cases.into_iter().enumerate() {
+        for pass in [Pass::Forward, Pass::Backward] {
+            for hostile in [Hostile::None, Hostile::NanFuture] {
+                let usual = case(if number % 2 == 0 { DType::Bf16 } else { DType::F16 }, [tokens; 2]);
+                let config = NsaConfig { topk: 16, ..usual.config };
+                let (stage, head_dim, value_dim) = (Stage::Nsa, 64, 64);
+                let case =
+                    Case { stage, pass, hostile, num_q_heads, num_kv_heads, head_dim, value_dim, config, ..usual };
+                let outcome = Trial::new(&backend).run_case(&case);
+                assert!(outcome.passed(), "{case}: {outcome:#?}");
+            }
+        }
     }
 }

@@ -226,6 +226,7 @@ struct Band {
     i32 tile_heads;             // query heads of a tile
     i32 tile_tokens;            // tokens of a tile
     i32 head_tiles;             // ceil(group_size / tile_heads)
+    i32 split;                  // not 0: of one sequence, only the tiles with a row at this position or behind; negative: only the others, of its negative
     BlockMask mask;             // with FSA_BLOCK_MASK: of these keys, those of the blocks that the row lists
 };
 

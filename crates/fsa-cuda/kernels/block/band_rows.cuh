@@ -75,11 +75,19 @@ FSA_DEVICE BandTile band_tile(const Band& band, const BandSequence& s, int tile,
     t.reciprocal = 65535u / (u32)band.tile_heads + 1;
     return t;
 }
+// Tiles of the one sequence whose rows are all at positions before a split. Tiles behind it have the numbers that they would have without.
+FSA_DEVICE int early_tiles(const Band& band, const BandSequence& s) { return min_i(ceil_div(s.tokens, band.tile_tokens), max_i(0, max_i(band.split, -band.split) - s.position) / band.tile_tokens); }
+
 // Tile of rows `number` of one kv head, in the order of launch: head tiles of the same tokens side by side, because they share keys, and the
 // last tokens first, because they see the most keys.
 FSA_DEVICE BandTile find_band_tile(const Band& band, int number, int kv_head) {
-    const int launched = number / band.head_tiles, head_tile = number - launched * band.head_tiles;
-    const int tile = band.tile_base[band.batch] - 1 - launched;
+    const int launched = number / band.head_tiles, head_tile = number - launched * band.head_tiles, tiles = band.tile_base[band.batch];
+    int tile = tiles - 1 - launched;
+    if (band.split != 0) {
+        const int early = early_tiles(band, band_sequence(band, 0));
+        if (band.split < 0) tile -= tiles - early;
+        else if (tile < early) tile = -1;
+    }
     if (tile < 0) {
         BandTile none = {};
         return none;

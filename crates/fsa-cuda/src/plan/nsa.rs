@@ -6,7 +6,7 @@ use super::compress::{CompressProblem, CompressScratch, CompressionKind};
 use super::select::{Choice, ListPlan, SelectProblem};
 use super::tables::{TablePlan, TableSpec};
 use super::{
-    BOUNDS_BYTES, BandProblem, ForwardTemporaries, Keys, Lists, PlanOptions, Problem, QuerySums, RowTiles,
+    BOUNDS_BYTES, BandProblem, EarlyRows, ForwardTemporaries, Keys, Lists, PlanOptions, Problem, QuerySums, RowTiles,
     SelectedBackwardPlan, SelectedPlan, Sizes, Slot, Windows, Workspace, choose,
 };
 use crate::arch::KernelSet;
@@ -208,6 +208,8 @@ pub struct NsaForwardPlan {
     pub window_goes_on: bool,
     /// Selected blocks, by the dense route with a mask, and window are attended to in one walk.
     pub window_beside: bool,
+    /// Rows that have all branches in one kernel, as if the call were so short, while the others are attended to in one walk.
+    pub early: Option<EarlyRows>,
     /// kv heads that are compressed at a time: those of a pass, or all before the first one.
     pub compress_heads: usize,
     /// Tiles of compressed and of window attention.
@@ -290,6 +292,8 @@ impl NsaForwardPlan {
         let window_beside = plan.masked().is_some() && one_walk(pass.specialisation(Kernel::BandPair, set));
         let (own, before) = (plan.workspace().size_bytes(), before.size_bytes());
         let makes_mask = window_beside && lists.makes_mask();
+        let one_kernel = makes_mask && one_walk(pass.window_too_kernel(set));
+        let early = one_kernel.then(|| EarlyRows::new(&problem.select(), &attention, facts.multiprocessors)).flatten();
         let scratch = workspace.add("scratch", if makes_mask { before } else { own.max(before) });
         let mask = makes_mask.then(|| workspace.add("mask", own));
         Ok(Self {
@@ -299,6 +303,7 @@ impl NsaForwardPlan {
             window_multiprocessors,
             window_goes_on,
             window_beside,
+            early,
             compress_heads,
             attention,
             tables,
@@ -316,6 +321,11 @@ impl NsaForwardPlan {
     /// One pass.
     pub(crate) fn pass(&self) -> NsaProblem {
         self.problem.with_kv_heads(self.kv_heads)
+    }
+
+    /// Position from which on rows are attended to by compressed attention that chooses and by one walk; 0: all are.
+    pub(crate) fn split(&self) -> i32 {
+        self.early.map_or(0, |early| early.end as i32)
     }
 
     /// Whether the window of one half of the heads runs beside the selected blocks of the other.
@@ -346,7 +356,11 @@ impl fmt::Display for NsaForwardPlan {
         let saves = if self.saves { ", saves" } else { "" };
         let goes_on = if self.window_goes_on { ", one walk of window, all keys and compressed keys" } else { "" };
         let beside = if self.window_beside { ", selected blocks and window in one walk" } else { "" };
-        write!(f, "nsa forward{saves}: {problem}; {kv_heads} kv heads a pass{goes_on}{beside}; {workspace}")
+        write!(f, "nsa forward{saves}: {problem}; {kv_heads} kv heads a pass{goes_on}{beside}")?;
+        if let Some(EarlyRows { end, .. }) = self.early {
+            write!(f, ", rows before {end} with compressed keys")?;
+        }
+        write!(f, "; {workspace}")
     }
 }
 

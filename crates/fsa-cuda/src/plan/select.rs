@@ -82,7 +82,7 @@ impl SelectProblem {
     }
 
     /// Whether all blocks and compressed keys of the call fit one step: there is a kernel for one such sequence, for groups of any size.
-    fn has_few_keys(&self) -> bool {
+    pub(crate) fn has_few_keys(&self) -> bool {
         let Sizes { sequences, total_kv, .. } = self.sizes;
         sequences == 1 && total_kv <= band_select::FEW_BLOCKS * self.block_size
     }

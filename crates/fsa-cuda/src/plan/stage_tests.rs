@@ -156,6 +156,25 @@ fn makes_lists(problem: &NsaProblem, options: &PlanOptions) -> bool {
 }
 
 #[test]
+fn the_first_rows_of_a_short_sequence_are_apart_however_many_heads_a_pass_has() {
+    let early = |tokens: usize, heads, saves, problem: fn(NsaProblem) -> NsaProblem| {
+        let problem = problem(nsa(tokens, heads, true));
+        let plan = NsaForwardPlan::new(&problem, KernelSet::Sm90, &DeviceFacts::h200(), &PlanOptions::default(), saves);
+        plan.expect("fits").early.map(|early| (early.end, early.tiles.num_tiles, early.beside))
+    };
+    let same = |problem| problem;
+    for saves in [false, true] {
+        let found = [1024, 1280, 1536, 2048, 4096].map(|tokens| early(tokens, (32, 8), saves, same));
+        assert_eq!(found, [None, Some((1024, 32, true)), Some((1024, 32, false)), Some((1024, 32, false)), None]);
+        assert_eq!(early(2048, (32, 2), saves, same), Some((1024, 128, false)));
+        assert_eq!(early(2048, (4, 1), saves, same), None, "not work for every multiprocessor");
+        let two = |problem: NsaProblem| NsaProblem { sizes: Sizes { sequences: 2, ..problem.sizes }, ..problem };
+        let before = |problem: NsaProblem| NsaProblem { sizes: Sizes { total_q: 1800, ..problem.sizes }, ..problem };
+        assert_eq!([two, before].map(|problem| early(2048, (32, 8), saves, problem)), [None; 2]);
+    }
+}
+
+#[test]
 fn a_window_goes_on_to_all_keys_where_rows_list_all_blocks() {
     for saves in [false, true] {
         for (tokens, goes_on) in [(512, true), (1024, true), (1025, false), (65_536, false)] {

@@ -39,6 +39,7 @@ pub(crate) fn band(problem: &BandProblem, tiles: &RowTiles, batch: &DeviceBatch<
         tile_heads: tiles.tile_heads as i32,
         tile_tokens: tiles.tile_tokens as i32,
         head_tiles: tiles.head_tiles as i32,
+        split: 0,
         mask: BlockMask::default(),
     };
     problem.keys.describe(&mut band);

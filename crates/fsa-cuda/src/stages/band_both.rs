@@ -1,4 +1,4 @@
-//! Stage `window`, Stage `dense` and Stage `compressed` in one kernel, inside the whole operation at lengths at which rows list all blocks.
+//! Stage `window`, Stage `dense` and Stage `compressed` in one kernel, inside the whole operation, for rows that list all blocks that they see.
 
 use super::AttentionTensors;
 use super::band::attention_params;
@@ -6,7 +6,7 @@ use crate::band::{BandKernel, step_keys};
 use crate::driver::{Address, DeviceBatch, Stream};
 use crate::kernels::Kernels;
 use crate::params::{BandBothParams, Branch};
-use crate::plan::{BandProblem, NsaForwardPlan, RowTiles, Tables};
+use crate::plan::{BandProblem, EarlyRows, NsaForwardPlan, RowTiles, Tables};
 use crate::source::Specialisation;
 use fsa_core::Result;
 use std::sync::Arc;
@@ -19,6 +19,9 @@ pub(super) struct BandBothStep {
     kernel: Arc<BandKernel>,
     specialisation: Specialisation,
     multiprocessors: usize,
+    /// Tiles of rows; those before a position alone, if it is not 0.
+    tiles: RowTiles,
+    split: i32,
 }
 
 impl BandBothStep {
@@ -27,7 +30,14 @@ impl BandBothStep {
         let specialisation = pass.window_too_kernel(kernels.set());
         let (kernel, multiprocessors) = (kernels.one(&specialisation)?, kernels.device().facts().multiprocessors);
         let (window, compressed) = (pass.window(), pass.select().attention());
-        Ok(Self { window, compressed, kernel, specialisation, multiprocessors })
+        let (tiles, split) = (plan.attention, 0);
+        Ok(Self { window, compressed, kernel, specialisation, multiprocessors, tiles, split })
+    }
+
+    /// Of the first rows of a sequence alone.
+    pub(super) fn of(self, early: &EarlyRows) -> Self {
+        let multiprocessors = if early.beside { usize::MAX } else { self.multiprocessors };
+        Self { split: early.end as i32, tiles: early.tiles, multiprocessors, ..self }
     }
 
     /// What becomes of compressed keys, of all keys and of the window, in the order of the branches. With `overlaps` the kernel that is right ahead on the
@@ -36,7 +46,7 @@ impl BandBothStep {
         &self,
         (stream, overlaps): (&Stream, bool),
         batch: &DeviceBatch<'_>,
-        (tiles, tables): (&RowTiles, &Tables),
+        tables: &Tables,
         [compressed, all, window]: [(AttentionTensors<'_>, Branch); 3],
         softmax_scale: f32,
     ) -> Result<()> {
@@ -45,7 +55,7 @@ impl BandBothStep {
         }
         let boxes = (step_keys(&self.specialisation), 1);
         let attention = |problem, (tensors, branch): &(AttentionTensors<'_>, Branch)| {
-            let call = (problem, tiles, self.specialisation.set);
+            let call = (problem, &self.tiles, self.specialisation.set);
             attention_params(call, (batch, tables), (tensors, *branch), boxes, softmax_scale)
         };
         let (tensors, branch) = all;
@@ -54,13 +64,14 @@ impl BandBothStep {
             // No lists are made by it.
             compressed.lse = Address::default();
         }
-        let params = BandBothParams {
+        let mut params = BandBothParams {
             attention: attention(&self.window, &window)?,
             compressed,
             out: tensors.out.device(),
             lse: branch.lse(tensors.lse.address()),
             branch,
         };
-        Ok(self.kernel.launch_both(stream, tiles, (self.multiprocessors, overlaps), &params)?)
+        params.attention.band.split = -self.split;
+        Ok(self.kernel.launch_both(stream, &self.tiles, (self.multiprocessors, overlaps), &params)?)
     }
 }

@@ -9,7 +9,7 @@ use crate::driver::{DeviceBatch, DeviceSpan};
 use crate::kernels::Kernels;
 use crate::launch::{LaunchContext, TensorSpan};
 use crate::params::{BandPairParams, Branch};
-use crate::plan::{DensePlan, Tables};
+use crate::plan::{DensePlan, EarlyRows, Tables};
 use crate::selected::MaskStep;
 use crate::source::Specialisation;
 use fsa_core::Result;
@@ -24,6 +24,9 @@ pub(super) struct BandPairStep {
     kernel: Arc<BandPairKernel>,
     specialisation: Specialisation,
     multiprocessors: usize,
+    /// Position from which on tiles of rows are attended to; 0: all are. Whether they go ahead of the others.
+    split: i32,
+    ahead: bool,
 }
 
 impl BandPairStep {
@@ -33,11 +36,13 @@ impl BandPairStep {
         plan: DensePlan,
         window_size: usize,
         specialisation: Specialisation,
+        early: Option<&EarlyRows>,
     ) -> Result<Self> {
         let (kernel, multiprocessors) = (kernels.one(&specialisation)?, kernels.device().facts().multiprocessors);
         let window_size = i32::try_from(window_size).unwrap_or(i32::MAX);
         let mask = MaskStep::new(kernels, &plan.problem, plan.band(), plan.mask)?.with_window(window_size);
-        Ok(Self { plan, window_size, mask, kernel, specialisation, multiprocessors })
+        let (split, ahead) = early.map_or((0, false), |early| (early.end as i32, early.beside));
+        Ok(Self { plan, window_size, mask, kernel, specialisation, multiprocessors, split, ahead })
     }
 
     /// The mask in the workspace, for those who choose the blocks of rows that attend to `value`.
@@ -70,9 +75,10 @@ impl BandPairStep {
         let boxes = (step_keys(&self.specialisation), 1);
         let mut attention = attention_params(call, (batch, tables), selected, boxes, softmax_scale)?;
         attention.band.mask = mask;
+        attention.band.split = self.split;
         let (out, lse) = (tensors.out.device(), branch.lse(tensors.lse.address()));
         let params =
             BandPairParams { attention, out, lse, branch, compressed: compressed.device(), window: self.window_size };
-        Ok(self.kernel.launch(context.stream, tiles, self.multiprocessors, &params)?)
+        Ok(self.kernel.launch(context.stream, tiles, (self.multiprocessors, self.ahead), &params)?)
     }
 }

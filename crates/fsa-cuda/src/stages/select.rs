@@ -38,6 +38,8 @@ pub(super) struct SelectMemory<'a> {
     pub mask: Option<ChosenMask>,
     /// Right ahead on the stream is what makes the compressed keys, which has waited for the tables, and nothing else that is read.
     pub follows: bool,
+    /// Position from which on tiles of rows are attended to; 0: all are.
+    pub split: i32,
 }
 
 /// A mask of blocks that those who choose make.
@@ -126,7 +128,7 @@ impl ChoiceStep {
         &self,
         stream: &Stream,
         batch: &DeviceBatch<'_>,
-        SelectMemory { tables, scratch, mask, follows, .. }: SelectMemory<'_>,
+        SelectMemory { tables, scratch, mask, follows, split, .. }: SelectMemory<'_>,
         (tensors, branch, topk_indices): (&AttentionTensors<'_>, Branch, Option<&DeviceSpan<'_>>),
         softmax_scale: f32,
     ) -> Result<()> {
@@ -135,6 +137,7 @@ impl ChoiceStep {
         let work = (tensors, branch);
         let boxes = (box_keys(&problem.sizes), GROUP_KEYS);
         let mut attention = attention_params(call, (batch, tables), work, boxes, softmax_scale)?;
+        attention.band.split = split;
         if branch.discards != 0 {
             // No selection reads it.
             attention.lse = Address::default();
@@ -316,7 +319,7 @@ impl Select {
         let _bound = self.kernels.device().bind().map_err(Error::from)?;
         let tables = self.plan.tables.tables(workspace);
         let scratch = &self.plan.scratch.span(workspace);
-        let memory = SelectMemory { tables: &tables, workspace, scratch, mask: None, follows: false };
+        let memory = SelectMemory { tables: &tables, workspace, scratch, mask: None, follows: false, split: 0 };
         let work = (tensors, Branch::default(), Some(topk_indices));
         self.step.launch(context.stream, batch, memory, work, softmax_scale)
     }

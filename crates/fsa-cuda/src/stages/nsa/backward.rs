@@ -1,7 +1,7 @@
 //! Backward of the whole: statistics of the rows of each branch, with which the attentions read the gradient of the output as it is,
 //! through each branch to query, keys and values, where one adds to the other, and back through rotation and compression.
 
-use super::forward::{call, check_rope};
+use super::parts::{call, check_rope};
 use super::tensors::NsaBackwardTensors;
 use crate::driver::{Address, DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;

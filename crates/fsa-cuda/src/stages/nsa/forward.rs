@@ -1,6 +1,7 @@
 //! Forward of the whole: compression, rotation, and the three branches, each of which adds its rows, times their gates, to the output. Where
 //! selected blocks and window are attended to in one walk, that adds those of compressed attention, too.
 
+use super::parts::{attention, call, check_rope, compress_tensors, compressed, local_attention};
 use super::tensors::{NsaForwardTensors, NsaSavedTensors};
 use crate::driver::{DeviceBatch, DeviceSpan, Replays, Stream};
 use crate::kernels::Kernels;
@@ -8,7 +9,7 @@ use crate::lanes::Work;
 use crate::launch::{LaunchContext, TensorSpan, check_batch, check_scale};
 use crate::params::Branch;
 use crate::plan::{
-    self, ForwardTemporaries, Lists, NsaForwardPlan, NsaProblem, PlanOptions, SelectedPlan, Sizes, Slot, Tables,
+    self, ForwardTemporaries, Lists, NsaForwardPlan, NsaProblem, PlanOptions, SelectedPlan, Sizes, Tables,
 };
 use crate::prepare::PrepareKernel;
 use crate::selected::SelectedForward;
@@ -19,7 +20,7 @@ use crate::stages::band_pair::BandPairStep;
 use crate::stages::compress::CompressStep;
 use crate::stages::select::{ChosenMask, SelectMemory, SelectStep};
 use crate::stages::tensors::passes;
-use crate::stages::{AttentionTensors, CompressTensors, RopeRows, RopeTurn};
+use crate::stages::{RopeRows, RopeTurn};
 use fsa_core::{Error, Result, Rope};
 use std::sync::Arc;
 
@@ -51,8 +52,8 @@ pub struct NsaForward {
 enum Local {
     /// In one walk of all keys, and to the compressed keys, too.
     Both(BandBothStep),
-    /// In one walk of the blocks that some row lists and the window.
-    Pair(Box<BandPairStep>),
+    /// In one walk of the blocks that some row lists and the window; of rows that list all blocks that they see as in the first way.
+    Pair(Box<BandPairStep>, Option<BandBothStep>),
     Apart(Box<SelectedForward>, BandStep),
 }
 
@@ -92,6 +93,7 @@ impl NsaForward {
             all.push(pass.window_too_kernel(set));
         } else {
             all.extend(pass.select().kernels(set, &plan.lists));
+            all.extend(plan.early.map(|_| pass.window_too_kernel(set)));
             if plan.window_beside {
                 all.extend([Kernel::BlockMask, Kernel::BandPair].map(|kernel| pass.specialisation(kernel, set)));
             } else {
@@ -106,7 +108,9 @@ impl NsaForward {
             (None, Local::Both(BandBothStep::new(kernels, &plan)?))
         } else if let (true, Some(dense)) = (plan.window_beside, selected.masked()) {
             let (dense, kernel) = (dense.clone(), pass.specialisation(Kernel::BandPair, set));
-            (Some(select()?), Local::Pair(Box::new(BandPairStep::new(kernels, dense, pass.window_size, kernel)?)))
+            let pair = BandPairStep::new(kernels, dense, pass.window_size, kernel, plan.early.as_ref())?;
+            let both = |early| BandBothStep::new(kernels, &plan).map(|both| both.of(early));
+            (Some(select()?), Local::Pair(Box::new(pair), plan.early.as_ref().map(both).transpose()?))
         } else {
             let mut window = BandStep::new(kernels, &plan.part().window(), plan.attention)?;
             if let (true, Some(multiprocessors)) = (plan.is_halved(), plan.window_multiprocessors) {
@@ -199,7 +203,7 @@ impl NsaForward {
             return self.make_rows(pass, tensors, None, state.rotated.as_ref());
         }
         let of_attention = plan.tables.params(batch, &workspace);
-        if plan.lists.is_all_blocks() && pass.recompute.is_none() {
+        if (plan.lists.is_all_blocks() || plan.early.is_some()) && pass.recompute.is_none() {
             let lists = plan.problem.select().all_blocks(batch, &tensors.topk_indices);
             self.prepare.launch_with_lists(stream, &of_attention, lists)?;
         } else if let Some(own) = plan.lists.tables() {
@@ -333,27 +337,43 @@ impl NsaForward {
         let lists = recompute.is_none().then_some(&tensors.topk_indices);
         let mask = lists.and_then(|_| self.chosen_mask(&workspace, &tensors.value));
         let (scratch, follows) = (&self.plan.scratch.span(&workspace), self.follows_compression());
-        let memory = SelectMemory { tables, workspace: &workspace, scratch, mask, follows };
-        let branch = self.compressed_branch(tensors);
-        if let Some(select) = &self.select {
-            select.launch(stream, batch, memory, (&compressed, branch, lists), softmax_scale)?;
-        }
-        let (selected, window) = match &self.local {
-            Local::Both(both) => {
-                let local = |number| (local_attention(number, tensors, state), self.branch(number as i32, tensors));
-                let (works, on) = ([(compressed, branch), local(1), local(2)], (stream, follows));
-                return both.launch(on, batch, (&self.plan.attention, tables), works, softmax_scale);
+        let memory = SelectMemory { tables, workspace: &workspace, scratch, mask, follows, split: self.plan.split() };
+        let select = || match &self.select {
+            Some(select) => {
+                let work = (&compressed, self.compressed_branch(tensors), lists);
+                select.launch(stream, batch, memory, work, softmax_scale)
             }
-            Local::Pair(pair) => {
-                let works = [1, 2].map(|branch| (local_attention(branch, tensors, state), branch));
-                let works = works.each_ref().map(|(work, branch)| (work, self.branch(*branch as i32, tensors)));
-                let memory = self.plan.mask.unwrap_or(self.plan.scratch).span(&workspace);
-                let context = LaunchContext { stream, workspace: memory };
-                let lists = mask.is_none().then_some(tensors.topk_indices);
-                return pair.launch(&context, batch, (tables, lists), (works, &compressed.out), softmax_scale);
-            }
-            Local::Apart(selected, window) => (selected, window),
+            None => Ok(()),
         };
+        let local = |number| (local_attention(number, tensors, state), self.branch(number as i32, tensors));
+        let all = || [(compressed, self.branch(0, tensors)), local(1), local(2)];
+        if let Local::Pair(_, Some(early)) = &self.local {
+            // Behind what chooses, for which the walk waits. Ctas of both take what places it leaves.
+            let sides = self.kernels.sides().take(stream)?;
+            sides.fork(stream, 1)?;
+            select()?;
+            early.launch((&sides.lanes[0], false), batch, tables, all(), softmax_scale)?;
+            self.launch_pair(pass, tensors, state, mask.is_some())?;
+            return Ok(sides.join(stream, 1)?);
+        }
+        select()?;
+        match &self.local {
+            Local::Both(both) => both.launch((stream, follows), batch, tables, all(), softmax_scale),
+            Local::Pair(..) => self.launch_pair(pass, tensors, state, mask.is_some()),
+            Local::Apart(selected, window) => self.launch_apart(pass, (selected, window), first, tensors, state),
+        }
+    }
+
+    /// Attention to the selected blocks and to the window, each of which adds to what is in `out`.
+    fn launch_apart(
+        &self,
+        pass: &Pass<'_>,
+        (selected, window): (&SelectedForward, &BandStep),
+        first: usize,
+        tensors: &NsaForwardTensors<'_>,
+        state: &NsaSavedTensors<'_>,
+    ) -> Result<()> {
+        let Pass { stream, workspace, batch, ref tables, softmax_scale, .. } = *pass;
         let launch_selected = |stream: &Stream, tensors: &NsaForwardTensors<'_>, state: &NsaSavedTensors<'_>| {
             let attention = local_attention(1, tensors, state);
             let work = (&attention.selected(tensors.topk_indices), self.branch(1, tensors));
@@ -389,10 +409,31 @@ impl NsaForward {
         Ok(())
     }
 
+    /// The walk of selected blocks and window, behind the rows of compressed attention; `has_mask`: those who chose have made it.
+    fn launch_pair(
+        &self,
+        pass: &Pass<'_>,
+        tensors: &NsaForwardTensors<'_>,
+        state: &NsaSavedTensors<'_>,
+        has_mask: bool,
+    ) -> Result<()> {
+        let (Local::Pair(pair, _), &Pass { stream, workspace, batch, ref tables, softmax_scale, .. }) =
+            (&self.local, pass)
+        else {
+            return Ok(());
+        };
+        let works = [1, 2].map(|branch| (local_attention(branch, tensors, state), branch));
+        let works = works.each_ref().map(|(work, branch)| (work, self.branch(*branch as i32, tensors)));
+        let memory = self.plan.mask.unwrap_or(self.plan.scratch).span(&workspace);
+        let context = LaunchContext { stream, workspace: memory };
+        let lists = (!has_mask).then_some(tensors.topk_indices);
+        pair.launch(&context, batch, (tables, lists), (works, &state.branches[0]), softmax_scale)
+    }
+
     /// The mask of blocks, where those who choose these make it.
     fn chosen_mask(&self, workspace: &DeviceSpan<'_>, value: &TensorSpan<'_>) -> Option<ChosenMask> {
         match (&self.local, self.plan.mask) {
-            (Local::Pair(pair), Some(slot)) => Some(pair.mask(&slot.span(workspace), value)),
+            (Local::Pair(pair, _), Some(slot)) => Some(pair.mask(&slot.span(workspace), value)),
             _ => None,
         }
     }
@@ -400,7 +441,7 @@ impl NsaForward {
     /// What becomes of compressed attention. Where one walk follows, which multiplies by the gates and adds up, rows are written as they are: to the state or,
     /// without one, to `out`.
     fn compressed_branch(&self, tensors: &NsaForwardTensors<'_>) -> Branch {
-        if matches!(self.local, Local::Pair(_)) { Branch::default() } else { self.branch(0, tensors) }
+        if matches!(self.local, Local::Pair(..)) { Branch::default() } else { self.branch(0, tensors) }
     }
 
     fn branch(&self, number: i32, tensors: &NsaForwardTensors<'_>) -> Branch {
@@ -437,59 +478,4 @@ impl NsaForward {
             lse: [temporaries.lse.span(&scratch); 3],
         }
     }
-}
-
-/// What the compression of keys, or of values, takes.
-fn compress_tensors<'a>(tensors: &NsaForwardTensors<'a>, c: usize, out: &TensorSpan<'a>) -> CompressTensors<'a> {
-    let (input, parameters) = ([tensors.key, tensors.value][c], tensors.parameters[c]);
-    CompressTensors { input, out: *out, weight: parameters.weight, position: parameters.position }
-}
-
-/// Query and key as attention reads them.
-fn rotated<'a>(tensors: &NsaForwardTensors<'a>, state: &NsaSavedTensors<'a>) -> [TensorSpan<'a>; 2] {
-    state.rotated.unwrap_or([tensors.query, tensors.key])
-}
-
-/// What attention to the selected blocks, or to the window, reads and writes.
-fn local_attention<'a>(
-    branch: usize,
-    tensors: &NsaForwardTensors<'a>,
-    state: &NsaSavedTensors<'a>,
-) -> AttentionTensors<'a> {
-    attention(branch, [rotated(tensors, state)[1], tensors.value], tensors, state)
-}
-
-/// What a branch reads and writes.
-fn attention<'a>(
-    branch: usize,
-    [key, value]: [TensorSpan<'a>; 2],
-    tensors: &NsaForwardTensors<'a>,
-    state: &NsaSavedTensors<'a>,
-) -> AttentionTensors<'a> {
-    let [query, _] = rotated(tensors, state);
-    AttentionTensors { query, key, value, out: state.branches[branch], lse: state.lse[branch] }
-}
-
-/// Compressed keys and values of all heads of `sizes`, in the workspace or in its scratch.
-fn compressed<'a>(temporaries: &ForwardTemporaries, sizes: &Sizes, memory: &DeviceSpan<'a>) -> [TensorSpan<'a>; 2] {
-    let tensor = |slot: &Slot| TensorSpan::contiguous(slot.span(memory), sizes.num_kv_heads, sizes.head_dim);
-    temporaries.compressed.each_ref().map(tensor)
-}
-
-/// A rotary embedding is there if the problem says so.
-pub(super) fn check_rope(problem: &NsaProblem, given: bool) -> Result<()> {
-    let word = |there| if there { "a rotary embedding" } else { "none" };
-    if problem.rope == given { Ok(()) } else { Err(Error::input("rope", word(problem.rope), word(given))) }
-}
-
-/// Everything that a call gives to the device.
-pub(super) fn call(
-    mut numbers: Vec<u64>,
-    context: &LaunchContext<'_>,
-    batch: &DeviceBatch<'_>,
-    softmax_scale: f32,
-) -> Vec<u64> {
-    numbers.extend(batch.spans().map(|span| span.address().0));
-    numbers.extend([context.workspace.address().0, softmax_scale.to_bits().into()]);
-    numbers
 }

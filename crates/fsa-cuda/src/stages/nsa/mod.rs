@@ -2,6 +2,7 @@
 
 mod backward;
 mod forward;
+mod parts;
 mod tensors;
 
 pub use backward::NsaBackward;
