@@ -90,7 +90,7 @@ def panel(lines: list[tuple[Series, Points]], x: Axis, y: Axis, title: str) -> I
         yield f'<path class="grid" d="M{x.start:.1f} {at:.1f}H{x.end:.1f}"/>'
         yield f'<text x="{x.start - 8:.1f}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>'
     lengths = sorted({n for _, line in lines for n, _ in line})
-    for n in lengths:
+    for n in (n for n in lengths if math.log2(n).is_integer()):
         yield f'<path class="grid" d="M{x(n):.1f} {y.start:.1f}v5"/>'
         yield f'<text x="{x(n):.1f}" y="{y.start + 20:.1f}" text-anchor="middle">{tokens(n)}</text>'
     for series, line in lines:

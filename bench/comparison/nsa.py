@@ -44,6 +44,7 @@ SECTIONS = {
     "64k": Section(50, [Shape(64 * K, 4)], ("ours", "dense", "peers")),
     "8k": Section(20, [Shape(8 * K, 4)], ("ours", "dense", "peers")),
     "lengths": Section(25, [Shape(n * K, 4) for n in (1, 2, 4, 16, 32)], ("ours", "dense")),
+    "between": Section(10, [Shape(n, 4) for n in (1280, 1536, 3072)], ("ours", "dense")),
     "branches": Section(30, [Shape(n * K, 4) for n in (64, 8)], ("branches",)),
     "128k": Section(10, [Shape(128 * K, 4)], ("ours", "dense")),
     "256k": Section(20, [Shape(256 * K, 4)], ("ours", "dense")),
