@@ -215,8 +215,6 @@ struct FewRows {
         wgmma_pin(out);
     }
 
-    // Whether all tokens of the warp exist, which a box has.
-    FSA_DEVICE bool is_full() const { return first + WARP_ROWS <= tile.rows.tokens * tile.rows.tile_heads; }
     // The rows times factors, in the place of the warp's queries.
     FSA_DEVICE void stage(const Columns& out, f32 of_low, f32 of_high) const {
         const u32 at = tall_address(place, first);

@@ -49,11 +49,24 @@ fn case(dtype: DType, [query_len, kv_len]: [usize; 2]) -> Case {
     }
 }
 
-/// Tiles that lack tokens, warps that lack some and that lack all, rows that see no compressed key; the last length has more blocks.
+/// Tiles that lack tokens, warps that lack some and that lack all, rows that see no compressed key, sequences without any or without room for one; the last
+/// length has more blocks.
 #[test]
 #[ignore = "needs a CUDA device"]
 fn sequences_of_any_length_conform() {
-    let lengths = [[512, 512], [511, 511], [300, 300], [97, 512], [1, 512], [5, 403], [130, 130], [200, 513]];
+    let lengths = [
+        [512, 512],
+        [511, 511],
+        [300, 300],
+        [97, 512],
+        [1, 512],
+        [5, 403],
+        [130, 130],
+        [7, 7],
+        [3, 3],
+        [1, 2],
+        [200, 513],
+    ];
     for dtype in [DType::Bf16, DType::F16] {
         check(lengths.map(|lengths| case(dtype, lengths)));
     }

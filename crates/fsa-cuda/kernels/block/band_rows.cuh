@@ -75,8 +75,11 @@ FSA_DEVICE BandTile band_tile(const Band& band, const BandSequence& s, int tile,
     t.reciprocal = 65535u / (u32)band.tile_heads + 1;
     return t;
 }
-// Tiles of the one sequence whose rows are all at positions before a split. Tiles behind it have the numbers that they would have without.
-FSA_DEVICE int early_tiles(const Band& band, const BandSequence& s) { return min_i(ceil_div(s.tokens, band.tile_tokens), max_i(0, max_i(band.split, -band.split) - s.position) / band.tile_tokens); }
+// Tiles of the one sequence whose rows are all at positions before a split, no more than fit before it. Tiles behind it have the numbers that they would have without.
+FSA_DEVICE int early_tiles(const Band& band, const BandSequence& s) {
+    const int end = max_i(band.split, -band.split);
+    return min_i(ceil_div(s.tokens, band.tile_tokens), max_i(0, end - max_i(0, s.position)) / band.tile_tokens);
+}
 
 // Tile of rows `number` of one kv head, in the order of launch: head tiles of the same tokens side by side, because they share keys, and the
 // last tokens first, because they see the most keys.

@@ -3,6 +3,9 @@
 use super::{RowTiles, SelectProblem, Sizes};
 use serde::Serialize;
 
+/// Tokens up to which something is gained by it on the H200.
+const MOST_TOKENS: usize = 2048;
+
 /// The first rows of a sequence, for which nothing has to be chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct EarlyRows {
@@ -15,13 +18,16 @@ pub struct EarlyRows {
 }
 
 impl EarlyRows {
-    /// Of one sequence of few keys without rows before the call (H200: nothing is gained by it beyond), if they are work for every multiprocessor.
+    /// Of one sequence without rows before the call, if they are work for every multiprocessor.
     pub(crate) fn new(problem: &SelectProblem, tiles: &RowTiles, multiprocessors: usize) -> Option<Self> {
         let Sizes { total_q, total_kv, num_kv_heads, .. } = problem.sizes;
         let end = problem.topk * problem.block_size;
         let early = RowTiles { num_tiles: (end / tiles.tile_tokens).min(tiles.num_tiles), ..*tiles };
         let late = (tiles.ctas() - early.ctas()) * num_kv_heads;
-        let pays = problem.has_few_keys() && total_q == total_kv && early.ctas() * num_kv_heads >= multiprocessors;
+        let pays = problem.has_few_keys()
+            && total_kv <= MOST_TOKENS
+            && total_q == total_kv
+            && early.ctas() * num_kv_heads >= multiprocessors;
         pays.then_some(Self { end, tiles: early, beside: 2 * late <= multiprocessors })
     }
 }

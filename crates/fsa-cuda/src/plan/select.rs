@@ -81,10 +81,11 @@ impl SelectProblem {
         self.sizes.specialisation(Kernel::Select, set, self.block_size)
     }
 
-    /// Whether all blocks and compressed keys of the call fit one step: there is a kernel for one such sequence, for groups of any size.
+    /// Whether all blocks and compressed keys of the call fit one step, and there is room for a key: there is a kernel for one such sequence, for groups of any size.
     pub(crate) fn has_few_keys(&self) -> bool {
         let Sizes { sequences, total_kv, .. } = self.sizes;
-        sequences == 1 && total_kv <= band_select::FEW_BLOCKS * self.block_size
+        let has_keys = self.attention().total_keys() > 0;
+        sequences == 1 && total_kv <= band_select::FEW_BLOCKS * self.block_size && has_keys
     }
 
     /// The kernel that attends to the compressed keys and makes the lists.
