@@ -207,6 +207,8 @@ impl DenseBackward {
         if problem.total_kv == 0 {
             return Ok(());
         }
+        // The pass reads tables before it waits for what is ahead of it, if it shares sums.
+        debug_assert!(whole.is_prepared || whole.sums.is_none(), "tables are older than what is ahead");
         if !whole.is_prepared {
             let _bound = self.kernels.device().bind().map_err(Error::from)?;
             self.prepare.launch(context.stream, &self.tables(context, batch))?;

@@ -284,8 +284,9 @@ impl BandBackwardStep {
                 }
                 None => self.kernels.open(stream, &params)?,
             }
-            // Ahead is what makes statistics and opens shared sums, or another attention that adds to these.
-            let turn = (&self.plan.tiles, branch.ahead, branch.sums.is_some());
+            // Ahead is what makes statistics and opens shared sums, or another attention that adds to these; where there are no tokens, what fills the tables.
+            let overlaps = branch.sums.is_some() && sizes.total_kv > 0;
+            let turn = (&self.plan.tiles, branch.ahead, overlaps);
             self.kernels.launch(stream, turn, self.multiprocessors, &params)?;
             match (&branch.sums, branch.merges_later) {
                 (None, merges_later) => self.kernels.finish(stream, !merges_later, &params)?,
