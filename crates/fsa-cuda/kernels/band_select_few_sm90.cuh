@@ -1,9 +1,9 @@
 // WHAT   Compressed attention and the blocks of every row in one pass on Hopper, of one sequence whose compressed keys are a single step: 128 keys, 32 blocks at most.
 //        Results as of band_select_sm90.cuh.
-// GRID   As many ctas for a kv head as its tiles of rows need, TILES each; those with the last tokens, whose blocks have to be chosen, are shared among all.
+// GRID   As many ctas for a kv head as its tiles of rows need, TILES each at most; a cta has every so many of them, so that all have as many of the last tokens, whose blocks have to be chosen.
 // ROLES  Four warpgroups of 64 rows, two to a tile, each for itself: scores, softmax, sums of values, rows out, choice of blocks. So four chains hide each other's latencies.
-// SMEM   All that the cta needs, from the start: the kv head's keys and values, and the queries of all tiles. A warp's rows and scores take the place of its queries.
-// SYNC   An mbarrier for everything that is loaded, once. A tile's warps count themselves when their tokens are chosen for; the last makes the tile's list of steps.
+// SMEM   All that the cta needs, from the start: the kv head's keys and values, and the queries of all tiles, whose place a warp's rows take; scores of blocks.
+// SYNC   An mbarrier for everything that is loaded, once; one of each tile for its warps whose tokens are chosen for, behind which a warp makes the list of its steps.
 //        May start before compressed keys are there: only the copies of these wait for them.
 #define FSA_BLOCK_SCORES 1
 #include "block/candidates.cuh"
@@ -16,7 +16,7 @@
 #include "tile/fragments.cuh"
 
 constexpr int PAIRS = THREADS / WARPGROUP / 2, ROUNDS = 2, TILES = PAIRS * ROUNDS;   // tiles at a time; one after the other; of a cta
-constexpr int WARP_ROWS = 16, TILE_WARPS = CTA_ROWS / WARP_ROWS, SCORE_BYTES = WARP_ROWS * GROUPS * 4;                 // of a warp
+constexpr int WARP_ROWS = 16, TILE_WARPS = CTA_ROWS / WARP_ROWS, SCORE_BYTES = WARP_ROWS * GROUPS * 4;             // of a warp
 constexpr int SMEM_BYTES = 2 * KeyTile::BYTES + TILES * RowTile::BYTES + THREADS / 32 * SCORE_BYTES;
 constexpr u32 ALL = 0xffffffffu;
 constexpr i32 ABSENT = -1;      // scores are not negative
