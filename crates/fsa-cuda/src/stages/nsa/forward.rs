@@ -203,6 +203,7 @@ impl NsaForward {
             return self.make_rows(pass, tensors, None, state.rotated.as_ref());
         }
         let of_attention = plan.tables.params(batch, &workspace);
+        // Those of rows that choose are written again, by who chooses.
         if (plan.lists.is_all_blocks() || plan.early.is_some()) && pass.recompute.is_none() {
             let lists = plan.problem.select().all_blocks(batch, &tensors.topk_indices);
             self.prepare.launch_with_lists(stream, &of_attention, lists)?;
@@ -347,19 +348,19 @@ impl NsaForward {
         };
         let local = |number| (local_attention(number, tensors, state), self.branch(number as i32, tensors));
         let all = || [(compressed, self.branch(0, tensors)), local(1), local(2)];
-        if let Local::Pair(_, Some(early)) = &self.local {
+        if let Local::Pair(pair, Some(early)) = &self.local {
             // Behind what chooses, for which the walk waits. Ctas of both take what places it leaves.
             let sides = self.kernels.sides().take(stream)?;
             sides.fork(stream, 1)?;
             select()?;
             early.launch((&sides.lanes[0], false), batch, tables, all(), softmax_scale)?;
-            self.launch_pair(pass, tensors, state, mask.is_some())?;
+            self.launch_pair(pass, pair, tensors, state, mask.is_some())?;
             return Ok(sides.join(stream, 1)?);
         }
         select()?;
         match &self.local {
             Local::Both(both) => both.launch((stream, follows), batch, tables, all(), softmax_scale),
-            Local::Pair(..) => self.launch_pair(pass, tensors, state, mask.is_some()),
+            Local::Pair(pair, _) => self.launch_pair(pass, pair, tensors, state, mask.is_some()),
             Local::Apart(selected, window) => self.launch_apart(pass, (selected, window), first, tensors, state),
         }
     }
@@ -413,15 +414,12 @@ impl NsaForward {
     fn launch_pair(
         &self,
         pass: &Pass<'_>,
+        pair: &BandPairStep,
         tensors: &NsaForwardTensors<'_>,
         state: &NsaSavedTensors<'_>,
         has_mask: bool,
     ) -> Result<()> {
-        let (Local::Pair(pair, _), &Pass { stream, workspace, batch, ref tables, softmax_scale, .. }) =
-            (&self.local, pass)
-        else {
-            return Ok(());
-        };
+        let Pass { stream, workspace, batch, ref tables, softmax_scale, .. } = *pass;
         let works = [1, 2].map(|branch| (local_attention(branch, tensors, state), branch));
         let works = works.each_ref().map(|(work, branch)| (work, self.branch(*branch as i32, tensors)));
         let memory = self.plan.mask.unwrap_or(self.plan.scratch).span(&workspace);
